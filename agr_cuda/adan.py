@@ -1,0 +1,115 @@
+"""Adan with AGR."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from .optimizer import AGROptimizer, fractions, nonnegative
+
+
+class Adan(AGROptimizer):
+    r"""Adan with Adaptive Gradient Regularization, in place of sail-sg's Adan.
+
+    For the gradient :math:`g` of one parameter tensor and the number :math:`t` of its group's step, from 1:
+
+    .. math::
+        g &\leftarrow g_i \left(1 - |g_i| / \textstyle\sum_j |g_j|\right) \quad \text{(with } agr\text{)} \\
+        d &\leftarrow g - g_{previous} \quad \text{(0 on the parameter's first step)} \\
+        m &\leftarrow \beta_1 m + (1 - \beta_1) g \qquad u \leftarrow \beta_2 u + (1 - \beta_2) d \\
+        n &\leftarrow \beta_3 n + (1 - \beta_3) (g + \beta_2 d)^2 \qquad D = \sqrt{n} / \sqrt{1 - \beta_3^t} + \epsilon \\
+        p &\leftarrow \left(p - \frac{\gamma}{1 - \beta_1^t} \frac{m}{D} - \frac{\gamma\beta_2}{1 - \beta_2^t} \frac{u}{D}\right)
+            / (1 + \gamma\lambda)
+
+    The first line is arXiv 2407.16944, the rest arXiv 2208.06677, with betas in the convention of its authors' code (0.98 decays
+    slowly). State and state dict are sail-sg/Adan's, so that its checkpoints load.
+
+    Args:
+        params: parameters, or named parameters, or dictionaries of parameter groups. Every option below but
+            `max_grad_norm` and `backend` can differ between groups.
+        lr: the learning rate :math:`\gamma`, a number or a tensor of one element.
+        betas: :math:`\beta_1`, :math:`\beta_2` and :math:`\beta_3`, each in [0, 1).
+        eps: :math:`\epsilon`, at least 0.
+        weight_decay: :math:`\lambda`, at least 0.
+        max_grad_norm: clip by the global L2 norm of all gradients, before AGR, to this; None or 0 does not.
+        no_prox: decay weights as AdamW does, by :math:`p (1 - \gamma\lambda)` before the step, instead of the last division.
+        foreach: True asks for the reference backend.
+        fused: True refuses the reference backend.
+        agr: regularize the gradient. False gives sail-sg's Adan. A tensor of one element never trains with it.
+        maximize: negate the gradient.
+        capturable: accepted for symmetry with AdamW; step counts are kept in the parameter groups.
+        backend: "cuda", "triton", "cpu" or "reference" for all parameters; None chooses for each.
+
+    Raises:
+        ValueError: for a number out of range.
+        RuntimeError: for options that contradict each other, and for a backend that is not there.
+    """
+
+    _rule = "adan"
+    _variant = ("no_prox",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = 0.0,
+        no_prox: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        *,
+        agr: bool = True,
+        maximize: bool = False,
+        capturable: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "no_prox": no_prox,
+            "foreach": foreach,
+            "fused": fused,
+            "agr": agr,
+            "maximize": maximize,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults, max_grad_norm, backend)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with options of their own; see torch.optim.Optimizer.add_param_group."""
+        super().add_param_group(param_group)
+        self.param_groups[-1].setdefault("step", 0)
+
+    def _defaults_of_a_new_group(self) -> dict[str, Any]:
+        return {"step": 0}
+
+    def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad")
+
+    def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+        beta1, beta2, beta3 = map(float, group["betas"])
+        no_prox = 1.0 if group["no_prox"] else 0.0
+        sign = -1.0 if group["maximize"] else 1.0
+        step = group["step"] + 1
+        return float(group["lr"]), beta1, beta2, beta3, group["eps"], group["weight_decay"], no_prox, sign, step
+
+    def _check_numbers(self, group: dict[str, Any]) -> None:
+        nonnegative("lr", group["lr"])
+        fractions("betas", group["betas"], 3)
+        nonnegative("eps", group["eps"])
+        nonnegative("weight_decay", group["weight_decay"])
+
+    @torch.no_grad()
+    def restart_opt(self) -> None:
+        """Begin anew: step counts and averages become zero, and the next step counts as every parameter's first."""
+        for group in self.param_groups:
+            group["step"] = 0
+            for parameter in group["params"]:
+                for value in self.state.get(parameter, {}).values():
+                    value.zero_()

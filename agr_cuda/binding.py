@@ -1,0 +1,65 @@
+"""A parameter bound to its gradient, its state and the backend that updates it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Binding:
+    """One parameter of an optimizer that has a gradient."""
+
+    index: int  # counted over all groups
+    group: int  # the index of its group
+    place: str  # how messages name it: "group 0, parameter 3 ('lm_head.weight')"
+    parameter: Tensor
+    keys: tuple[str, ...]  # of its state tensors that have the parameter's shape, in the order of the rule
+    backend: str
+    state: dict[str, Any]
+    regularize: bool  # with AGR
+    amsgrad: bool
+    fresh: bool = False  # no step has been made with this state yet
+    relaid: Tensor | None = None  # a copy of the gradient in the parameter's memory layout, where its own differs
+
+    @property
+    def gradient(self) -> Tensor:
+        """The gradient, in the parameter's memory layout."""
+        gradient = self.parameter.grad if self.relaid is None else self.relaid
+        assert gradient is not None
+        return gradient
+
+    @property
+    def plain(self) -> bool:
+        """Whether the parameter is a tensor in a device's memory, not a wrapper around others."""
+        return is_plain(self.parameter)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether `tensor` is a tensor in a device's memory; DTensor and its like, which dispatch for themselves, are not."""
+    return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements of `tensor` fill a stretch of memory, in whatever order, each exactly once."""
+    if tensor.layout != torch.strided:
+        return False
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if size == 0:
+            return True
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether `a` and `b`, of the same shape, have their elements in the same order in memory."""
+    if a.layout != b.layout:
+        return False
+    sizes = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return a.numel() == 0 or all(mine == theirs for n, mine, theirs in sizes if n > 1)

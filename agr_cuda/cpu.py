@@ -1,0 +1,47 @@
+"""The CPU backend: hands a plan's tensors to the native executor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .backends import native
+from .binding import Binding
+
+
+class CpuLaunch:
+    """One step of all parameters that the CPU backend updates, whatever their types, in one plan."""
+
+    backend = "cpu"
+
+    def __init__(self, rule: str, bindings: Sequence[Binding], clip: bool) -> None:
+        _C = native()
+        self.gradients = _C.GradientTable()
+        plan = _C.Plan([(b.parameter.numel(), b.gradient.element_size(), b.regularize) for b in bindings], clip)
+        self._executor = _C.CpuExecutor(
+            plan,
+            [
+                (
+                    f"{rule}_amsgrad" if b.amsgrad else rule,
+                    b.group,
+                    b.parameter,
+                    b.gradient,
+                    tuple(b.state[key] for key in b.keys),
+                    b.state.get("step"),
+                    b.fresh,
+                )
+                for b in bindings
+            ],
+        )
+
+    def square_sum(self) -> float:
+        """Return the sum of the squares of all gradients' elements."""
+        return float(self._executor.reduce(self.gradients, torch.get_num_threads()))
+
+    def update(
+        self, numbers: Sequence[tuple[float, ...]], clip: float, counted: Sequence[dict[str, Any]]
+    ) -> None:
+        """Make the step. `clip` is what every gradient is multiplied by; `counted` are the groups whose steps are counted."""
+        self._executor.update(self.gradients, numbers, clip, torch.get_num_threads(), counted)

@@ -1,0 +1,242 @@
+"""AdamW and Adan with AGR in plain PyTorch: the definition that every other backend is compared with.
+
+`psi`, `adamw` and `adan` are the equations, for one tensor. `foreach_adamw` and `foreach_adan` are the same with PyTorch's foreach
+operations, for lists of tensors. `ReferenceLaunch` applies them to an optimizer's parameters on any device, of any floating
+or complex type, and differentiably.
+
+Sources: AGR is arXiv 2407.16944, AdamW arXiv 1711.05101, Adan arXiv 2208.06677.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .binding import Binding
+
+Number = float | Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which arithmetic on `dtype` is done: float32 for the 16-bit types, else the type itself."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def psi(g: Tensor) -> Tensor:
+    """Return the regularized gradient g (1 - |g| / S), where S is the sum of |g| over all elements.
+
+    Computed in float32 for the 16-bit types, in which 1 - |g| / S would round to 1; the result keeps that type. An all-zero
+    gradient gives zeros. For complex gradients |g| is the modulus.
+    """
+    g = g.to(compute_dtype(g.dtype))
+    magnitude = g.abs()
+    total = magnitude.sum()
+    total = torch.where(total == 0, torch.ones_like(total), total)
+    return g * (1 - magnitude / total)
+
+
+def adamw(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, w: Tensor | None, t: Number,
+    *, lr: Number, betas: tuple[Number, Number], eps: float, weight_decay: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return the parameter, exp_avg, exp_avg_sq and, given one, max_exp_avg_sq after AdamW's step number `t` (from 1)."""
+    b1, b2 = betas
+    p = p * (1 - lr * weight_decay)
+    m = m + (1 - b1) * (g - m)
+    v = b2 * v + (1 - b2) * g * g
+    largest = v if w is None else torch.maximum(w, v)
+    denominator = largest.sqrt() / (1 - b2**t) ** 0.5 + eps
+    p = p - lr / (1 - b1**t) * m / denominator
+    return (p, m, v) if w is None else (p, m, v, largest)
+
+
+def adan(
+    p: Tensor, g: Tensor, m: Tensor, u: Tensor, n: Tensor, neg_previous: Tensor, t: int, first: bool,
+    *, lr: Number, betas: tuple[Number, Number, Number], eps: float, weight_decay: float, no_prox: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return the parameter, exp_avg, exp_avg_diff, exp_avg_sq and neg_pre_grad after Adan's step number `t` (from 1).
+
+    `first` says that it is the parameter's first step, where the difference to the previous gradient counts as 0.
+    """
+    b1, b2, b3 = betas
+    d = torch.zeros_like(g) if first else g + neg_previous
+    m = b1 * m + (1 - b1) * g
+    u = b2 * u + (1 - b2) * d
+    n = b3 * n + (1 - b3) * (g + b2 * d) ** 2
+    denominator = n.sqrt() / (1 - b3**t) ** 0.5 + eps
+    step = lr / (1 - b1**t) * m / denominator + lr * b2 / (1 - b2**t) * u / denominator
+    p = p * (1 - lr * weight_decay) - step if no_prox else (p - step) / (1 + lr * weight_decay)
+    return p, m, u, n, -g
+
+
+def foreach_psi(grads: Sequence[Tensor]) -> list[Tensor]:
+    """`psi` of each tensor of a list; real, and of one device and type."""
+    totals = torch.stack(torch._foreach_norm(grads, 1))
+    totals = torch.where(totals == 0, torch.ones_like(totals), totals)
+    kept = torch._foreach_abs(grads)
+    torch._foreach_div_(kept, list(totals.unbind()))
+    torch._foreach_neg_(kept)
+    torch._foreach_add_(kept, 1)
+    torch._foreach_mul_(kept, grads)
+    return list(kept)
+
+
+def foreach_adamw(
+    p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], w: list[Tensor] | None, t: float,
+    *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+) -> None:  # fmt: skip
+    """`adamw` for lists of tensors, in place."""
+    b1, b2 = betas
+    torch._foreach_mul_(p, 1 - lr * weight_decay)
+    torch._foreach_lerp_(m, g, 1 - b1)
+    torch._foreach_mul_(v, b2)
+    torch._foreach_addcmul_(v, g, g, 1 - b2)
+    if w is not None:
+        torch._foreach_maximum_(w, v)
+    denominator = torch._foreach_sqrt(v if w is None else w)
+    torch._foreach_div_(denominator, (1 - b2**t) ** 0.5)
+    torch._foreach_add_(denominator, eps)
+    torch._foreach_addcdiv_(p, m, denominator, -lr / (1 - b1**t))
+
+
+def foreach_adan(
+    p: list[Tensor], g: list[Tensor], m: list[Tensor], u: list[Tensor], n: list[Tensor],
+    neg_previous: list[Tensor], t: int, first: bool,
+    *, lr: float, betas: tuple[float, float, float], eps: float, weight_decay: float, no_prox: bool,
+) -> None:  # fmt: skip
+    """`adan` for lists of tensors, in place."""
+    b1, b2, b3 = betas
+    d = torch._foreach_mul(g, 0.0) if first else torch._foreach_add(neg_previous, g)
+    if first:
+        torch._foreach_zero_(d)
+    torch._foreach_lerp_(m, g, 1 - b1)
+    torch._foreach_lerp_(u, d, 1 - b2)
+    torch._foreach_mul_(d, b2)
+    torch._foreach_add_(d, g)
+    torch._foreach_mul_(n, b3)
+    torch._foreach_addcmul_(n, d, d, 1 - b3)
+    denominator = torch._foreach_sqrt(n)
+    torch._foreach_div_(denominator, (1 - b3**t) ** 0.5)
+    torch._foreach_add_(denominator, eps)
+    if no_prox:
+        torch._foreach_mul_(p, 1 - lr * weight_decay)
+    torch._foreach_addcdiv_(p, m, denominator, -lr / (1 - b1**t))
+    torch._foreach_addcdiv_(p, u, denominator, -lr * b2 / (1 - b2**t))
+    if not no_prox:
+        torch._foreach_div_(p, 1 + lr * weight_decay)
+    torch._foreach_copy_(neg_previous, g)
+    torch._foreach_neg_(neg_previous)
+
+
+class ReferenceLaunch:
+    """One step of all parameters that the reference backend updates."""
+
+    backend = "reference"
+
+    def __init__(self, rule: str, bindings: Sequence[Binding]) -> None:
+        self.rule = rule
+        self.bindings = bindings
+
+    def square_sum(self) -> Number:
+        """Return the sum of the squares of all gradients' elements, as a number or a tensor (without synchronization)."""
+        total: Number = 0.0
+        for binding in self.bindings:
+            assert binding.parameter.grad is not None
+            grad = binding.parameter.grad.detach()
+            squares = grad.abs().to(compute_dtype(grad.abs().dtype)).square().sum()
+            total = squares if isinstance(total, float) else total + squares.to(total.device)
+        return total
+
+    def update(self, groups: Sequence[dict[str, Any]], clip: Number) -> None:
+        """Make the step. `clip` is what every gradient is multiplied by."""
+        together: dict[tuple[Any, ...], list[Binding]] = defaultdict(list)
+        for binding in self.bindings:
+            group = groups[binding.group]
+            if self._wants_foreach(binding, group):
+                t = self._step_count(binding, group)
+                together[binding.group, binding.parameter.device, binding.parameter.dtype, t, binding.fresh].append(binding)
+                continue
+            with torch.set_grad_enabled(bool(group.get("differentiable", False))):
+                self._update_one(binding, group, clip)
+        with torch.no_grad():
+            for (index, _, _, t, _), bindings in together.items():
+                self._update_together(bindings, groups[index], clip, t)
+
+    def _wants_foreach(self, binding: Binding, group: dict[str, Any]) -> bool:
+        if group.get("differentiable") or group["capturable"] or isinstance(group["lr"], Tensor):
+            return False
+        if binding.parameter.is_complex() or not binding.plain:
+            return False
+        if group["foreach"] is None:  # as torch.optim decides
+            return binding.parameter.device.type != "cpu"
+        return bool(group["foreach"])
+
+    def _step_count(self, binding: Binding, group: dict[str, Any]) -> Any:
+        """Return the number of this step, from 1."""
+        if self.rule == "adan":
+            return group["step"] + 1
+        step = binding.state["step"]
+        return step + 1 if group["capturable"] else float(step) + 1
+
+    def _update_one(self, binding: Binding, group: dict[str, Any], clip: Number) -> None:
+        p = binding.parameter
+        assert p.grad is not None
+        g = p.grad
+        if isinstance(clip, Tensor):
+            clip = clip.to(g.device)
+        scale = -clip if group["maximize"] else clip
+        g = g.to(compute_dtype(p.dtype)) * scale
+        if group["agr"]:
+            g = psi(g)
+        states = [binding.state[key] for key in binding.keys]
+        stored = [p, *states]
+        if p.is_complex():
+            stored = [torch.view_as_real(x) for x in stored]
+            g = torch.view_as_real(g)
+        # Copies, where autograd would otherwise see a tensor that it saved change below.
+        now = [x.to(g.dtype) if x.dtype != g.dtype else x.clone() for x in stored]
+        t = self._step_count(binding, group)
+        options = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        if self.rule == "adan":
+            first = binding.fresh or t == 1
+            after = adan(now[0], g, *now[1:], t, first, **options, no_prox=group["no_prox"])
+        else:
+            after = adamw(now[0], g, now[1], now[2], now[3] if group["amsgrad"] else None, t, **options)
+        for x, value in zip(stored, after, strict=True):
+            x.copy_(value)
+        if self.rule != "adan":
+            binding.state["step"] += 1
+
+    def _update_together(self, bindings: Sequence[Binding], group: dict[str, Any], clip: Number, t: Any) -> None:
+        parameters = [binding.parameter for binding in bindings]
+        dtype = compute_dtype(parameters[0].dtype)
+        g = [p.grad.to(dtype) for p in parameters if p.grad is not None]
+        if isinstance(clip, Tensor):
+            clip = clip.to(parameters[0].device)
+        if isinstance(clip, Tensor) or clip != 1 or group["maximize"]:
+            g = list(torch._foreach_mul(g, -clip if group["maximize"] else clip))
+        if group["agr"]:
+            g = foreach_psi(g)
+        stored = [parameters, *([b.state[key] for b in bindings] for key in bindings[0].keys)]
+        now = [[x.to(dtype) for x in column] for column in stored]  # the tensors themselves where the types agree
+        options = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        if self.rule == "adan":
+            first = bindings[0].fresh or t == 1
+            foreach_adan(now[0], g, *now[1:], t, first, **options, no_prox=group["no_prox"])
+        else:
+            foreach_adamw(now[0], g, now[1], now[2], now[3] if group["amsgrad"] else None, t, **options)
+            torch._foreach_add_([b.state["step"] for b in bindings], 1)
+        for column, values in zip(stored, now, strict=True):
+            if any(x is not value for x, value in zip(column, values, strict=True)):
+                torch._foreach_copy_(column, values)
+
+
+def regularize(gradients: Iterable[Tensor]) -> None:
+    """Make each gradient psi of itself, in place."""
+    with torch.no_grad():
+        for gradient in gradients:
+            gradient.copy_(psi(gradient))

@@ -1,0 +1,1 @@
+"""Benchmarks of agr_cuda's optimizers beside their peers: `python -m bench --help`."""

@@ -1,0 +1,175 @@
+"""The optimizers that are compared: how each is built, and which of them fit in memory together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from bench.workload import SHARED_COPIES
+
+Parameters = list[torch.nn.Parameter]
+Step = Callable[[], object]
+
+LEARNING_RATE = 1e-6  # so small that the parameters stay finite whatever the number of rounds
+WEIGHT_DECAY = 1e-2
+YARDSTICK = "torch-adamw-fused"
+PIP_NAMES = {
+    "agr_cuda": "agr-cuda",
+    "torch": "torch",
+    "optimi": "torch-optimi",
+    "pytorch_optimizer": "pytorch_optimizer",
+}
+ACCESSES = {
+    "AdamW": 7,
+    "Adan": 11,
+}  # tensors a step must read or write: 28 and 44 bytes an element in float32
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of the comparison."""
+
+    name: str  # as --contenders takes it
+    label: str  # for tables and charts
+    rule: str  # "AdamW" or "Adan"
+    agr: bool  # whether it applies AGR
+    build: Callable[[Parameters, float], Step]  # parameters, eps -> the step
+    module: str  # the package that it comes from
+    writes_gradients: bool = False  # whether its step changes p.grad
+    scratch: int = 0  # temporary copies of the model's size that a step makes, about
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is agr_cuda's."""
+        return self.module == "agr_cuda"
+
+    @property
+    def accesses(self) -> int:
+        """Reads and writes of one element that its rule needs, each of one storage type's size."""
+        return ACCESSES[self.rule]
+
+    @property
+    def copies(self) -> int:
+        """Tensors of the model's size that it keeps: its state, and private gradients if it writes them."""
+        return {"AdamW": 2, "Adan": 4}[self.rule] + self.writes_gradients
+
+
+class NotInstalledError(Exception):
+    """A contender's package is not there; the message names it as pip does."""
+
+
+def build(contender: Contender, parameters: Parameters, eps: float) -> Step:
+    """Return the contender's step. Raises NotInstalledError where its package is missing."""
+    try:
+        import_module(contender.module)
+    except ModuleNotFoundError as error:
+        if error.name == contender.module:
+            raise NotInstalledError(f"not installed: pip install {PIP_NAMES[contender.module]}") from error
+        raise
+    return contender.build(parameters, eps)
+
+
+def _optimizer(module: str, name: str, **options: Any) -> Callable[[Parameters, float], Step]:
+    """Return a builder for one of the module's optimizers with these options."""
+
+    def make(parameters: Parameters, eps: float) -> Step:
+        optimizer = getattr(import_module(module), name)
+        step: Step = optimizer(
+            parameters, lr=LEARNING_RATE, eps=eps, weight_decay=WEIGHT_DECAY, **options
+        ).step
+        return step
+
+    return make
+
+
+def _three_lines(parameters: Parameters, eps: float) -> Step:
+    """AGR as one writes it in three lines before any optimizer, here PyTorch's fused AdamW."""
+    step = _optimizer("torch.optim", "AdamW", fused=True)(parameters, eps)
+
+    @torch.no_grad()
+    def regularized_step() -> None:
+        for parameter in parameters:
+            gradient = parameter.grad
+            assert gradient is not None
+            total = gradient.abs().sum()
+            gradient.mul_(1 - gradient.abs() / total)
+        step()
+
+    return regularized_step
+
+
+def _ours(name: str, label: str, rule: str, agr: bool = True, scratch: int = 0, **options: Any) -> Contender:
+    build = _optimizer("agr_cuda", rule, agr=agr, **options)
+    return Contender(name, f"agr_cuda {label}", rule, agr, build, "agr_cuda", scratch=scratch)
+
+
+def _torch(name: str, label: str, scratch: int = 0, **options: Any) -> Contender:
+    build = _optimizer("torch.optim", "AdamW", **options)
+    return Contender(name, f"torch {label}", "AdamW", False, build, "torch", scratch=scratch)
+
+
+def _peer_adan(
+    name: str, module: str, label: str, writes_gradients: bool = False, scratch: int = 0, **options: Any
+) -> Contender:
+    build = _optimizer(module, "Adan", **options)
+    return Contender(name, f"{module} {label}", "Adan", False, build, module, writes_gradients, scratch)
+
+
+ALL = (
+    _ours("agr-adamw", "AdamW", "AdamW"),
+    _ours("agr-adamw-off", "AdamW, agr off", "AdamW", agr=False),
+    _ours("reference-adamw", "AdamW, reference", "AdamW", backend="reference", scratch=3),
+    _torch(YARDSTICK, "AdamW, fused", fused=True),
+    _torch("torch-adamw-foreach", "AdamW, foreach", foreach=True, scratch=1),
+    Contender(
+        "three-lines", "three-line AGR + torch fused", "AdamW", True, _three_lines, "torch", True, scratch=1
+    ),
+    _ours("agr-adan", "Adan", "Adan"),
+    _ours("agr-adan-off", "Adan, agr off", "Adan", agr=False),
+    _ours("reference-adan", "Adan, reference", "Adan", backend="reference", scratch=3),
+    _peer_adan("optimi-adan-foreach", "optimi", "Adan, foreach", foreach=True, writes_gradients=True),
+    _peer_adan("optimi-adan", "optimi", "Adan, default"),
+    _peer_adan("pytorch-optimizer-adan", "pytorch_optimizer", "Adan", scratch=1),
+)
+BY_NAME = {contender.name: contender for contender in ALL}
+
+
+def contender(name: str) -> Contender:
+    """Return the contender of that name; ValueError, naming it and what is allowed, for any other."""
+    if name not in BY_NAME:
+        raise ValueError(f"unknown contender {name!r}: allowed are {', '.join(BY_NAME)}")
+    return BY_NAME[name]
+
+
+def bytes_needed(contenders: Sequence[Contender], model_bytes: int) -> int:
+    """Return the bytes for these contenders alive together; model_bytes are those of all parameters."""
+    copies = SHARED_COPIES + sum(entry.copies for entry in contenders)
+    return model_bytes * (copies + max((entry.scratch for entry in contenders), default=0))
+
+
+def batches(contenders: Sequence[Contender], model_bytes: int, budget: int) -> list[list[Contender]]:
+    """Cut the contenders into batches that fit into `budget` bytes, each led by the yardstick.
+
+    All in one batch where they fit; else AdamW and Adan apart, so that a target's two sides stay together,
+    and each cut further where it must be. A contender too large for the budget on its own gets a batch to
+    itself all the same.
+    """
+    yardstick = BY_NAME[YARDSTICK]
+    others = [entry for entry in contenders if entry is not yardstick]
+    if bytes_needed([yardstick, *others], model_bytes) <= budget:
+        return [[yardstick, *others]]
+    result: list[list[Contender]] = []
+    for rule in ACCESSES:
+        batch: list[Contender] = []
+        for entry in (entry for entry in others if entry.rule == rule):
+            if batch and bytes_needed([yardstick, *batch, entry], model_bytes) > budget:
+                result.append([yardstick, *batch])
+                batch = []
+            batch.append(entry)
+        if batch:
+            result.append([yardstick, *batch])
+    return result or [[yardstick]]

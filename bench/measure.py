@@ -1,0 +1,176 @@
+"""Interleaved timing: every contender once a round, in an order shuffled anew each round."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+Action = Callable[[], object]
+FEWEST_ROUNDS = 3  # taken even where the time is up
+COPY_PERIOD = 2.0  # seconds between two copies of the bandwidth probe
+COPY_BYTES_PER_ELEMENT = 8  # float32, read once and written once
+SPIN_CYCLES_PER_SECOND = 2e9  # about a GPU's clock
+
+
+class Timing(NamedTuple):
+    """One step, in seconds."""
+
+    step: float  # until the work is done: wall time on a CPU, the device's own time on a GPU
+    host: float  # until step() returns to the caller; equal to `step` on a CPU
+
+
+Clock = Callable[[Action], Timing]
+
+
+def cpu_clock(action: Action) -> Timing:
+    """Time one call on the CPU."""
+    begin = time.perf_counter()
+    action()
+    seconds = time.perf_counter() - begin
+    return Timing(seconds, seconds)
+
+
+def cuda_clock(action: Action) -> Timing:
+    """Time two calls on the current CUDA device: one for the host's time, one for the device's.
+
+    The first starts on an idle device and is timed until it returns. The second is queued behind a spinning
+    kernel that lasts longer than the host needs, so that the events enclose the device's work without
+    gaps in which it waits for the host. (A step that waits for the device, or that launches more kernels than
+    the queue holds, shows those gaps nevertheless, as it would in training.)
+    """
+    cuda: Any = torch.cuda  # parts of it have no types
+    cuda.synchronize()
+    begin = time.perf_counter()
+    action()
+    host = time.perf_counter() - begin
+    cuda.synchronize()
+
+    first, last = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+    spin_seconds = min(2.0 * host + 1e-4, 0.1)
+    cuda._sleep(int(spin_seconds * SPIN_CYCLES_PER_SECOND))
+    first.record()
+    action()
+    last.record()
+    cuda.synchronize()
+    return Timing(first.elapsed_time(last) * 1e-3, host)
+
+
+def clock_for(device: torch.device) -> Clock:
+    """Return the clock of the device's kind."""
+    return cuda_clock if device.type == "cuda" else cpu_clock
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A contender in a race: its step, and what surrounds each step outside the clock."""
+
+    name: str
+    step: Action
+    before: Action = _nothing
+    after: Action = _nothing
+
+    def visit(self, clock: Clock) -> Timing:
+        """Take one timed step. The surroundings are undone whether or not the step fails."""
+        self.before()
+        try:
+            return clock(self.step)
+        finally:
+            self.after()
+
+
+class CopyProbe:
+    """The bandwidth of a large float32 `copy_`, sampled between the rounds it is compared with."""
+
+    def __init__(self, device: torch.device, mebibytes: int) -> None:
+        elements = mebibytes * 2**20 // 4
+        self._source = torch.ones(elements, dtype=torch.float32, device=device)
+        self._target = torch.zeros(elements, dtype=torch.float32, device=device)
+        self._clock = clock_for(device)
+        self._bytes = elements * COPY_BYTES_PER_ELEMENT
+        self._copy()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the samples so far, and sample at the next call."""
+        self.samples: list[float] = []  # bytes a second
+        self._last = float("-inf")
+
+    def __call__(self) -> None:
+        """Sample once if the last sample is COPY_PERIOD seconds old."""
+        if time.perf_counter() - self._last >= COPY_PERIOD:
+            self.samples.append(self._bytes / self._clock(self._copy).step)
+            self._last = time.perf_counter()
+
+    def _copy(self) -> None:
+        self._target.copy_(self._source)
+
+
+@contextmanager
+def collector_off() -> Iterator[None]:
+    """Collect garbage once, then hold Python's collector off, so that it interrupts no timed step."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def race(
+    lanes: Sequence[Lane],
+    clock: Clock,
+    *,
+    rounds: int,
+    seconds: float,
+    new_round: Callable[[int], object],
+    between: Action = _nothing,
+    seed: int = 0,
+) -> dict[str, list[Timing]]:
+    """Time every lane once a round, up to `rounds` rounds or until `seconds` have passed.
+
+    `new_round(number)` runs before each round and `between()` after it, outside the clock. The order is
+    shuffled for each round (from a fixed seed), so that no lane always follows the same one and meets the
+    caches or spinning threads that this one leaves behind. At least FEWEST_ROUNDS rounds are taken, if
+    `rounds` allows.
+
+    Returns for each lane its timings in the order of the rounds, so that equal places pair up.
+    """
+    timings: dict[str, list[Timing]] = {lane.name: [] for lane in lanes}
+    order = list(lanes)
+    shuffle = random.Random(seed).shuffle
+    with collector_off():
+        end = time.perf_counter() + seconds
+        for number in range(rounds):
+            if number >= FEWEST_ROUNDS and time.perf_counter() >= end:
+                break
+            new_round(number)
+            shuffle(order)
+            for lane in order:
+                timings[lane.name].append(lane.visit(clock))
+            between()
+    return timings
+
+
+def count_kernels(action: Action) -> int:
+    """Count the kernels that one call launches on the current CUDA device, by PyTorch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        action()
+        torch.cuda.synchronize()
+    others = ("Memcpy", "Memset", "Optimizer.")  # the last: PyTorch's own mark around an optimizer's step
+    return sum(
+        event.device_type.name == "CUDA" and not event.name.startswith(others)
+        for event in profiler.events() or ()
+    )

@@ -1,0 +1,94 @@
+"""Command-line options that every benchmark command shares: device, dtype, threads, output."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def device(text: str) -> torch.device:
+    """Parse cpu, or a CUDA device that is there."""
+    if text == "cpu":
+        return torch.device("cpu")
+    if not re.fullmatch(r"cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"unknown device {text!r}: allowed are cpu, cuda and cuda:INDEX")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    chosen = torch.device(text if ":" in text else "cuda:0")
+    if chosen.index >= count:
+        raise argparse.ArgumentTypeError(f"device {text!r} is not there: PyTorch finds {count} CUDA devices")
+    return chosen
+
+
+def positive_int(text: str) -> int:
+    """Parse an integer of at least 1."""
+    if not re.fullmatch(r"\d+", text) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """Parse a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
+    return value
+
+
+def file_tag(text: str) -> str:
+    """Parse a part of a file name."""
+    if not re.fullmatch(r"[\w.+-]+", text):
+        raise argparse.ArgumentTypeError(
+            f"tag {text!r} may hold letters, digits, '.', '_', '+' and '-' alone"
+        )
+    return text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --device, --dtype, --threads, --out and --tag."""
+    parser.add_argument(
+        "--device",
+        type=device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        metavar="DEVICE",
+        help="cpu, cuda or cuda:INDEX (default: cuda where PyTorch finds a GPU, else cpu)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="storage type of parameters, gradients and state (default: float32)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive_int,
+        metavar="COUNT",
+        help=f"PyTorch's number of CPU threads (default: PyTorch's choice, here {torch.get_num_threads()})",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/bench"),
+        metavar="FOLDER",
+        help="folder for JSON and chart, made if missing (default: runs/bench)",
+    )
+    parser.add_argument(
+        "--tag",
+        type=file_tag,
+        default=datetime.now().strftime("%Y%m%d-%H%M%S"),
+        metavar="TEXT",
+        help="end of the output files' names; an equal one overwrites (default: date and time)",
+    )

@@ -1,0 +1,122 @@
+"""Tables of a run on the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bench.results import Row, SetResult
+from bench.stats import Summary
+from bench.targets import Target
+
+PLAIN_WIDTH = 130  # columns where the output is no terminal
+VERDICT_STYLES = {"met": "green", "missed": "red", "not measured": "dim"}
+
+
+def console() -> Console:
+    """Return a console for standard output, wide enough for the tables where that is a file or a pipe."""
+    return Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds in a unit that leaves one to three digits before the point."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if seconds * factor >= 1.0:
+            return (
+                f"{seconds * factor:.3g} {unit}"
+                if seconds * factor < 1e3
+                else f"{seconds * factor:.0f} {unit}"
+            )
+    return f"{seconds * 1e6:.3g} us"
+
+
+def span(summary: Summary) -> str:
+    """Return the quartiles of durations, the unit once where both have the same."""
+    lower, upper = duration(summary.lower), duration(summary.upper)
+    number, _, unit = lower.partition(" ")
+    return f"{number if upper.endswith(f' {unit}') else lower} - {upper}"
+
+
+def times(ratio: float) -> str:
+    """Return a ratio with two digits after the point, three if it is small."""
+    return f"{ratio:.2f}x" if ratio >= 0.2 else f"{ratio:.3f}x"
+
+
+def _cells(row: Row, with_host: bool) -> list[str]:
+    figures = row.figures
+    if figures is None:
+        return [row.label, row.status]
+    host = [duration(figures.host_s.median), times(figures.host_ratio.median)] if with_host else []
+    return [
+        row.label,
+        duration(figures.step_s.median),
+        span(figures.step_s),
+        str(figures.step_s.count),
+        times(figures.ratio.median),
+        f"{figures.ratio.lower:.2f} - {figures.ratio.upper:.2f}",
+        times(figures.ratio_of_fastest),
+        *host,
+        f"{figures.bytes_per_second / 1e9:.2f}",
+        f"{100 * figures.share_of_copy:.0f}%",
+    ]
+
+
+def results_table(result: SetResult, with_host: bool) -> Table:
+    """Return one model set's table: a contender a row."""
+    table = Table(
+        title=f"{result.title}: {result.tensors} tensors, {result.elements:,} elements",
+        caption=f"Copy bandwidth: {result.copy.median / 1e9:.2f} GB/s (median of {result.copy.count})",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("contender", no_wrap=True)
+    host = ("host", "host ratio") if with_host else ()
+    ratio = ("ratio", "quartiles", "of fastest")
+    for heading in ("step", "quartiles", "rounds", *ratio, *host, "GB/s", "of copy"):
+        table.add_column(heading, justify="right")
+    for row in result.rows:
+        style = "bold" if row.ours else None if row.figures else "dim"
+        table.add_row(*_cells(row, with_host), style=style)
+    return table
+
+
+def reasons(result: SetResult) -> list[str]:
+    """Return why contenders were not measured, a line each."""
+    return [f"{row.label}: {row.reason}" for row in result.rows if row.figures is None]
+
+
+def targets_table(targets: Sequence[Target]) -> Table:
+    """Return the design's targets with what was measured."""
+    table = Table(title="Targets", title_justify="left")
+    table.add_column("target")
+    table.add_column("limit", justify="right")
+    table.add_column("measured", justify="right")
+    table.add_column("by the fastest", justify="right")
+    table.add_column("verdict")
+    for target in targets:
+        limit = f"{'>=' if target.at_least else '<='} {target.show(target.limit)}"
+        style = next(style for word, style in VERDICT_STYLES.items() if target.verdict.startswith(word))
+        measured, fastest = target.show(target.measured), target.show(target.at_fastest)
+        table.add_row(target.text, limit, measured, fastest, Text(target.verdict, style))
+    return table
+
+
+def legend(with_host: bool) -> str:
+    """Return what the columns mean."""
+    lines = [
+        "step: median time of one step()" + (" on the device, its work queued ahead." if with_host else ".")
+    ]
+    if with_host:
+        lines.append("host: time until step() returned, begun on an idle device.")
+    lines += [
+        "ratio: to torch's fused AdamW in the same round, median over the rounds: drift of a shared machine",
+        "  cancels in each pair. of fastest: each contender's fastest step to the yardstick's fastest; where",
+        "  it differs much from the ratio, other work was disturbing the run.",
+        "GB/s: bytes that the rule must move (float32: AdamW 28, Adan 44 an element) over the median time.",
+        "of copy: share of the bandwidth of copy_ on large float32 tensors, measured between the rounds.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,257 @@
+"""Time whole optimizer steps: agr_cuda's AdamW and Adan beside their peers, interleaved.
+
+All contenders of a model set are alive together and share its parameters and gradients; each has its own
+state (and its own gradients if its step writes them: these are restored outside the clock after every step).
+Each round takes one step of every contender in a shuffled order. Where the memory budget cannot hold all of
+them, they run in batches, each with torch's fused AdamW as the common yardstick. Rounds alternate between two
+sets of gradients, as training brings new ones at new addresses. Warm-up rounds come first, and Python's
+garbage collector is off.
+
+Writes step-DEVICE-DTYPE-TAG.json and .png into the output folder, anew after each model set. Exit code 0, or
+1 if an installed contender failed or made a parameter infinite, or 2 for bad arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from bench import chart, contenders, machine, measure, options, report, results, shapes, targets
+from bench.contenders import YARDSTICK, Contender
+from bench.measure import CopyProbe, Lane, Timing
+from bench.results import Row, SetResult
+from bench.shapes import ModelSet
+from bench.stats import summarize
+from bench.workload import PrivateGradients, Workload
+
+EPS = {torch.float16: 1e-4}  # 1e-8 is zero in float16, and plain foreach operations would divide by it
+DEFAULT_EPS = 1e-8
+SHARE_OF_FREE_MEMORY = 0.75
+FAST_BACKENDS = {"cpu": {"cpu"}, "cuda": {"cuda", "triton"}}
+COPY_MEBIBYTES = {"cpu": 256, "cuda": 1024}
+
+
+def _argument(find: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return an argparse type that passes on the message of the ValueError that `find` raises."""
+
+    def parse(text: str) -> Any:
+        try:
+            return find(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's options."""
+    parser.add_argument(
+        "--sets",
+        nargs="+",
+        metavar="SET",
+        type=_argument(shapes.model_set),
+        default=[shapes.model_set(name) for name in shapes.DEFAULT_SETS],
+        help=f"model sets: {shapes.ALLOWED_SETS} (default: {' '.join(shapes.DEFAULT_SETS)})",
+    )
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        metavar="NAME",
+        type=_argument(contenders.contender),
+        default=list(contenders.ALL),
+        help=f"rows, of {', '.join(contenders.BY_NAME)}; {YARDSTICK} is always added (default: all)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=options.positive_int,
+        default=1000,
+        metavar="COUNT",
+        help="most timed rounds of a set, each one step of every contender (default: 1000)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=options.positive_float,
+        default=40.0,
+        metavar="SECONDS",
+        help="time for the rounds of a set, shared by its batches; at least "
+        f"{measure.FEWEST_ROUNDS} rounds of each batch are taken even if they last longer (default: 40)",
+    )
+    parser.add_argument(
+        "--warmup",
+        type=options.positive_int,
+        default=2,
+        metavar="COUNT",
+        help="rounds that are not timed, before the first timed one of a batch (default: 2)",
+    )
+    parser.add_argument(
+        "--memory",
+        type=options.positive_float,
+        metavar="GIB",
+        help="memory for a batch of contenders, in GiB "
+        f"(default: {100 * SHARE_OF_FREE_MEMORY:.0f}%% of what the device has free)",
+    )
+    parser.add_argument(
+        "--copy-mebibytes",
+        type=options.positive_int,
+        metavar="MIB",
+        help="size of each of the two tensors of the copy bandwidth, in MiB; should be well above the last "
+        f"cache's (default: {COPY_MEBIBYTES['cpu']} on a CPU, {COPY_MEBIBYTES['cuda']} on a GPU)",
+    )
+    options.add_arguments(parser)
+
+
+class Bench:
+    """The settings of one run, and the steps that measure a model set."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.device: torch.device = args.device
+        self.dtype = options.DTYPES[args.dtype]
+        self.clock = measure.clock_for(self.device)
+        self.probe = CopyProbe(self.device, args.copy_mebibytes or COPY_MEBIBYTES[self.device.type])
+        chosen = {entry.name for entry in args.contenders} | {YARDSTICK}
+        self.contenders = [entry for entry in contenders.ALL if entry.name in chosen]
+
+    def measure_set(self, model: ModelSet, log: Callable[[str], object]) -> SetResult:
+        """Time every contender on one model set."""
+        budget = int(self.args.memory * machine.GIB) if self.args.memory else self.free_memory()
+        model_bytes = model.elements * self.dtype.itemsize
+        batches = contenders.batches(self.contenders, model_bytes, budget)
+        log(f"{model.title}: {len(self.contenders)} contenders in {len(batches)} batch(es)")
+        workload = Workload(model.shapes, self.device, self.dtype)
+        self.probe.clear()
+        self.probe()
+        unmeasured: dict[str, Row] = {}
+        timed: list[tuple[dict[str, list[Timing]], dict[str, int]]] = []
+        for batch in batches:
+            timed.append(self.measure_batch(batch, workload, self.args.seconds / len(batches), unmeasured))
+            self.release_memory()
+        copy = summarize(self.probe.samples)
+        rows: list[Row] = []
+        for contender in self.contenders:
+            if contender.name in unmeasured:
+                rows.append(unmeasured[contender.name])
+                continue
+            # The yardstick runs in every batch: its row shows the first, each batch's ratios use its own.
+            number = next(i for i, (timings, _) in enumerate(timed) if contender.name in timings)
+            timings, kernels = timed[number]
+            own, unit, count = timings[contender.name], timings[YARDSTICK], kernels.get(contender.name)
+            figures = results.figures(contender, number, own, unit, model, self.dtype.itemsize, copy, count)
+            rows.append(results.row(contender, "measured", figures=figures))
+        counts = (len(model.shapes), model.elements)
+        return SetResult(model.name, model.title, *counts, copy, rows, workload.finite())
+
+    def measure_batch(
+        self, batch: Sequence[Contender], workload: Workload, seconds: float, unmeasured: dict[str, Row]
+    ) -> tuple[dict[str, list[Timing]], dict[str, int]]:
+        """Warm up and race one batch; contenders that cannot run go to `unmeasured`.
+
+        Returns each contender's timings, and on a GPU the number of kernels of agr_cuda's contenders.
+        """
+        lanes: list[Lane] = []
+        for contender in batch:
+            try:
+                lane = self.lane(contender, workload)
+                for number in range(self.args.warmup):
+                    workload.turn(number)
+                    lane.visit(self.clock)
+            except contenders.NotInstalledError as error:
+                unmeasured[contender.name] = results.row(contender, "not installed", str(error))
+            except Exception as error:  # one contender's failure must not cost the others' figures
+                if contender.name == YARDSTICK:
+                    raise
+                reason = f"{type(error).__name__}: {error}"
+                unmeasured[contender.name] = results.row(contender, "failed", reason)
+            else:
+                lanes.append(lane)
+        timings = measure.race(
+            lanes,
+            self.clock,
+            rounds=self.args.rounds,
+            seconds=seconds,
+            new_round=workload.turn,
+            between=self.probe,
+        )
+        kernels: dict[str, int] = {}
+        if self.device.type == "cuda":
+            ours = {entry.name for entry in batch if entry.ours}
+            kernels = {lane.name: measure.count_kernels(lane.step) for lane in lanes if lane.name in ours}
+        return timings, kernels
+
+    def lane(self, contender: Contender, workload: Workload) -> Lane:
+        """Return a contender with its optimizer, and with its own gradients if it writes them."""
+        step = contenders.build(contender, workload.parameters, EPS.get(self.dtype, DEFAULT_EPS))
+        if not contender.writes_gradients:
+            return Lane(contender.name, step)
+        private = PrivateGradients(workload)
+        return Lane(contender.name, step, before=private.lend, after=private.take_back)
+
+    def free_memory(self) -> int:
+        """Return the share of the free memory that a batch may take, in bytes."""
+        self.release_memory()
+        return int(SHARE_OF_FREE_MEMORY * machine.free_memory(self.device))
+
+    def release_memory(self) -> None:
+        """Give back what the last batch's optimizers held."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark. Returns 1 if an installed contender failed, else 0."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
+    console = report.console()
+    bench = Bench(args)
+    description = machine.describe(args.device)
+    settings = {
+        "dtype": args.dtype,
+        "rounds": args.rounds,
+        "seconds": args.seconds,
+        "warmup": args.warmup,
+        "tag": args.tag,
+        "learning_rate": contenders.LEARNING_RATE,
+        "weight_decay": contenders.WEIGHT_DECAY,
+    }
+    stem = f"step-{args.device.type}-{args.dtype}-{args.tag}"
+    threads = "" if args.device.type == "cuda" else f"{description['threads']} threads, "
+    subtitle = f"{description['device_name']}, {threads}{args.dtype}, torch {torch.__version__}"
+    console.print(f"{subtitle}, {description['date']}", highlight=False)
+
+    backends = machine.our_backends()
+    if not set(backends) & FAST_BACKENDS[args.device.type]:
+        console.print(f"[red]agr_cuda's backends here are {backends}: its rows measure plain operations.")
+    if machine.busy():
+        console.print("[yellow]Other work loads this machine: mind the ratios of the fastest steps.")
+
+    on_gpu = args.device.type == "cuda"
+    found: list[SetResult] = []
+    judged: list[targets.Target] = []
+    for model in args.sets:
+        found.append(bench.measure_set(model, lambda text: console.print(text, highlight=False)))
+        judged = targets.judge(found, args.device.type) if args.dtype == "float32" else []
+        records = [dataclasses.asdict(target) | {"verdict": target.verdict} for target in judged]
+        results.write_json(args.out / f"{stem}.json", description, settings, found, records)
+        chart.write_chart(args.out / f"{stem}.png", found, subtitle)
+        console.print(report.results_table(found[-1], on_gpu))
+        for reason in report.reasons(found[-1]):
+            console.print(reason, highlight=False, markup=False)
+        if not found[-1].parameters_finite:
+            console.print("[red]Parameters are no longer finite: a contender's step is wrong.")
+
+    console.print(report.legend(on_gpu), highlight=False)
+    if judged:
+        console.print(report.targets_table(judged))
+    else:
+        console.print("The targets are stated for float32, so this run does not judge them.")
+    console.print(f"Wrote {args.out / stem}.json and .png", highlight=False, soft_wrap=True)
+    failed = any(row.status == "failed" for result in found for row in result.rows)
+    return int(failed or not all(result.parameters_finite for result in found))

@@ -1,0 +1,96 @@
+"""The design's targets, judged on the results of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from bench.contenders import YARDSTICK
+from bench.results import SetResult, compare
+
+LARGE_MODEL = 100_000_000  # elements
+SMALL_TENSORS = "321x64"  # the set that "about 300 small tensors" stands for
+
+
+@dataclass(frozen=True)
+class Target:
+    """One target: `measured` must be at most (or, for at_least, at least) `limit`."""
+
+    text: str
+    limit: float
+    measured: float | None  # None: this run did not measure it
+    at_fastest: float | None = None  # the same from each contender's fastest step
+    at_least: bool = False
+    unit: str = "x"  # "x" a ratio of times, "%" a share, "us" microseconds, "" a count
+
+    def met_by(self, value: float) -> bool:
+        """Whether a value meets the limit."""
+        return value >= self.limit if self.at_least else value <= self.limit
+
+    @property
+    def verdict(self) -> str:
+        """met, missed or not measured, by the headline; with a note where the fastest steps say otherwise."""
+        if self.measured is None:
+            return "not measured"
+        met = self.met_by(self.measured)
+        note = ""
+        if self.at_fastest is not None and self.met_by(self.at_fastest) != met:
+            note = f", but {'missed' if met else 'met'} by the fastest steps"
+        return ("met" if met else "missed") + note
+
+    def show(self, value: float | None) -> str:
+        """Return the value with this target's unit."""
+        if value is None:
+            return "-"
+        shown = {
+            "x": f"{value:.3f}x",
+            "%": f"{100 * value:.1f}%",
+            "us": f"{value:.1f} us",
+            "": f"{value:.0f}",
+        }
+        return shown[self.unit]
+
+
+def _ratio(text: str, limit: float, result: SetResult | None, name: str, peer: str = YARDSTICK) -> Target:
+    """Return a target for the ratio of two contenders' times on one set."""
+    found = compare(result, name, peer) if result else None
+    return Target(text, limit, found.ratio if found else None, found.ratio_of_fastest if found else None)
+
+
+def cpu_targets(results: Sequence[SetResult]) -> Iterator[Target]:
+    """Yield the targets for a CPU, all for float32."""
+    by_name = {result.name: result for result in results}
+    gpt2, small = by_name.get("gpt2"), by_name.get(SMALL_TENSORS)
+    yield _ratio("AGR-AdamW, GPT-2, against torch's fused AdamW", 1.15, gpt2, "agr-adamw")
+    yield _ratio("AGR-AdamW, 321 tensors of 64, against torch's fused AdamW", 0.15, small, "agr-adamw")
+    yield _ratio(
+        "AGR-Adan, GPT-2, against optimi's foreach Adan", 0.4, gpt2, "agr-adan", "optimi-adan-foreach"
+    )
+    yield _ratio("AGR-Adan, GPT-2, against the reference backend", 0.15, gpt2, "agr-adan", "reference-adan")
+
+
+def gpu_targets(results: Sequence[SetResult]) -> Iterator[Target]:
+    """Yield the targets for a GPU, all for float32: bandwidth of large models, speed on all, host time."""
+    large = [result for result in results if result.elements >= LARGE_MODEL]
+    for name, label, budget in (("agr-adamw", "AGR-AdamW", 28), ("agr-adan", "AGR-Adan", 44)):
+        text = f"share of the copy bandwidth at {budget} bytes"
+        if not large:
+            yield Target(f"{label}, 100M elements and more: {text}", 0.9, None, at_least=True, unit="%")
+        for result in large:
+            found = result.figures(name)
+            share = found.share_of_copy if found else None
+            yield Target(f"{label}, {result.title}: {text}", 0.9, share, at_least=True, unit="%")
+    for result in results:
+        yield _ratio(f"AGR-AdamW, {result.title}, against torch's fused AdamW", 1.0, result, "agr-adamw")
+    small = next((result.figures("agr-adamw") for result in results if result.name == SMALL_TENSORS), None)
+    host_us = small.host_s.median * 1e6 if small else None
+    host_ratio = small.host_ratio.median if small else None
+    text = "AGR-AdamW, 321 tensors of 64"
+    yield Target(f"{text}: host time of step()", 100.0, host_us, unit="us")
+    yield Target(f"{text}: host time against torch's fused AdamW", 0.25, host_ratio)
+    yield Target(f"{text}: kernel launches a step", 1.0, small.kernels if small else None, unit="")
+
+
+def judge(results: Sequence[SetResult], device_type: str) -> list[Target]:
+    """Return the targets of the device's kind with what the run measured."""
+    return list((gpu_targets if device_type == "cuda" else cpu_targets)(results))

@@ -1,0 +1,57 @@
+// AdamW's rule for one element (arXiv 1711.05101), and the numbers of a step that it takes.
+#pragma once
+
+#include "numeric.h"
+
+namespace agr {
+
+// What a parameter group says, in double precision.
+struct AdamWOptions {
+    double lr, beta1, beta2, eps, weight_decay;
+};
+
+// What one step of one tensor multiplies by.
+template <class T>
+struct AdamWNumbers {
+    T decay;       // 1 - lr wd
+    T lerp;        // 1 - b1
+    T beta2;       // b2
+    T square;      // 1 - b2
+    T correction;  // 1 / sqrt(1 - b2^t)
+    T eps;
+    T step_size;  // lr / (1 - b1^t)
+
+    // `t` counts the steps of the parameter from 1.
+    static AdamWNumbers of(const AdamWOptions& o, double t) {
+        return {static_cast<T>(1 - o.lr * o.weight_decay),
+                static_cast<T>(1 - o.beta1),
+                static_cast<T>(o.beta2),
+                static_cast<T>(1 - o.beta2),
+                static_cast<T>(1 / std::sqrt(1 - std::pow(o.beta2, t))),
+                static_cast<T>(o.eps),
+                static_cast<T>(o.lr / (1 - std::pow(o.beta1, t)))};
+    }
+};
+
+template <bool amsgrad>
+struct AdamW {
+    using Options = AdamWOptions;
+    template <class T>
+    using Numbers = AdamWNumbers<T>;
+
+    // exp_avg, exp_avg_sq and, for AMSGrad, max_exp_avg_sq.
+    static constexpr int states = amsgrad ? 3 : 2;
+
+    template <class V, class T>
+    static AGR_INLINE void apply(V& p, V g, V* state, const AdamWNumbers<T>& c) {
+        V& m = state[0];
+        V& v = state[1];
+        m = m + (g - m) * c.lerp;
+        v = v * c.beta2 + g * g * c.square;
+        V w = v;
+        if constexpr (amsgrad) w = state[2] = larger(state[2], v);
+        p = p * c.decay - m * c.step_size / (square_root(w) * c.correction + c.eps);
+    }
+};
+
+}  // namespace agr

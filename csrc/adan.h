@@ -1,0 +1,73 @@
+// Adan's rule for one element (arXiv 2208.06677), and the numbers of a step that it takes.
+#pragma once
+
+#include "numeric.h"
+
+namespace agr {
+
+// What a parameter group says, in double precision. Betas are in the convention of the authors' code: 0.98 decays slowly.
+struct AdanOptions {
+    double lr, beta1, beta2, beta3, eps, weight_decay;
+    double no_prox;  // 0 or 1
+};
+
+// What one step of one tensor multiplies by.
+template <class T>
+struct AdanNumbers {
+    T beta1, gradient;    // b1, 1 - b1
+    T beta2, difference;  // b2, 1 - b2
+    T beta3, square;      // b3, 1 - b3
+    T correction;         // 1 / sqrt(1 - b3^t)
+    T eps;
+    T step_size;             // lr / (1 - b1^t)
+    T difference_step_size;  // lr b2 / (1 - b2^t)
+    // Both forms of weight decay are p = (p shrink - step) / grow: the proximal one has shrink = 1, no_prox has grow = 1.
+    T shrink, grow;
+    bool first;  // the parameter's first step, where the difference to the previous gradient is 0
+
+    // `t` counts the steps of the group from 1.
+    static AdanNumbers of(const AdanOptions& o, double t, bool first) {
+        double decay = o.lr * o.weight_decay;
+        bool no_prox = o.no_prox != 0;
+        return {static_cast<T>(o.beta1),
+                static_cast<T>(1 - o.beta1),
+                static_cast<T>(o.beta2),
+                static_cast<T>(1 - o.beta2),
+                static_cast<T>(o.beta3),
+                static_cast<T>(1 - o.beta3),
+                static_cast<T>(1 / std::sqrt(1 - std::pow(o.beta3, t))),
+                static_cast<T>(o.eps),
+                static_cast<T>(o.lr / (1 - std::pow(o.beta1, t))),
+                static_cast<T>(o.lr * o.beta2 / (1 - std::pow(o.beta2, t))),
+                static_cast<T>(no_prox ? 1 - decay : 1),
+                static_cast<T>(no_prox ? 1 : 1 + decay),
+                first};
+    }
+};
+
+struct Adan {
+    using Options = AdanOptions;
+    template <class T>
+    using Numbers = AdanNumbers<T>;
+
+    // exp_avg, exp_avg_diff, exp_avg_sq and neg_pre_grad, which holds the previous gradient negated.
+    static constexpr int states = 4;
+
+    template <class V, class T>
+    static AGR_INLINE void apply(V& p, V g, V* state, const AdanNumbers<T>& c) {
+        V& m = state[0];
+        V& u = state[1];
+        V& n = state[2];
+        V& neg_previous = state[3];
+        V d = c.first ? V{} : g + neg_previous;
+        V look_ahead = g + d * c.beta2;
+        m = m * c.beta1 + g * c.gradient;
+        u = u * c.beta2 + d * c.difference;
+        n = n * c.beta3 + look_ahead * look_ahead * c.square;
+        neg_previous = -g;
+        V denominator = square_root(n) * c.correction + c.eps;
+        p = (p * c.shrink - (m * c.step_size + u * c.difference_step_size) / denominator) / c.grow;
+    }
+};
+
+}  // namespace agr

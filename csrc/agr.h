@@ -1,0 +1,56 @@
+// psi, the adaptive gradient regularization of one element (arXiv 2407.16944): g (1 - |g| / S), where S is the abs-sum of
+// all elements of the element's tensor.
+#pragma once
+
+#include "numeric.h"
+
+namespace agr {
+
+// The abs-sum of one tensor in the form that psi needs.
+//
+// 1 - |g| / S is evaluated as ((S - |g|) + rest) / S, with S rounded to the compute type and `rest` what the rounding lost.
+// The subtraction is exact where it cancels (Sterbenz), so that a tensor of one element gives exactly 0, and a tensor that
+// one element dominates keeps the accuracy of the small difference: an adaptive optimizer would scale an error there back up
+// to a full step. The quotient is a true division because 1 / S overflows for a denormal S.
+template <class T>
+struct AbsSum {
+    T sum;
+    T rest;
+    T divisor;
+
+    // `sum` of the gradient as it is stored; `scale` what every element of it is multiplied by afterwards (clipping, the sign
+    // of `maximize`): psi(c g) = c psi(g), so that the scale need not be known when the sum is taken. The one thing that
+    // scaling first would have changed: 0 times an infinite sum is NaN, and shall be.
+    static AGR_INLINE AbsSum of(double sum, double scale) {
+        double scaled = sum * scale;
+        if (scaled != scaled) return {static_cast<T>(scaled), T(0), T(1)};
+        T rounded = static_cast<T>(sum);
+        bool finite = rounded - rounded == T(0);
+        T rest = finite ? static_cast<T>(sum - static_cast<double>(rounded)) : T(0);
+        // With a divisor of 1, S = 0 gives psi = 0, and an infinite S a share of infinity, which is clamped to 1 below.
+        return {rounded, rest, finite && rounded != T(0) ? rounded : T(1)};
+    }
+};
+
+template <class V, class T>
+AGR_INLINE V regularized(V g, const AbsSum<T>& s) {
+    V kept = ((s.sum - magnitude(g)) + s.rest) / s.divisor;
+    // Written so that NaN stays: an infinite element of an infinite sum is inf (1 - inf / inf).
+    return g * (kept > T(1) ? V{} + T(1) : kept);
+}
+
+// The rule of no optimizer: what is updated becomes the regularized gradient. With the gradient itself as the "parameter", this
+// regularizes it in place.
+struct Regularize {
+    template <class T>
+    struct Numbers {};
+
+    static constexpr int states = 0;
+
+    template <class V, class T>
+    static AGR_INLINE void apply(V& p, V g, V*, const Numbers<T>&) {
+        p = g;
+    }
+};
+
+}  // namespace agr

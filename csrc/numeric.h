@@ -1,0 +1,112 @@
+// Storage types, the types they are computed in, and the few operations on values that the update rules need.
+//
+// A rule is written once for a *value* V: a float or double on a GPU, a vector of them (the compilers' vector extension) on a
+// CPU. Everything that a rule calls on a value is here.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define AGR_INLINE __host__ __device__ __forceinline__
+#else
+// Never emitted out of line: the CPU kernels are compiled once for each instruction set, and an out-of-line copy made with
+// AVX-512 could be the one that the linker keeps for everybody.
+#define AGR_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace agr {
+
+struct bfloat16 {
+    std::uint16_t bits;
+};
+struct float16 {
+    std::uint16_t bits;
+};
+
+// The type in which arithmetic on a stored type is done.
+template <class Stored>
+struct ComputedIn {
+    using type = float;
+};
+template <>
+struct ComputedIn<double> {
+    using type = double;
+};
+template <class Stored>
+using computed_in = typename ComputedIn<Stored>::type;
+
+template <class To, class From>
+AGR_INLINE To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+    To to;
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+AGR_INLINE float magnitude(float x) { return fabsf(x); }
+AGR_INLINE double magnitude(double x) { return fabs(x); }
+AGR_INLINE float square_root(float x) { return sqrtf(x); }
+AGR_INLINE double square_root(double x) { return sqrt(x); }
+
+#if !defined(__CUDACC__)
+// Of vectors, lane by lane; the compilers turn these loops into one instruction.
+template <class V, int lanes = sizeof(V) / sizeof(V{}[0])>
+AGR_INLINE V magnitude(V x) {
+    for (int i = 0; i < lanes; ++i) x[i] = magnitude(x[i]);
+    return x;
+}
+template <class V, int lanes = sizeof(V) / sizeof(V{}[0])>
+AGR_INLINE V square_root(V x) {
+    for (int i = 0; i < lanes; ++i) x[i] = square_root(x[i]);
+    return x;
+}
+#endif
+
+// The larger of two values; NaN if either is, as torch.maximum gives.
+template <class V>
+AGR_INLINE V larger(V a, V b) {
+    return ((a > b) | (a != a)) ? a : b;
+}
+
+// The 16-bit types in integer arithmetic, for one element or, lane by lane, for a vector: F is float or floats, U the unsigned
+// 32-bit integer or integers of the same shape, whose low halves hold the stored bits.
+
+template <class F, class U>
+AGR_INLINE F widened_bfloat16(U bits) {
+    return bit_cast<F>(bits << 16);
+}
+
+// To nearest, ties to even; every NaN becomes the quiet one.
+template <class U, class F>
+AGR_INLINE U rounded_bfloat16(F x) {
+    U bits = bit_cast<U>(x);
+    U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return (bits & 0x7fffffffu) > 0x7f800000u ? U{} + 0x7fc0u : rounded;
+}
+
+template <class F, class U>
+AGR_INLINE F widened_float16(U bits) {
+    U sign = (bits & 0x8000u) << 16;
+    // The exponent is rebiased by a multiplication with 2^112, which also normalizes denormals.
+    F shifted = bit_cast<F>((bits & 0x7fffu) << 13) * 0x1p112f;
+    U special = (bits & 0x7c00u) == 0x7c00u ? U{} + 0x7f800000u : U{};
+    return bit_cast<F>(bit_cast<U>(shifted) | special | sign);
+}
+
+// To nearest, ties to even; what is too large becomes infinite, every NaN the quiet one.
+template <class U, class F>
+AGR_INLINE U rounded_float16(F x) {
+    U bits = bit_cast<U>(x);
+    U sign = (bits >> 16) & 0x8000u;
+    U size = bits & 0x7fffffffu;
+    U normal = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
+    // Below 2^-14 the unit in the last place is 2^-24, that of 0.5 in float32: adding 0.5 rounds there.
+    U denormal = bit_cast<U>(bit_cast<F>(size) + 0.5f) - 0x3f000000u;
+    U finite = size < 0x38800000u ? denormal : normal;
+    U infinite = size > 0x7f800000u ? U{} + 0x7e00u : U{} + 0x7c00u;
+    return (size >= 0x477ff000u ? infinite : finite) | sign;
+}
+
+}  // namespace agr

@@ -1,0 +1,56 @@
+// The plan of a step: which tensors, cut into which chunks, in which order. It knows sizes and nothing of devices.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace agr {
+
+// REDUCE writes a chunk's partial abs-sum, UPDATE waits for its tensor's abs-sum and applies the rule to a chunk, WHOLE does
+// both for a tensor of one chunk (or the update alone where the tensor's gradient is not regularized).
+enum class TaskKind : std::uint8_t { reduce, update, whole };
+
+struct Task {
+    TaskKind kind;
+    std::int32_t tensor;
+    std::int64_t chunk;  // counted within the tensor
+};
+
+struct Plan {
+    struct Tensor {
+        std::int64_t elements;
+        std::int32_t gradient_bytes;  // of one element
+        bool regularize;
+        // Filled in by the plan:
+        std::int64_t chunks = 0;
+        std::int64_t first_chunk = 0;  // the index of its first chunk among those of all tensors
+    };
+
+    struct Limits {
+        std::int64_t chunk_elements;
+        // How many bytes of gradient REDUCE may run ahead of UPDATE: a share of the cache, in which UPDATE finds them again.
+        std::int64_t window_bytes;
+        // Clip by the global norm: every gradient is reduced before the first update.
+        bool clip;
+    };
+
+    Limits limits;
+    std::vector<Tensor> tensors;
+    std::int64_t chunks = 0;
+    // In the order in which tickets hand them out. A tensor's REDUCE tasks all stand before its first UPDATE and REDUCE tasks
+    // wait for nothing, so that whoever holds an UPDATE only ever waits for tasks that are already running.
+    std::vector<Task> tasks;
+    // With clipping, tasks before this one reduce and tasks from it on update; without, 0.
+    std::int64_t first_update = 0;
+
+    // Throws std::invalid_argument where a size or a limit makes no sense.
+    Plan(std::vector<Tensor> tensors, Limits limits);
+
+    std::int64_t elements_of(const Tensor& tensor, std::int64_t chunk) const;
+
+private:
+    void push_reduce(std::int32_t tensor);
+    void push_update(std::int32_t tensor);
+};
+
+}  // namespace agr

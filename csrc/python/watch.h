@@ -1,0 +1,97 @@
+// Notices that a plan no longer fits what it was made for, and reads where this step's gradients are.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "tensor_reader.h"
+
+namespace agr::python {
+
+// Where the gradients of one executor's tensors are in this step.
+struct GradientTable {
+    std::vector<const void*> addresses;
+};
+
+// Compares an optimizer's parameter groups, its state, and every tensor in them with what they were when the plan was made.
+// Whatever a program can do to them between two steps is noticed: groups or parameters added, replaced or reordered; state
+// loaded, replaced or moved; parameters moved, resized or re-pointed; gradients that appear, vanish, or change layout or type.
+class Watch {
+public:
+    Watch(pybind11::list groups, pybind11::dict state);
+
+    // The parameter at `index`, counted over all groups, is updated from the gradient `slot` of `table`. Its state tensors are
+    // those under `keys`. `relaid` is None, or a tensor with the parameter's layout into which the gradient, which has
+    // another, is copied before each step.
+    void add(std::size_t index, std::vector<std::string> keys, std::shared_ptr<GradientTable> table, std::size_t slot,
+             pybind11::object relaid);
+
+    // The parameter at `index` has a gradient, and what is done with it does not depend on where anything is.
+    void add_untabled(std::size_t index);
+
+    // True if nothing has changed; then the tables hold this step's addresses, and the gradients stay alive until release().
+    bool unchanged(pybind11::handle groups, pybind11::handle state);
+
+    void release() { held_.clear(); }
+
+    int traverse(visitproc visit, void* arg) const;
+    void clear();
+
+private:
+    // A tensor as it was.
+    struct Expected {
+        PyObject* object = nullptr;  // kept alive by kept_; null for a gradient, which may be another object in every step
+        void* data = nullptr;
+        Type type = Type::float32;
+        std::int32_t device_type = 0, device_index = 0;
+        std::vector<std::int64_t> shape, strides;
+
+        Expected() = default;
+        Expected(PyObject* tensor, const char* role);
+        bool fits(const TensorView& view) const;  // in all but the address
+    };
+
+    struct State {
+        PyObject* key;
+        Expected tensor;
+    };
+
+    enum class Gradient : std::uint8_t { none, untabled, tabled };
+
+    struct Entry {
+        PyObject* parameter = nullptr;
+        Gradient gradient = Gradient::none;
+        Expected as_parameter, as_gradient;
+        PyObject* state = nullptr;  // the parameter's dictionary
+        std::vector<State> states;
+        std::shared_ptr<GradientTable> table;
+        std::size_t slot = 0;
+        const void* relaid = nullptr;
+    };
+
+    struct Group {
+        PyObject* dictionary;
+        PyObject* parameters;  // the list
+        std::size_t size;
+    };
+
+    PyObject* groups_;
+    PyObject* state_;
+    std::vector<Group> group_;
+    std::vector<Entry> entries_;
+    std::vector<std::pair<PyObject*, PyObject*>> state_items_;
+    // Owns every object above. A list, which the garbage collector is shown, because a parameter's hooks may refer back to the
+    // optimizer.
+    pybind11::list kept_;
+    std::vector<pybind11::object> held_;
+
+    PyObject* keep(pybind11::handle object);
+    bool parameter_unchanged(Entry& entry);
+    bool state_unchanged(PyObject* state) const;
+};
+
+}  // namespace agr::python

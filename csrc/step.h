@@ -1,0 +1,49 @@
+// The arguments of one step: plain structs that the host fills in and an executor, on a CPU or a GPU, reads.
+#pragma once
+
+#include <cstdint>
+
+#include "numeric.h"
+
+namespace agr {
+
+enum class Type : std::uint8_t { float32, bfloat16, float16, float64 };
+
+AGR_INLINE constexpr int bytes_of(Type type) {
+    return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2;
+}
+
+// The types that a tensor's update is compiled for: gradients have the parameter's type or float32, and state its own.
+struct Types {
+    Type parameter, gradient, state;
+};
+
+enum class Rule : std::uint8_t { adamw, adamw_amsgrad, adan, regularize };
+constexpr int rules = 4;
+
+constexpr int most_states = 4;
+
+AGR_INLINE constexpr int states_of(Rule rule) {
+    return rule == Rule::adan ? 4 : rule == Rule::adamw_amsgrad ? 3 : rule == Rule::adamw ? 2 : 0;
+}
+
+// Where the elements of a tensor, or of one chunk of it, are.
+struct Span {
+    void* parameter;
+    const void* gradient;
+    void* state[most_states];
+    std::int64_t elements;
+
+    // The `count` elements that start at element `first`.
+    AGR_INLINE Span part(const Types& types, int states, std::int64_t first, std::int64_t count) const {
+        Span span{};
+        span.parameter = static_cast<char*>(parameter) + first * bytes_of(types.parameter);
+        span.gradient = static_cast<const char*>(gradient) + first * bytes_of(types.gradient);
+        for (int i = 0; i < states; ++i)
+            span.state[i] = static_cast<char*>(state[i]) + first * bytes_of(types.state);
+        span.elements = count;
+        return span;
+    }
+};
+
+}  // namespace agr

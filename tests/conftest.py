@@ -1,0 +1,81 @@
+"""Fixtures: every test that takes `backend` runs once for each backend this machine can run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers import METHODS, Method
+
+import agr_cuda
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+COMPLEX = (torch.complex64, torch.complex128)
+
+
+def device_of(backend: str) -> torch.device:
+    """Where a backend's parameters are. Triton without a GPU is its interpreter, which works on the CPU."""
+    on_gpu = backend in ("cuda", "triton") and torch.accelerator.is_available()
+    return torch.accelerator.current_accelerator() if on_gpu else torch.device("cpu")
+
+
+def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
+    """The types that a backend takes."""
+    without_double = tuple(dtype for dtype in FLOATS if dtype != torch.float64)
+    return {"triton": without_double, "reference": FLOATS + COMPLEX}.get(backend, FLOATS)
+
+
+def takes(backend: str, dtype: torch.dtype) -> bool:
+    return dtype in dtypes_of(backend)
+
+
+def large_size(backend: str) -> int:
+    """Elements of the largest tensor: many chunks for every backend. Triton's interpreter is given fewer."""
+    return 100_003 if backend == "triton" and device_of(backend).type == "cpu" else 3_000_017
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(2)
+    config.addinivalue_line(
+        "filterwarnings", "ignore:.*agr=False:UserWarning"
+    )  # one-element tensors; tested once
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`backend` alone runs over all; with `dtype` (or `real_dtype`), over the pairs that exist."""
+    backends = agr_cuda.available_backends()
+    names = metafunc.fixturenames
+    if "backend" in names and "dtype" in names:
+        pairs = [(b, d) for b in backends for d in dtypes_of(b)]
+        metafunc.parametrize(("backend", "dtype"), pairs, ids=[f"{b}-{str(d)[6:]}" for b, d in pairs])
+    elif "backend" in names and "float_dtype" in names:
+        pairs = [(b, d) for b in backends for d in dtypes_of(b) if d in FLOATS]
+        metafunc.parametrize(("backend", "float_dtype"), pairs, ids=[f"{b}-{str(d)[6:]}" for b, d in pairs])
+    elif "backend" in names:
+        metafunc.parametrize("backend", backends)
+
+
+@pytest.fixture
+def device(backend: str) -> torch.device:
+    return device_of(backend)
+
+
+@pytest.fixture(params=METHODS, ids=str)
+def method(request: pytest.FixtureRequest) -> Method:
+    """AdamW, then Adan, with the oracle's counterpart."""
+    return request.param
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """On the CPU for every backend, so that all of them see the same numbers."""
+    return torch.Generator().manual_seed(20240727)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """For tests that change the number of threads: puts it back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,360 @@
+"""The benchmark package: model shapes, statistics, interleaving, and the command line on tiny sets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # bench is a package of the repository that is not installed
+
+from bench import contenders, measure, results, shapes, stats, targets
+from bench.__main__ import main
+from bench.contenders import ALL, BY_NAME, YARDSTICK, Contender
+from bench.measure import Lane, Timing
+from bench.workload import PrivateGradients, Workload
+
+SHAPES = ((3, 4), (7,), (1,))
+
+
+# Shapes
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "elements"),
+    [
+        ("gpt2", 148, 124_439_808),
+        ("resnet50", 161, 25_557_032),
+        ("vit-b-16", 152, 86_567_656),
+        ("321x64", 321, 20_544),
+        ("321x4096", 321, 1_314_816),
+    ],
+)
+def test_sets_have_the_known_sizes(name: str, tensors: int, elements: int) -> None:
+    model = shapes.model_set(name)
+    assert len(model.shapes) == tensors
+    assert model.elements == sum(prod(shape) for shape in model.shapes) == elements
+
+
+def test_models_are_in_the_order_of_their_parameters() -> None:
+    gpt2, resnet50, vit = (shapes.model_set(name).shapes for name in ("gpt2", "resnet50", "vit-b-16"))
+    assert gpt2[:6] == ((50257, 768), (1024, 768), (768,), (768,), (768, 2304), (2304,))
+    assert gpt2[6:14] == ((768, 768), (768,), (768,), (768,), (768, 3072), (3072,), (3072, 768), (768,))
+    assert resnet50[:4] == ((64, 3, 7, 7), (64,), (64,), (64, 64, 1, 1))
+    assert resnet50[-2:] == ((1000, 2048), (1000,))
+    assert vit[:4] == ((1, 1, 768), (768, 3, 16, 16), (768,), (1, 197, 768))
+    assert vit[6:10] == ((2304, 768), (2304,), (768, 768), (768,))
+
+
+@pytest.mark.parametrize("name", ["llama", "0x64", "3x0", "3x", "x4", "3x4x5", "-3x4", ""])
+def test_other_names_of_sets_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="allowed are gpt2, resnet50, vit-b-16, or COUNTxELEMENTS"):
+        shapes.model_set(name)
+
+
+# Statistics
+
+
+def test_summary_of_known_numbers() -> None:
+    assert stats.summarize([5.0, 1.0, 2.0, 4.0, 3.0]) == stats.Summary(3.0, 2.0, 4.0, 1.0, 5)
+    assert stats.summarize([1.0, 2.0, 3.0, 4.0]) == stats.Summary(2.5, 1.75, 3.25, 1.0, 4)
+    assert stats.summarize([7.0]) == stats.Summary(7.0, 7.0, 7.0, 7.0, 1)
+    with pytest.raises(ValueError, match="at least one"):
+        stats.summarize([])
+
+
+def test_paired_ratios_cancel_drift_that_the_ratio_of_medians_does_not() -> None:
+    yardstick = [1.0, 1.0, 10.0, 10.0, 10.0]
+    values = [2.0, 2.0, 20.0, 20.0, 30.0]
+    assert stats.paired_ratios(values, yardstick) == stats.Summary(2.0, 2.0, 2.0, 2.0, 5)
+    assert stats.ratio_of_medians([3.0, 3.0, 9.0], [1.0, 6.0, 6.0]) == 0.5
+    assert stats.paired_ratios([3.0, 3.0, 9.0], [1.0, 6.0, 6.0]).median == 1.5
+    assert stats.ratio_of_fastest([3.0, 2.0, 9.0], [8.0, 6.0, 4.0]) == 0.5
+    with pytest.raises(ValueError, match="got 1 and 2"):
+        stats.paired_ratios([1.0], [1.0, 2.0])
+
+
+# Interleaving
+
+
+def test_a_race_visits_every_lane_once_a_round_in_changing_order() -> None:
+    log: list[str] = []
+    lanes = [Lane(name, lambda name=name: log.append(name)) for name in "abcd"]  # type: ignore[misc]
+    counter = iter(range(1000))
+
+    def clock(action: measure.Action) -> Timing:
+        action()
+        return Timing(float(next(counter)), 0.0)
+
+    timings = measure.race(
+        lanes, clock, rounds=20, seconds=1e-9, new_round=lambda number: log.append(f"<{number}"),
+        between=lambda: log.append(">"),
+    )  # fmt: skip
+    assert len(log) == measure.FEWEST_ROUNDS * 6, "time was up at once, so the fewest rounds are taken"
+    rounds = [log[begin : begin + 6] for begin in range(0, len(log), 6)]
+    assert [(r[0], r[-1]) for r in rounds] == [(f"<{number}", ">") for number in range(len(rounds))]
+    assert all(sorted(r[1:5]) == list("abcd") for r in rounds)
+    for number, r in enumerate(rounds):
+        for name in "abcd":
+            assert timings[name][number].step == 4 * number + r[1:5].index(name)
+
+    log.clear()
+    measure.race(lanes, clock, rounds=20, seconds=60, new_round=lambda number: None)
+    assert len({tuple(log[begin : begin + 4]) for begin in range(0, 80, 4)}) > 5
+
+
+def test_the_collector_is_off_in_a_race_and_on_again_after_it() -> None:
+    import gc
+
+    states: list[bool] = []
+    lane = Lane("a", lambda: states.append(gc.isenabled()))
+    measure.race([lane], measure.cpu_clock, rounds=2, seconds=1, new_round=lambda number: None)
+    assert states == [False, False]
+    assert gc.isenabled()
+
+
+def test_a_lane_undoes_its_surroundings_where_its_step_fails() -> None:
+    def fail() -> None:
+        raise RuntimeError("no step")
+
+    log: list[str] = []
+    lane = Lane("a", fail, before=lambda: log.append("before"), after=lambda: log.append("after"))
+    with pytest.raises(RuntimeError, match="no step"):
+        lane.visit(measure.cpu_clock)
+    assert log == ["before", "after"]
+
+
+def test_rounds_take_two_sets_of_gradients_in_turn() -> None:
+    workload = Workload(SHAPES, torch.device("cpu"), torch.float32)
+    first = [parameter.grad for parameter in workload.parameters]
+    workload.turn(1)
+    second = [parameter.grad for parameter in workload.parameters]
+    workload.turn(2)
+    assert all(p.grad is g for p, g in zip(workload.parameters, first, strict=True))
+    assert not any(a is b for a, b in zip(first, second, strict=True))
+    assert [tuple(parameter.shape) for parameter in workload.parameters] == list(SHAPES)
+
+
+def test_private_gradients_are_restored_and_the_shared_ones_left_alone() -> None:
+    workload = Workload(SHAPES, torch.device("cpu"), torch.float32)
+    expected = [gradient.clone() for gradient in workload.gradients]
+    private = PrivateGradients(workload)
+    for _ in range(2):
+        private.lend()
+        for parameter, value in zip(workload.parameters, expected, strict=True):
+            assert parameter.grad is not None
+            assert torch.equal(parameter.grad, value)
+            parameter.grad.zero_()
+        private.take_back()
+        for parameter, gradient in zip(workload.parameters, workload.gradients, strict=True):
+            assert parameter.grad is gradient
+        assert all(map(torch.equal, workload.gradients, expected))
+
+
+# Contenders
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.filterwarnings("ignore:Parameter `foreach` is deprecated:DeprecationWarning")  # optimi's
+@pytest.mark.parametrize("contender", ALL, ids=lambda contender: contender.name)
+def test_contenders_train_and_write_gradients_only_where_declared(contender: Contender) -> None:
+    torch.set_num_threads(1)
+    workload = Workload(((8, 4), (64,)), torch.device("cpu"), torch.float32)
+    try:
+        step = contenders.build(contender, list(workload.parameters), 1e-8)
+    except contenders.NotInstalledError as error:
+        pytest.skip(str(error))
+    gradients = [gradient.clone() for gradient in workload.gradients]
+    parameters = [parameter.detach().clone() for parameter in workload.parameters]
+    for _ in range(3):
+        step()
+    changed = not all(map(torch.equal, gradients, workload.gradients))
+    assert changed == contender.writes_gradients
+    assert workload.finite()
+    for parameter, before in zip(workload.parameters, parameters, strict=True):
+        assert not torch.equal(parameter, before)
+        torch.testing.assert_close(parameter.detach(), before, atol=1e-5, rtol=0)
+
+
+def test_batches_fit_the_budget_and_keep_targets_sides_together() -> None:
+    gpt2 = 4 * 124_439_808
+    assert [len(batch) for batch in contenders.batches(ALL, gpt2, 64 * 2**30)] == [len(ALL)]
+    for budget, count in ((20 * 2**30, 2), (10 * 2**30, 3)):
+        batches = contenders.batches(ALL, gpt2, budget)
+        assert len(batches) >= count - 1
+        assert all(contenders.bytes_needed(batch, gpt2) <= budget for batch in batches)
+        assert all(batch[0].name == YARDSTICK for batch in batches)
+        others = [entry for batch in batches for entry in batch[1:]]
+        assert sorted(entry.name for entry in [BY_NAME[YARDSTICK], *others]) == sorted(BY_NAME)
+    names = [[entry.name for entry in batch] for batch in contenders.batches(ALL, gpt2, 16 * 2**30)]
+    assert {"agr-adan", "reference-adan", "optimi-adan-foreach"} <= set(names[-1])
+    assert contenders.batches([BY_NAME[YARDSTICK]], gpt2, 1) == [[BY_NAME[YARDSTICK]]]
+
+
+# Results and targets
+
+
+def result_of(name: str, times: dict[str, tuple[int, list[float]]]) -> results.SetResult:
+    """A set's result from each contender's batch and seconds a round; the yardstick takes 1 s."""
+    model = shapes.model_set(name)
+    copy = stats.summarize([1e9])
+    rows = []
+    for contender, (batch, seconds) in times.items():
+        timings = [Timing(second, second / 10) for second in seconds]
+        unit = [Timing(1.0, 0.1)] * len(seconds)
+        figures = results.figures(BY_NAME[contender], batch, timings, unit, model, 4, copy)
+        rows.append(results.row(BY_NAME[contender], "measured", figures=figures))
+    return results.SetResult(name, model.title, len(model.shapes), model.elements, copy, rows, True)
+
+
+def test_a_row_counts_the_bytes_that_its_rule_must_move() -> None:
+    result = result_of("10x1000", {"agr-adamw": (0, [2.0, 2.0]), "agr-adan": (0, [4.0])})
+    adamw, adan = result.figures("agr-adamw"), result.figures("agr-adan")
+    assert adamw
+    assert adan
+    assert adamw.bytes_per_element == 28
+    assert adamw.bytes_per_second == 28 * 10_000 / 2.0
+    assert adamw.share_of_copy == 28 * 10_000 / 2.0 / 1e9
+    assert adan.bytes_per_element == 44
+    assert adan.ratio == stats.Summary(4.0, 4.0, 4.0, 4.0, 1)
+
+
+def test_a_comparison_pairs_rounds_within_a_batch_and_uses_the_yardstick_across() -> None:
+    times = {"agr-adan": (0, [1.0, 2.0, 6.0]), "reference-adan": (0, [2.0, 8.0, 12.0])}
+    assert results.compare(result_of("3x4", times), "agr-adan", "reference-adan") == results.Comparison(
+        0.5, 0.5
+    )
+    times["reference-adan"] = (1, [2.0, 8.0, 12.0])
+    assert results.compare(result_of("3x4", times), "agr-adan", "reference-adan") == results.Comparison(
+        0.25, 0.5
+    )
+    assert results.compare(result_of("3x4", times), "agr-adan", "optimi-adan") is None
+
+
+def test_cpu_targets_are_judged() -> None:
+    gpt2 = result_of(
+        "gpt2",
+        {
+            YARDSTICK: (0, [1.0] * 3),
+            "agr-adamw": (0, [1.14, 1.15, 1.30]),
+            "agr-adan": (0, [1.5, 2.0, 2.5]),
+            "reference-adan": (0, [10.0, 12.0, 10.0]),
+            "optimi-adan-foreach": (0, [5.0, 5.0, 5.0]),
+        },
+    )
+    verdicts = [target.verdict for target in targets.judge([gpt2], "cpu")]
+    assert verdicts == ["met", "not measured", "met", "missed, but met by the fastest steps"]
+
+
+def test_gpu_targets_are_judged() -> None:
+    times = {YARDSTICK: (0, [1.0]), "agr-adamw": (0, [1.01]), "agr-adan": (0, [5.0])}
+    judged = targets.judge([result_of("gpt2", times), result_of("321x64", times)], "cuda")
+    verdicts = {target.text: target.verdict for target in judged}
+    assert verdicts == {
+        "AGR-AdamW, GPT-2 124M: share of the copy bandwidth at 28 bytes": "met",
+        "AGR-Adan, GPT-2 124M: share of the copy bandwidth at 44 bytes": "met",
+        "AGR-AdamW, GPT-2 124M, against torch's fused AdamW": "missed",
+        "AGR-AdamW, 321 tensors of 64, against torch's fused AdamW": "missed",
+        "AGR-AdamW, 321 tensors of 64: host time of step()": "missed",
+        "AGR-AdamW, 321 tensors of 64: host time against torch's fused AdamW": "missed",
+        "AGR-AdamW, 321 tensors of 64: kernel launches a step": "not measured",
+    }
+
+
+# The command line
+
+
+def tiny(folder: Path, *more: str) -> list[str]:
+    """Arguments of a run that takes a moment."""
+    always = ["step", "--device", "cpu", "--rounds", "2", "--copy-mebibytes", "1", "--threads", "1"]
+    return [*always, "--out", str(folder), "--tag", "tiny", *more]
+
+
+def written(folder: Path) -> dict[str, object]:
+    """The JSON of a tiny run, having checked that a chart lies beside it."""
+    assert (folder / "step-cpu-float32-tiny.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    document: dict[str, object] = json.loads((folder / "step-cpu-float32-tiny.json").read_text())
+    return document
+
+
+def test_step_writes_every_contender_and_a_chart(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench", *tiny(tmp_path, "--sets", "3x16", "2x100")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Targets" in done.stdout
+    document = written(tmp_path)
+    assert document["machine"]["versions"]["torch"] == torch.__version__  # type: ignore[index]
+    assert document["machine"]["threads"] == 1  # type: ignore[index]
+    assert [entry["name"] for entry in document["sets"]] == ["3x16", "2x100"]  # type: ignore[attr-defined]
+    for entry in document["sets"]:  # type: ignore[attr-defined]
+        assert entry["parameters_finite"]
+        assert entry["copy"]["median"] > 0
+        assert [row["name"] for row in entry["rows"]] == [contender.name for contender in ALL]
+        for row in entry["rows"]:
+            if row["status"] == "measured":
+                figures = row["figures"]
+                assert figures["step_s"]["count"] == len(figures["samples"]) == 2
+                assert figures["step_s"]["lower"] <= figures["step_s"]["median"] <= figures["step_s"]["upper"]
+                assert figures["ratio"]["median"] > 0
+            else:
+                assert "pip install" in row["reason"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("--sets", "gpt5", "gpt2, resnet50, vit-b-16, or COUNTxELEMENTS"),
+        ("--contenders", "lion", "torch-adamw-fused"),
+        ("--device", "tpu", "cpu, cuda and cuda:INDEX"),
+        ("--rounds", "0", "at least 1"),
+        ("--seconds", "-1", "above 0"),
+        ("--tag", "../x", "letters, digits"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(
+    option: str, value: str, allowed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(tiny(tmp_path, f"{option}={value}"))
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert option in message
+    assert repr(value) in message
+    assert allowed in message
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_missing_peer_gets_a_row_that_names_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "optimi", None)
+    assert main(tiny(tmp_path, "--sets", "3x16", "--contenders", "optimi-adan", "torch-adamw-foreach")) == 0
+    rows = {row["name"]: row for row in written(tmp_path)["sets"][0]["rows"]}  # type: ignore[index]
+    assert rows["optimi-adan"]["status"] == "not installed"
+    assert "pip install torch-optimi" in rows["optimi-adan"]["reason"]
+    assert rows["torch-adamw-foreach"]["status"] == rows[YARDSTICK]["status"] == "measured"
+    assert "pip install torch-optimi" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_failing_contender_gets_a_row_with_its_error_and_exit_code_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(parameters: contenders.Parameters, eps: float) -> contenders.Step:
+        raise RuntimeError("out of order")
+
+    name = "torch-adamw-foreach"
+    broken = dataclasses.replace(BY_NAME[name], build=fail)
+    monkeypatch.setattr(contenders, "ALL", (BY_NAME[YARDSTICK], broken))
+    assert main(tiny(tmp_path, "--sets", "3x16", "--contenders", name)) == 1
+    rows = {row["name"]: row for row in written(tmp_path)["sets"][0]["rows"]}  # type: ignore[index]
+    assert rows[name]["status"] == "failed"
+    assert rows[name]["reason"] == "RuntimeError: out of order"
+    assert rows[YARDSTICK]["status"] == "measured"
