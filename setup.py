@@ -1,7 +1,8 @@
 """Builds the native core, agr_cuda._C, with ninja.
 
-It needs a C++17 compiler, pybind11 and ninja, and neither PyTorch nor its headers: addresses are read off the tensors when the
-program runs, so that one build serves every PyTorch version. What cannot be built here is left out, and a line says so.
+It needs a C++17 compiler, pybind11 and ninja, and neither PyTorch nor its headers: addresses are read off the tensors
+when the program runs, so that one build serves every PyTorch version. What cannot be built here is left out, and a line
+says so.
 
 Environment: CXX names the C++ compiler, CXXFLAGS adds to its options.
 """
@@ -40,13 +41,13 @@ CXXFLAGS = [
     # errno is nobody's business after sqrt; everything else keeps to IEEE 754, in which inf and NaN propagate.
     *("-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wextra"),
 ]
-# Vectors are passed between inlined functions alone, so that their calling convention does not matter; and GCC takes its own
-# intrinsics' undefined values for mistakes (GCC bug 105593).
+# Vectors are passed between inlined functions alone, so that their calling convention does not matter; and GCC takes
+# its own intrinsics' undefined values for mistakes (GCC bug 105593).
 KERNEL_CXXFLAGS = ["-Wno-psabi", "-Wno-maybe-uninitialized"]
 
 
 def left_out() -> str:
-    """What this build leaves out, and why."""
+    """Return why this build leaves out the CUDA backend."""
     cuda_home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc") or (cuda_home and shutil.which(os.path.join(cuda_home, "bin", "nvcc")))
     if nvcc:

@@ -106,8 +106,8 @@ class AdamW(AGROptimizer):
 
     def _missing_state(self, binding: Binding) -> dict[str, Any]:
         made = super()._missing_state(binding)
-        # A step count is one float32, on the CPU unless a graph shall capture it: what torch.optim.AdamW makes, and what it and
-        # older releases saved in other ways.
+        # A step count is one float32, on the CPU unless a graph shall capture it. torch.optim.AdamW makes it so, or
+        # with other options on another device, and its older releases saved a plain number.
         capturable = self.param_groups[binding.group]["capturable"]
         device = binding.parameter.device if capturable else torch.device("cpu")
         step = binding.state.get("step", 0.0)

@@ -19,12 +19,13 @@ class Adan(AGROptimizer):
         g &\leftarrow g_i \left(1 - |g_i| / \textstyle\sum_j |g_j|\right) \quad \text{(with } agr\text{)} \\
         d &\leftarrow g - g_{previous} \quad \text{(0 on the parameter's first step)} \\
         m &\leftarrow \beta_1 m + (1 - \beta_1) g \qquad u \leftarrow \beta_2 u + (1 - \beta_2) d \\
-        n &\leftarrow \beta_3 n + (1 - \beta_3) (g + \beta_2 d)^2 \qquad D = \sqrt{n} / \sqrt{1 - \beta_3^t} + \epsilon \\
-        p &\leftarrow \left(p - \frac{\gamma}{1 - \beta_1^t} \frac{m}{D} - \frac{\gamma\beta_2}{1 - \beta_2^t} \frac{u}{D}\right)
-            / (1 + \gamma\lambda)
+        n &\leftarrow \beta_3 n + (1 - \beta_3) (g + \beta_2 d)^2
+            \qquad D = \sqrt{n} / \sqrt{1 - \beta_3^t} + \epsilon \\
+        p &\leftarrow \left(p - \frac{\gamma}{1 - \beta_1^t} \frac{m}{D}
+            - \frac{\gamma\beta_2}{1 - \beta_2^t} \frac{u}{D}\right) / (1 + \gamma\lambda)
 
-    The first line is arXiv 2407.16944, the rest arXiv 2208.06677, with betas in the convention of its authors' code (0.98 decays
-    slowly). State and state dict are sail-sg/Adan's, so that its checkpoints load.
+    The first line is arXiv 2407.16944, the rest arXiv 2208.06677, with betas in the convention of its authors' code
+    (0.98 decays slowly). State and state dict are sail-sg/Adan's, so that its checkpoints load.
 
     Args:
         params: parameters, or named parameters, or dictionaries of parameter groups. Every option below but
@@ -34,7 +35,7 @@ class Adan(AGROptimizer):
         eps: :math:`\epsilon`, at least 0.
         weight_decay: :math:`\lambda`, at least 0.
         max_grad_norm: clip by the global L2 norm of all gradients, before AGR, to this; None or 0 does not.
-        no_prox: decay weights as AdamW does, by :math:`p (1 - \gamma\lambda)` before the step, instead of the last division.
+        no_prox: decay weights as AdamW does, by :math:`p (1 - \gamma\lambda)`, instead of the last division.
         foreach: True asks for the reference backend.
         fused: True refuses the reference backend.
         agr: regularize the gradient. False gives sail-sg's Adan. A tensor of one element never trains with it.
@@ -97,7 +98,17 @@ class Adan(AGROptimizer):
         no_prox = 1.0 if group["no_prox"] else 0.0
         sign = -1.0 if group["maximize"] else 1.0
         step = group["step"] + 1
-        return float(group["lr"]), beta1, beta2, beta3, group["eps"], group["weight_decay"], no_prox, sign, step
+        return (
+            float(group["lr"]),
+            beta1,
+            beta2,
+            beta3,
+            group["eps"],
+            group["weight_decay"],
+            no_prox,
+            sign,
+            step,
+        )
 
     def _check_numbers(self, group: dict[str, Any]) -> None:
         nonnegative("lr", group["lr"])

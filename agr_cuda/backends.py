@@ -11,7 +11,7 @@ from .binding import is_dense, is_plain
 
 _native: ModuleType | None
 try:
-    from . import _C as _native  # type: ignore[no-redef]
+    from . import _C as _native
 except ImportError as error:
     _native = None
     _native_error = str(error)
@@ -50,7 +50,7 @@ def available_backends() -> list[str]:
 
 
 def check_backend(backend: str | None) -> None:
-    """Raise what is wrong with the option `backend`: ValueError for no name of a backend, RuntimeError for one not there."""
+    """Raise ValueError if `backend` is no backend's name, RuntimeError if that one is not there."""
     if backend is None:
         return
     if backend not in BACKENDS:

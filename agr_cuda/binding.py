@@ -39,7 +39,7 @@ class Binding:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether `tensor` is a tensor in a device's memory; DTensor and its like, which dispatch for themselves, are not."""
+    """Whether `tensor` is one in a device's memory; DTensor and its like, which dispatch for themselves, are not."""
     return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 

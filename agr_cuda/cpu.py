@@ -40,8 +40,6 @@ class CpuLaunch:
         """Return the sum of the squares of all gradients' elements."""
         return float(self._executor.reduce(self.gradients, torch.get_num_threads()))
 
-    def update(
-        self, numbers: Sequence[tuple[float, ...]], clip: float, counted: Sequence[dict[str, Any]]
-    ) -> None:
-        """Make the step. `clip` is what every gradient is multiplied by; `counted` are the groups whose steps are counted."""
+    def update(self, numbers: Sequence[tuple[float, ...]], clip: float, counted: Sequence[dict[str, Any]]) -> None:
+        """Make the step. `clip` multiplies every gradient; `counted` are the groups whose steps are counted."""
         self._executor.update(self.gradients, numbers, clip, torch.get_num_threads(), counted)

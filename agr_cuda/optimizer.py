@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import backends
 from .backends import check_backend, choose, why_not
-from .binding import Binding, is_dense, is_plain, same_layout
+from .binding import Binding, is_plain, same_layout
 from .cpu import CpuLaunch
 from .reference import ReferenceLaunch
 
@@ -29,6 +29,8 @@ class Schedule:
         self.bindings = bindings
         self.launches: list[CpuLaunch | ReferenceLaunch] = []
         self.relaid = [b for b in bindings if b.relaid is not None]
+        # Parameters that are written without PyTorch's knowledge.
+        self.written = [b.parameter for b in bindings if b.backend != "reference"]
         self.watch: Any = None
 
     @property
@@ -63,6 +65,11 @@ class AGROptimizer(torch.optim.Optimizer):
     _rule: str
     #: The group options that select a rule's variant.
     _variant: tuple[str, ...] = ()
+
+    _schedule: Schedule | None
+    _checked: list[tuple[float, ...]] | None  # the numbers that were last found in range
+    _fresh: set[Tensor]  # parameters whose state is made, and no step yet made with it
+    _warned: bool  # of tensors of one element
 
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], max_grad_norm: float | None, backend: str | None
@@ -119,7 +126,9 @@ class AGROptimizer(torch.optim.Optimizer):
             raise RuntimeError("fused=True refuses the reference backend, and backend='reference' asks for it")
         for option in ("foreach", "differentiable"):
             if group.get(option) and self.backend not in (None, "reference"):
-                raise RuntimeError(f"{option}=True asks for the reference backend, backend={self.backend!r} for another")
+                raise RuntimeError(
+                    f"{option}=True asks for the reference backend, backend={self.backend!r} for another"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm, "backend": self.backend}
@@ -129,16 +138,16 @@ class AGROptimizer(torch.optim.Optimizer):
         self._forget()
 
     def _forget(self) -> None:
-        self._schedule: Schedule | None = None
-        self._checked: list[tuple[float, ...]] | None = None  # the numbers that were last found in range
-        self._fresh: set[Tensor] = set()  # parameters whose state is made, and no step yet made with it
+        self._schedule = None
+        self._checked = None
+        self._fresh = set()
         self._warned = getattr(self, "_warned", False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer, or of the one that it replaces.
 
-        An option that the saved groups lack (a checkpoint of torch.optim.AdamW has no `agr`) keeps the value it has here, as do
-        `foreach` and `fused`, which say how to compute and not what.
+        An option that the saved groups lack (a checkpoint of torch.optim.AdamW has no `agr`) keeps the value it has
+        here, as do `foreach` and `fused`, which say how to compute and not what.
         """
         state_dict = dict(state_dict)
         saved = list(state_dict["param_groups"])
@@ -214,6 +223,9 @@ class AGROptimizer(torch.optim.Optimizer):
                 launch.update(self.param_groups, clip)
         for group in counted:
             group["step"] += 1
+        if schedule.written:
+            # As after any in-place operation of PyTorch, so that autograd notices a backward pass that comes too late.
+            torch.autograd.graph.increment_version(schedule.written)
         if self._fresh:
             self._fresh.clear()
             for binding in schedule.bindings:
@@ -305,9 +317,13 @@ class AGROptimizer(torch.optim.Optimizer):
         gradient = parameter.grad
         assert gradient is not None
         if gradient.layout != torch.strided:
-            raise RuntimeError(f"the gradient of {place} is {gradient.layout}; {type(self).__name__} takes dense gradients")
+            raise RuntimeError(
+                f"the gradient of {place} is {gradient.layout}; {type(self).__name__} takes dense gradients"
+            )
         if gradient.device != parameter.device:
-            raise RuntimeError(f"the gradient of {place} is on {gradient.device}; it must be on {parameter.device}, as it is")
+            raise RuntimeError(
+                f"the gradient of {place} is on {gradient.device}; it must be on {parameter.device}, as it is"
+            )
         if gradient.shape != parameter.shape:
             raise RuntimeError(
                 f"the gradient of {place} has shape {tuple(gradient.shape)}; it must have the parameter's, "
@@ -332,9 +348,13 @@ class AGROptimizer(torch.optim.Optimizer):
                 continue
             if not isinstance(value, Tensor) or value.shape != parameter.shape:
                 found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
-                raise RuntimeError(f"{key} of {place} has {found}; it must be a tensor of shape {tuple(parameter.shape)}")
+                raise RuntimeError(
+                    f"{key} of {place} has {found}; it must be a tensor of shape {tuple(parameter.shape)}"
+                )
             if value.device != parameter.device:
-                raise RuntimeError(f"{key} of {place} is on {value.device}; it must be on {parameter.device}, as the parameter")
+                raise RuntimeError(
+                    f"{key} of {place} is on {value.device}; it must be on {parameter.device}, as the parameter"
+                )
 
     def _choose(
         self, place: str, group: dict[str, Any], parameter: Tensor, gradient: Tensor, states: Sequence[Tensor]
@@ -375,12 +395,7 @@ class AGROptimizer(torch.optim.Optimizer):
         if places:
             self._warned = True
             warnings.warn(
-                f"AGR makes the gradient of a tensor of one element exactly 0, so that it never trains: {'; '.join(places)}. "
-                "Put such parameters into a parameter group with agr=False",
+                "AGR makes the gradient of a tensor of one element exactly 0, so that it never trains: "
+                f"{'; '.join(places)}. Put such parameters into a parameter group with agr=False",
                 stacklevel=4,
             )
-
-
-def check_dense(tensor: Tensor) -> bool:
-    """Whether the native core can take `tensor` as it lies in memory."""
-    return is_plain(tensor) and is_dense(tensor)

@@ -1,8 +1,8 @@
 """AdamW and Adan with AGR in plain PyTorch: the definition that every other backend is compared with.
 
-`psi`, `adamw` and `adan` are the equations, for one tensor. `foreach_adamw` and `foreach_adan` are the same with PyTorch's foreach
-operations, for lists of tensors. `ReferenceLaunch` applies them to an optimizer's parameters on any device, of any floating
-or complex type, and differentiably.
+`psi`, `adamw` and `adan` are the equations, for one tensor. `foreach_psi`, `foreach_adamw` and `foreach_adan` are the same
+with PyTorch's foreach operations, for lists of tensors. `ReferenceLaunch` applies them to an optimizer's parameters on any
+device, of any floating or complex type, and differentiably.
 
 Sources: AGR is arXiv 2407.16944, AdamW arXiv 1711.05101, Adan arXiv 2208.06677.
 """
@@ -29,8 +29,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def psi(g: Tensor) -> Tensor:
     """Return the regularized gradient g (1 - |g| / S), where S is the sum of |g| over all elements.
 
-    Computed in float32 for the 16-bit types, in which 1 - |g| / S would round to 1; the result keeps that type. An all-zero
-    gradient gives zeros. For complex gradients |g| is the modulus.
+    Computed in float32 for the 16-bit types, in which 1 - |g| / S would round to 1; the result keeps that type. An
+    all-zero gradient gives zeros. For complex gradients |g| is the modulus.
     """
     g = g.to(compute_dtype(g.dtype))
     magnitude = g.abs()
@@ -43,7 +43,7 @@ def adamw(
     p: Tensor, g: Tensor, m: Tensor, v: Tensor, w: Tensor | None, t: Number,
     *, lr: Number, betas: tuple[Number, Number], eps: float, weight_decay: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return the parameter, exp_avg, exp_avg_sq and, given one, max_exp_avg_sq after AdamW's step number `t` (from 1)."""
+    """Return the parameter, exp_avg, exp_avg_sq and, given one, max_exp_avg_sq after AdamW's step `t` (from 1)."""
     b1, b2 = betas
     p = p * (1 - lr * weight_decay)
     m = m + (1 - b1) * (g - m)
@@ -58,7 +58,7 @@ def adan(
     p: Tensor, g: Tensor, m: Tensor, u: Tensor, n: Tensor, neg_previous: Tensor, t: int, first: bool,
     *, lr: Number, betas: tuple[Number, Number, Number], eps: float, weight_decay: float, no_prox: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return the parameter, exp_avg, exp_avg_diff, exp_avg_sq and neg_pre_grad after Adan's step number `t` (from 1).
+    """Return the parameter, exp_avg, exp_avg_diff, exp_avg_sq and neg_pre_grad after Adan's step `t` (from 1).
 
     `first` says that it is the parameter's first step, where the difference to the previous gradient counts as 0.
     """
@@ -73,23 +73,22 @@ def adan(
     return p, m, u, n, -g
 
 
-def foreach_psi(grads: Sequence[Tensor]) -> list[Tensor]:
-    """`psi` of each tensor of a list; real, and of one device and type."""
+def foreach_psi(grads: list[Tensor]) -> list[Tensor]:
+    """Return `psi` of each tensor of a list; real, and of one device and type."""
     totals = torch.stack(torch._foreach_norm(grads, 1))
     totals = torch.where(totals == 0, torch.ones_like(totals), totals)
     kept = torch._foreach_abs(grads)
     torch._foreach_div_(kept, list(totals.unbind()))
     torch._foreach_neg_(kept)
     torch._foreach_add_(kept, 1)
-    torch._foreach_mul_(kept, grads)
-    return list(kept)
+    return list(torch._foreach_mul(grads, list(kept)))
 
 
 def foreach_adamw(
     p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], w: list[Tensor] | None, t: float,
     *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
-    """`adamw` for lists of tensors, in place."""
+    """Do `adamw` for lists of tensors, in place."""
     b1, b2 = betas
     torch._foreach_mul_(p, 1 - lr * weight_decay)
     torch._foreach_lerp_(m, g, 1 - b1)
@@ -108,7 +107,7 @@ def foreach_adan(
     neg_previous: list[Tensor], t: int, first: bool,
     *, lr: float, betas: tuple[float, float, float], eps: float, weight_decay: float, no_prox: bool,
 ) -> None:  # fmt: skip
-    """`adan` for lists of tensors, in place."""
+    """Do `adan` for lists of tensors, in place."""
     b1, b2, b3 = betas
     d = torch._foreach_mul(g, 0.0) if first else torch._foreach_add(neg_previous, g)
     if first:
@@ -142,7 +141,7 @@ class ReferenceLaunch:
         self.bindings = bindings
 
     def square_sum(self) -> Number:
-        """Return the sum of the squares of all gradients' elements, as a number or a tensor (without synchronization)."""
+        """Return the sum of the squares of all gradients' elements; a tensor, so that the host need not wait for it."""
         total: Number = 0.0
         for binding in self.bindings:
             assert binding.parameter.grad is not None
@@ -158,7 +157,9 @@ class ReferenceLaunch:
             group = groups[binding.group]
             if self._wants_foreach(binding, group):
                 t = self._step_count(binding, group)
-                together[binding.group, binding.parameter.device, binding.parameter.dtype, t, binding.fresh].append(binding)
+                together[binding.group, binding.parameter.device, binding.parameter.dtype, t, binding.fresh].append(
+                    binding
+                )
                 continue
             with torch.set_grad_enabled(bool(group.get("differentiable", False))):
                 self._update_one(binding, group, clip)
@@ -203,7 +204,7 @@ class ReferenceLaunch:
         options = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
         if self.rule == "adan":
             first = binding.fresh or t == 1
-            after = adan(now[0], g, *now[1:], t, first, **options, no_prox=group["no_prox"])
+            after = adan(now[0], g, now[1], now[2], now[3], now[4], t, first, **options, no_prox=group["no_prox"])
         else:
             after = adamw(now[0], g, now[1], now[2], now[3] if group["amsgrad"] else None, t, **options)
         for x, value in zip(stored, after, strict=True):
@@ -226,7 +227,7 @@ class ReferenceLaunch:
         options = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
         if self.rule == "adan":
             first = bindings[0].fresh or t == 1
-            foreach_adan(now[0], g, *now[1:], t, first, **options, no_prox=group["no_prox"])
+            foreach_adan(now[0], g, now[1], now[2], now[3], now[4], t, first, **options, no_prox=group["no_prox"])
         else:
             foreach_adamw(now[0], g, now[1], now[2], now[3] if group["amsgrad"] else None, t, **options)
             torch._foreach_add_([b.state["step"] for b in bindings], 1)

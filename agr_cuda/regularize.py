@@ -16,8 +16,8 @@ def regularize_gradients_(parameters: Tensor | Iterable[Tensor]) -> None:
 
     .. math:: g_i \leftarrow g_i \left(1 - |g_i| / \textstyle\sum_j |g_j|\right)
 
-    (arXiv 2407.16944.) Call it like torch.nn.utils.clip_grad_norm_, and after it, before any optimizer's step. The optimizers of
-    this package do it within their step. All-zero gradients stay zero; a gradient of one element becomes 0.
+    (arXiv 2407.16944.) Call it like torch.nn.utils.clip_grad_norm_, and after it, before any optimizer's step. The
+    optimizers of this package do it within their step. All-zero gradients stay zero; one of one element becomes 0.
 
     Args:
         parameters: a parameter or an iterable of them. Those without a gradient are passed over.
@@ -32,7 +32,8 @@ def regularize_gradients_(parameters: Tensor | Iterable[Tensor]) -> None:
     for gradient in gradients.values():
         if gradient.layout != torch.strided:
             raise RuntimeError(f"a gradient is {gradient.layout}; regularize_gradients_ takes dense gradients")
-    on_cpu, others = [], []
+    on_cpu: list[Tensor] = []
+    others: list[Tensor] = []
     for gradient in gradients.values():
         native = "cpu" in backends.available_backends() and backends.why_not("cpu", gradient) is None
         (on_cpu if native and is_dense(gradient) else others).append(gradient)

@@ -5,7 +5,8 @@
 
 namespace agr {
 
-// What a parameter group says, in double precision. Betas are in the convention of the authors' code: 0.98 decays slowly.
+// What a parameter group says, in double precision. Betas are in the convention of the authors' code: 0.98 decays
+// slowly.
 struct AdanOptions {
     double lr, beta1, beta2, beta3, eps, weight_decay;
     double no_prox;  // 0 or 1
@@ -21,7 +22,8 @@ struct AdanNumbers {
     T eps;
     T step_size;             // lr / (1 - b1^t)
     T difference_step_size;  // lr b2 / (1 - b2^t)
-    // Both forms of weight decay are p = (p shrink - step) / grow: the proximal one has shrink = 1, no_prox has grow = 1.
+    // Both forms of weight decay are p = (p shrink - step) / grow: the proximal one has shrink = 1, no_prox has grow
+    // = 1.
     T shrink, grow;
     bool first;  // the parameter's first step, where the difference to the previous gradient is 0
 

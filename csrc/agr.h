@@ -1,5 +1,5 @@
-// psi, the adaptive gradient regularization of one element (arXiv 2407.16944): g (1 - |g| / S), where S is the abs-sum of
-// all elements of the element's tensor.
+// psi, the adaptive gradient regularization of one element (arXiv 2407.16944): g (1 - |g| / S), where S is the abs-sum
+// of all elements of the element's tensor.
 #pragma once
 
 #include "numeric.h"
@@ -8,19 +8,19 @@ namespace agr {
 
 // The abs-sum of one tensor in the form that psi needs.
 //
-// 1 - |g| / S is evaluated as ((S - |g|) + rest) / S, with S rounded to the compute type and `rest` what the rounding lost.
-// The subtraction is exact where it cancels (Sterbenz), so that a tensor of one element gives exactly 0, and a tensor that
-// one element dominates keeps the accuracy of the small difference: an adaptive optimizer would scale an error there back up
-// to a full step. The quotient is a true division because 1 / S overflows for a denormal S.
+// 1 - |g| / S is evaluated as ((S - |g|) + rest) / S, with S rounded to the compute type and `rest` what the rounding
+// lost. The subtraction is exact where it cancels (Sterbenz), so that a tensor of one element gives exactly 0, and a
+// tensor that one element dominates keeps the accuracy of the small difference: an adaptive optimizer would scale an
+// error there back up to a full step. The quotient is a true division because 1 / S overflows for a denormal S.
 template <class T>
 struct AbsSum {
     T sum;
     T rest;
     T divisor;
 
-    // `sum` of the gradient as it is stored; `scale` what every element of it is multiplied by afterwards (clipping, the sign
-    // of `maximize`): psi(c g) = c psi(g), so that the scale need not be known when the sum is taken. The one thing that
-    // scaling first would have changed: 0 times an infinite sum is NaN, and shall be.
+    // `sum` of the gradient as it is stored; `scale` what every element of it is multiplied by afterwards (clipping,
+    // the sign of `maximize`): psi(c g) = c psi(g), so that the scale need not be known when the sum is taken. The one
+    // thing that scaling first would have changed: 0 times an infinite sum is NaN, and shall be.
     static AGR_INLINE AbsSum of(double sum, double scale) {
         double scaled = sum * scale;
         if (scaled != scaled) return {static_cast<T>(scaled), T(0), T(1)};
@@ -39,8 +39,8 @@ AGR_INLINE V regularized(V g, const AbsSum<T>& s) {
     return g * (kept > T(1) ? V{} + T(1) : kept);
 }
 
-// The rule of no optimizer: what is updated becomes the regularized gradient. With the gradient itself as the "parameter", this
-// regularizes it in place.
+// The rule of no optimizer: what is updated becomes the regularized gradient. With the gradient itself as the
+// "parameter", this regularizes it in place.
 struct Regularize {
     template <class T>
     struct Numbers {};

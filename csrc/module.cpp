@@ -40,7 +40,9 @@ Plan make_plan(const std::vector<std::tuple<std::int64_t, std::int32_t, bool>>& 
 py::list tasks_of(const Plan& plan) {
     py::list tasks;
     for (const Task& task : plan.tasks) {
-        const char* kind = task.kind == TaskKind::reduce ? "reduce" : task.kind == TaskKind::update ? "update" : "whole";
+        const char* kind = task.kind == TaskKind::reduce   ? "reduce"
+                           : task.kind == TaskKind::update ? "update"
+                                                           : "whole";
         tasks.append(py::make_tuple(kind, task.tensor, task.chunk));
     }
     return tasks;
@@ -55,8 +57,8 @@ TensorView on_cpu(py::handle tensor, const char* role) {
 
 class CpuExecutor {
 public:
-    // `tensors`: (rule, group, parameter, gradient, states, step or None, fresh) of each. Python keeps them alive, and the Watch
-    // notices when they move.
+    // `tensors`: (rule, group, parameter, gradient, states, step or None, fresh) of each. Python keeps them alive, and
+    // the Watch notices when they move.
     CpuExecutor(const Plan& plan, const py::list& tensors) {
         std::vector<cpu::Tensor> rows;
         for (py::handle item : tensors) {
@@ -75,7 +77,8 @@ public:
                 throw std::invalid_argument("a rule was given the wrong number of state tensors");
             for (std::size_t k = 0; k < states.size(); ++k) {
                 const TensorView state = on_cpu(states[k], "state");
-                if (state.elements() != tensor.span.elements) throw std::invalid_argument("a state tensor has the wrong size");
+                if (state.elements() != tensor.span.elements)
+                    throw std::invalid_argument("a state tensor has the wrong size");
                 tensor.span.state[k] = state.data;
                 tensor.types.state = *state.type;
             }
@@ -97,10 +100,11 @@ public:
         return executor_->reduce(gradients.addresses.data(), threads);
     }
 
-    // `groups`: for AdamW (lr, beta1, beta2, eps, weight_decay, sign), for Adan (lr, beta1, beta2, beta3, eps, weight_decay,
-    // no_prox, sign, t). `counted`: the dictionaries of Adan's groups, whose "step" becomes t: here, where no signal handler
-    // can come between the update and its count.
-    void update(const GradientTable& gradients, const py::list& groups, double clip, int threads, const py::list& counted) {
+    // `groups`: for AdamW (lr, beta1, beta2, eps, weight_decay, sign), for Adan (lr, beta1, beta2, beta3, eps,
+    // weight_decay, no_prox, sign, t). `counted`: the dictionaries of Adan's groups, whose "step" becomes t: here,
+    // where no signal handler can come between the update and its count.
+    void update(const GradientTable& gradients, const py::list& groups, double clip, int threads,
+                const py::list& counted) {
         if (groups.size() < groups_) throw std::invalid_argument("numbers are missing for some groups");
         std::vector<cpu::Group> numbers;
         numbers.reserve(groups.size());
@@ -198,7 +202,8 @@ PYBIND11_MODULE(_C, m) {
                           };
                       }))
         .def(py::init<py::list, py::dict>(), py::arg("groups"), py::arg("state"))
-        .def("add", &Watch::add, py::arg("index"), py::arg("keys"), py::arg("table"), py::arg("slot"), py::arg("relaid"))
+        .def("add", &Watch::add, py::arg("index"), py::arg("keys"), py::arg("table"), py::arg("slot"),
+             py::arg("relaid"))
         .def("add_untabled", &Watch::add_untabled, py::arg("index"))
         .def("unchanged", &Watch::unchanged, py::arg("groups"), py::arg("state"))
         .def("release", &Watch::release);
@@ -206,6 +211,6 @@ PYBIND11_MODULE(_C, m) {
     py::class_<CpuExecutor>(m, "CpuExecutor")
         .def(py::init<const Plan&, const py::list&>(), py::arg("plan"), py::arg("tensors"))
         .def("reduce", &CpuExecutor::reduce, py::arg("gradients"), py::arg("threads"))
-        .def("update", &CpuExecutor::update, py::arg("gradients"), py::arg("groups"), py::arg("clip"), py::arg("threads"),
-             py::arg("counted"));
+        .def("update", &CpuExecutor::update, py::arg("gradients"), py::arg("groups"), py::arg("clip"),
+             py::arg("threads"), py::arg("counted"));
 }

@@ -1,7 +1,7 @@
 // Storage types, the types they are computed in, and the few operations on values that the update rules need.
 //
-// A rule is written once for a *value* V: a float or double on a GPU, a vector of them (the compilers' vector extension) on a
-// CPU. Everything that a rule calls on a value is here.
+// A rule is written once for a *value* V: a float or double on a GPU, a vector of them (the compilers' vector
+// extension) on a CPU. Everything that a rule calls on a value is here.
 #pragma once
 
 #include <cmath>
@@ -11,8 +11,8 @@
 #if defined(__CUDACC__)
 #define AGR_INLINE __host__ __device__ __forceinline__
 #else
-// Never emitted out of line: the CPU kernels are compiled once for each instruction set, and an out-of-line copy made with
-// AVX-512 could be the one that the linker keeps for everybody.
+// Never emitted out of line: the CPU kernels are compiled once for each instruction set, and an out-of-line copy made
+// with AVX-512 could be the one that the linker keeps for everybody.
 #define AGR_INLINE inline __attribute__((always_inline))
 #endif
 
@@ -70,8 +70,8 @@ AGR_INLINE V larger(V a, V b) {
     return ((a > b) | (a != a)) ? a : b;
 }
 
-// The 16-bit types in integer arithmetic, for one element or, lane by lane, for a vector: F is float or floats, U the unsigned
-// 32-bit integer or integers of the same shape, whose low halves hold the stored bits.
+// The 16-bit types in integer arithmetic, for one element or, lane by lane, for a vector: F is float or floats, U the
+// unsigned 32-bit integer or integers of the same shape, whose low halves hold the stored bits.
 
 template <class F, class U>
 AGR_INLINE F widened_bfloat16(U bits) {

@@ -67,8 +67,8 @@ void Plan::push_reduce(std::int32_t i) {
 
 void Plan::push_update(std::int32_t i) {
     const Tensor& tensor = tensors[i];
-    // Of a tensor larger than the window the cache holds the end, so that the update begins there. With clipping everything
-    // is larger than the window, unless the whole model fits in it.
+    // Of a tensor larger than the window the cache holds the end, so that the update begins there. With clipping
+    // everything is larger than the window, unless the whole model fits in it.
     const bool last_first = limits.clip || tensor.elements * tensor.gradient_bytes > limits.window_bytes;
     for (std::int64_t k = 0; k < tensor.chunks; ++k)
         tasks.push_back({TaskKind::update, i, last_first ? tensor.chunks - 1 - k : k});

@@ -6,8 +6,8 @@
 
 namespace agr {
 
-// REDUCE writes a chunk's partial abs-sum, UPDATE waits for its tensor's abs-sum and applies the rule to a chunk, WHOLE does
-// both for a tensor of one chunk (or the update alone where the tensor's gradient is not regularized).
+// REDUCE writes a chunk's partial abs-sum, UPDATE waits for its tensor's abs-sum and applies the rule to a chunk, WHOLE
+// does both for a tensor of one chunk (or the update alone where the tensor's gradient is not regularized).
 enum class TaskKind : std::uint8_t { reduce, update, whole };
 
 struct Task {
@@ -28,7 +28,8 @@ struct Plan {
 
     struct Limits {
         std::int64_t chunk_elements;
-        // How many bytes of gradient REDUCE may run ahead of UPDATE: a share of the cache, in which UPDATE finds them again.
+        // How many bytes of gradient REDUCE may run ahead of UPDATE: a share of the cache, in which UPDATE finds them
+        // again.
         std::int64_t window_bytes;
         // Clip by the global norm: every gradient is reduced before the first update.
         bool clip;
@@ -37,8 +38,8 @@ struct Plan {
     Limits limits;
     std::vector<Tensor> tensors;
     std::int64_t chunks = 0;
-    // In the order in which tickets hand them out. A tensor's REDUCE tasks all stand before its first UPDATE and REDUCE tasks
-    // wait for nothing, so that whoever holds an UPDATE only ever waits for tasks that are already running.
+    // In the order in which tickets hand them out. A tensor's REDUCE tasks all stand before its first UPDATE and REDUCE
+    // tasks wait for nothing, so that whoever holds an UPDATE only ever waits for tasks that are already running.
     std::vector<Task> tasks;
     // With clipping, tasks before this one reduce and tasks from it on update; without, 0.
     std::int64_t first_update = 0;

@@ -9,9 +9,7 @@ namespace agr {
 
 enum class Type : std::uint8_t { float32, bfloat16, float16, float64 };
 
-AGR_INLINE constexpr int bytes_of(Type type) {
-    return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2;
-}
+AGR_INLINE constexpr int bytes_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
 
 // The types that a tensor's update is compiled for: gradients have the parameter's type or float32, and state its own.
 struct Types {
@@ -39,8 +37,7 @@ struct Span {
         Span span{};
         span.parameter = static_cast<char*>(parameter) + first * bytes_of(types.parameter);
         span.gradient = static_cast<const char*>(gradient) + first * bytes_of(types.gradient);
-        for (int i = 0; i < states; ++i)
-            span.state[i] = static_cast<char*>(state[i]) + first * bytes_of(types.state);
+        for (int i = 0; i < states; ++i) span.state[i] = static_cast<char*>(state[i]) + first * bytes_of(types.state);
         span.elements = count;
         return span;
     }

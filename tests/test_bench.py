@@ -1,5 +1,7 @@
 """The benchmark package: model shapes, statistics, interleaving, and the command line on tiny sets."""
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import dataclasses

@@ -87,7 +87,8 @@ void Executor::prepare(const std::vector<Group>& groups, double clip) {
             index = static_cast<std::int32_t>(numbers_.size());
             Numbers numbers{tensor.group, t, first, group.sign * clip, {}, {}};
             if (tensor.rule == Rule::adan)
-                numbers.adan = {AdanNumbers<float>::of(group.adan, t, first), AdanNumbers<double>::of(group.adan, t, first)};
+                numbers.adan = {AdanNumbers<float>::of(group.adan, t, first),
+                                AdanNumbers<double>::of(group.adan, t, first)};
             else
                 numbers.adamw = {AdamWNumbers<float>::of(group.adamw, t), AdamWNumbers<double>::of(group.adamw, t)};
             numbers_.push_back(numbers);
@@ -99,8 +100,8 @@ void Executor::prepare(const std::vector<Group>& groups, double clip) {
 void Executor::run(std::int64_t first, std::int64_t last, int threads, const void* const* gradients) {
     std::int64_t elements = 0;
     for (const Tensor& tensor : tensors_) elements += tensor.span.elements;
-    threads = static_cast<int>(
-        std::max<std::int64_t>(1, std::min({std::int64_t{threads}, last - first, 1 + elements / elements_worth_a_thread})));
+    threads = static_cast<int>(std::max<std::int64_t>(
+        1, std::min({std::int64_t{threads}, last - first, 1 + elements / elements_worth_a_thread})));
     // Relaxed: handing the job to the pool's threads orders this store before their additions.
     next_ticket_.store(first, std::memory_order_relaxed);
     run_on_threads(threads, [this, last, gradients] {
@@ -126,8 +127,8 @@ void Executor::run_task(const Task& task, const void* gradient) {
         case TaskKind::reduce: {
             const Sums* partial = &partial_[planned.first_chunk];
             partial_[planned.first_chunk + task.chunk] = sums_of(task, chunk);
-            // Release publishes this chunk's partial sum; acquire, by whoever comes last, sees all of them, since the additions
-            // before it form a release sequence.
+            // Release publishes this chunk's partial sum; acquire, by whoever comes last, sees all of them, since the
+            // additions before it form a release sequence.
             const std::int64_t reduced = progress.reduced.fetch_add(1, std::memory_order_acq_rel) + 1;
             if (reduced < planned.chunks) return;
             Sums sums;
@@ -136,7 +137,8 @@ void Executor::run_task(const Task& task, const void* gradient) {
                 sums.squares += partial[i].squares;
             }
             progress.sums = sums;
-            progress.reduced.store(0, std::memory_order_relaxed);  // for the next step, which the pool orders after this one
+            progress.reduced.store(
+                0, std::memory_order_relaxed);  // for the next step, which the pool orders after this one
             progress.summed.store(epoch_, std::memory_order_release);
             return;
         }

@@ -1,10 +1,10 @@
 // The CPU executor of a plan: threads draw tickets and do the tasks that the tickets stand for.
 //
-// The protocol is the CUDA backend's, on std::atomic. A thread draws the next ticket with one atomic addition and does that
-// task. Tickets are drawn in the plan's order and REDUCE waits for nothing, so that an UPDATE only ever waits for REDUCE
-// tasks that other threads are doing at this moment: there is no deadlock, however few threads there are and wherever they
-// are interrupted. Partial sums are added in the order of the chunks by whoever finishes a tensor's last REDUCE, so that the
-// result has the same bits with any number of threads.
+// The protocol is the CUDA backend's, on std::atomic. A thread draws the next ticket with one atomic addition and does
+// that task. Tickets are drawn in the plan's order and REDUCE waits for nothing, so that an UPDATE only ever waits for
+// REDUCE tasks that other threads are doing at this moment: there is no deadlock, however few threads there are and
+// wherever they are interrupted. Partial sums are added in the order of the chunks by whoever finishes a tensor's last
+// REDUCE, so that the result has the same bits with any number of threads.
 #pragma once
 
 #include <atomic>
@@ -38,11 +38,12 @@ struct Group {
 
 class Executor {
 public:
-    // `tensors` in the order of the plan's. Throws std::invalid_argument where no kernel is compiled for a tensor's types.
+    // `tensors` in the order of the plan's. Throws std::invalid_argument where no kernel is compiled for a tensor's
+    // types.
     Executor(Plan plan, std::vector<Tensor> tensors);
 
-    // The sum of the squares of all elements of all gradients; also leaves the abs-sums that update() needs. Only for a plan
-    // with clipping.
+    // The sum of the squares of all elements of all gradients; also leaves the abs-sums that update() needs. Only for a
+    // plan with clipping.
     double reduce(const void* const* gradients, int threads);
 
     // The whole step; after reduce(), the rest of it. The gradient is multiplied by `clip`, and negated for maximize.
@@ -85,8 +86,8 @@ private:
     void prepare(const std::vector<Group>& groups, double clip);
 };
 
-// A chunk size for which all that a chunk's update touches fits in a core's second-level cache, and a window of the size of
-// a share of the last-level cache.
+// A chunk size for which all that a chunk's update touches fits in a core's second-level cache, and a window of the
+// size of a share of the last-level cache.
 Plan::Limits default_limits(bool clip);
 
 }  // namespace agr::cpu

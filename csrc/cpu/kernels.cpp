@@ -16,8 +16,9 @@ AGR_INLINE vector<double, double_lanes> load_double(const Stored* from) {
     return __builtin_convertvector(load<double_lanes>(from), vector<double, double_lanes>);
 }
 
-// Sums are taken in double precision, which costs nothing where memory is the limit: the abs-sum is then exact enough for
-// the small difference S - |g| of a tensor that one element dominates. Always in the same order: lane by lane, then the lanes.
+// Sums are taken in double precision, which costs nothing where memory is the limit: the abs-sum is then exact enough
+// for the small difference S - |g| of a tensor that one element dominates. Always in the same order: lane by lane, then
+// the lanes.
 template <bool squares, class Stored>
 AGR_INLINE Sums sums_of(const Stored* g, std::int64_t n) {
     using V = vector<double, double_lanes>;
@@ -66,8 +67,8 @@ AGR_INLINE auto& in_type(const Single& single, const Twice& twice) {
 
 // One vector of elements: load, regularize, apply the rule, store.
 template <class R, bool regularize, class T, class P, class G, class S, class Numbers>
-AGR_INLINE void update_vector(P* p, const G* g, S* const* state, const Numbers& numbers,
-                              const AbsSum<T>& sum, T scale) {
+AGR_INLINE void update_vector(P* p, const G* g, S* const* state, const Numbers& numbers, const AbsSum<T>& sum,
+                              T scale) {
     constexpr int lanes = lanes_of<T>;
     using V = vector<T, lanes>;
     V parameter = load<lanes>(p);
@@ -127,10 +128,10 @@ void update(const Span& span, const void* numbers, const double* sum, double sca
 }
 
 template <class P, class G, class S>
-constexpr Kernels table = {magnitudes<G>,
-                           magnitudes_and_squares<G>,
-                           {update<AdamW<false>, P, G, S>, update<AdamW<true>, P, G, S>, update<Adan, P, G, S>,
-                            update<Regularize, P, G, S>}};
+constexpr Kernels table = {
+    magnitudes<G>,
+    magnitudes_and_squares<G>,
+    {update<AdamW<false>, P, G, S>, update<AdamW<true>, P, G, S>, update<Adan, P, G, S>, update<Regularize, P, G, S>}};
 
 template <class P>
 const Kernels* with_gradient(Type parameter, const Types& types) {

@@ -61,8 +61,8 @@ private:
     }
 };
 
-// Never destroyed: its threads sleep in it until the process ends. A child of fork() has none of them, and perhaps a mutex
-// that is locked for good, so that it starts with a new pool.
+// Never destroyed: its threads sleep in it until the process ends. A child of fork() has none of them, and perhaps a
+// mutex that is locked for good, so that it starts with a new pool.
 Pool* pool = nullptr;
 
 Pool& the_pool() {

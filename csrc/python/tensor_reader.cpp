@@ -152,7 +152,8 @@ bool TensorReader::read_through_methods(PyObject* tensor, TensorView& view) {
     view.dimensions = static_cast<std::int32_t>(PyTuple_GET_SIZE(shape.ptr()));
     buffer_.clear();
     for (PyObject* tuple : {shape.ptr(), strides.ptr()})
-        for (std::int32_t i = 0; i < view.dimensions; ++i) buffer_.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i)));
+        for (std::int32_t i = 0; i < view.dimensions; ++i)
+            buffer_.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i)));
     view.shape = buffer_.data();
     view.strides = buffer_.data() + view.dimensions;
     return PyErr_Occurred() == nullptr;

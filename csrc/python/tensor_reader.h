@@ -1,8 +1,8 @@
 // Reads off a torch.Tensor where and what it is, without PyTorch's headers.
 //
-// PyTorch from 2.10 on hands out DLPack's C exchange interface (dlpack.h, DLPackExchangeAPI): a table of plain C functions, one
-// of which describes a tensor in about ten nanoseconds. Older releases are asked through the tensor's Python methods, which
-// takes about half a microsecond.
+// PyTorch from 2.10 on hands out DLPack's C exchange interface (dlpack.h, DLPackExchangeAPI): a table of plain C
+// functions, one of which describes a tensor in about ten nanoseconds. Older releases are asked through the tensor's
+// Python methods, which takes about half a microsecond.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -37,7 +37,8 @@ class TensorReader {
 public:
     TensorReader();
 
-    // False, with no Python exception set, for what is no tensor in the memory of a device (sparse, or a wrapper around others).
+    // False, with no Python exception set, for what is no tensor in the memory of a device (sparse, or a wrapper around
+    // others).
     bool read(PyObject* tensor, TensorView& view);
 
     // read(), or throws what `read` swallows as a RuntimeError that names `role`.

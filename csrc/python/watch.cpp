@@ -26,7 +26,8 @@ Watch::Expected::Expected(PyObject* tensor, const char* role) : object(tensor) {
 bool Watch::Expected::fits(const TensorView& view) const {
     return view.type == type && view.device_type == device_type && view.device_index == device_index &&
            static_cast<std::size_t>(view.dimensions) == shape.size() &&
-           std::equal(shape.begin(), shape.end(), view.shape) && std::equal(strides.begin(), strides.end(), view.strides);
+           std::equal(shape.begin(), shape.end(), view.shape) &&
+           std::equal(strides.begin(), strides.end(), view.strides);
 }
 
 Watch::Watch(py::list groups, py::dict state) {
@@ -50,8 +51,8 @@ PyObject* Watch::keep(py::handle object) {
     return object.ptr();
 }
 
-void Watch::add(std::size_t index, std::vector<std::string> keys, std::shared_ptr<GradientTable> table, std::size_t slot,
-                py::object relaid) {
+void Watch::add(std::size_t index, std::vector<std::string> keys, std::shared_ptr<GradientTable> table,
+                std::size_t slot, py::object relaid) {
     Entry& entry = entries_.at(index);
     py::handle parameter = entry.parameter;
     entry.as_parameter = Expected(entry.parameter, "parameter");

@@ -17,23 +17,25 @@ struct GradientTable {
     std::vector<const void*> addresses;
 };
 
-// Compares an optimizer's parameter groups, its state, and every tensor in them with what they were when the plan was made.
-// Whatever a program can do to them between two steps is noticed: groups or parameters added, replaced or reordered; state
-// loaded, replaced or moved; parameters moved, resized or re-pointed; gradients that appear, vanish, or change layout or type.
+// Compares an optimizer's parameter groups, its state, and every tensor in them with what they were when the plan was
+// made. Whatever a program can do to them between two steps is noticed: groups or parameters added, replaced or
+// reordered; state loaded, replaced or moved; parameters moved, resized or re-pointed; gradients that appear, vanish,
+// or change layout or type.
 class Watch {
 public:
     Watch(pybind11::list groups, pybind11::dict state);
 
-    // The parameter at `index`, counted over all groups, is updated from the gradient `slot` of `table`. Its state tensors are
-    // those under `keys`. `relaid` is None, or a tensor with the parameter's layout into which the gradient, which has
-    // another, is copied before each step.
+    // The parameter at `index`, counted over all groups, is updated from the gradient `slot` of `table`. Its state
+    // tensors are those under `keys`. `relaid` is None, or a tensor with the parameter's layout into which the
+    // gradient, which has another, is copied before each step.
     void add(std::size_t index, std::vector<std::string> keys, std::shared_ptr<GradientTable> table, std::size_t slot,
              pybind11::object relaid);
 
     // The parameter at `index` has a gradient, and what is done with it does not depend on where anything is.
     void add_untabled(std::size_t index);
 
-    // True if nothing has changed; then the tables hold this step's addresses, and the gradients stay alive until release().
+    // True if nothing has changed; then the tables hold this step's addresses, and the gradients stay alive until
+    // release().
     bool unchanged(pybind11::handle groups, pybind11::handle state);
 
     void release() { held_.clear(); }
@@ -44,7 +46,8 @@ public:
 private:
     // A tensor as it was.
     struct Expected {
-        PyObject* object = nullptr;  // kept alive by kept_; null for a gradient, which may be another object in every step
+        PyObject* object =
+            nullptr;  // kept alive by kept_; null for a gradient, which may be another object in every step
         void* data = nullptr;
         Type type = Type::float32;
         std::int32_t device_type = 0, device_index = 0;
@@ -84,8 +87,8 @@ private:
     std::vector<Group> group_;
     std::vector<Entry> entries_;
     std::vector<std::pair<PyObject*, PyObject*>> state_items_;
-    // Owns every object above. A list, which the garbage collector is shown, because a parameter's hooks may refer back to the
-    // optimizer.
+    // Owns every object above. A list, which the garbage collector is shown, because a parameter's hooks may refer back
+    // to the optimizer.
     pybind11::list kept_;
     std::vector<pybind11::object> held_;
 

@@ -1,0 +1,64 @@
+# The commands of this repository; `make` lists them. Everything happens in the virtual environment .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+# What everything is developed and tested with. Before anything that depends on torch, so that nothing fetches another one.
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+# Options of the demonstration: make demo DEMO="--steps 50"
+DEMO ?=
+# Options of pytest: make test PYTEST="-k plan"
+PYTEST ?=
+
+.PHONY: help demo test lint format bench clean
+
+help:
+	@echo 'make demo    train a small language model with AdamW, AGR-AdamW, Adan and AGR-Adan (5 minutes)'
+	@echo 'make test    lint, and run every test (10 minutes)'
+	@echo 'make lint    ruff, mypy, clang-format, shellcheck'
+	@echo 'make format  what lint can mend by itself'
+	@echo 'make bench   time a step beside other optimizers'
+	@echo 'make clean   remove what is built, and .venv'
+
+demo: $(VENV)/examples.stamp
+	$(BIN)/python examples/train_language_model.py $(DEMO)
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(VENV)/development.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/shellcheck .ci/run
+
+format: $(VENV)/development.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: $(VENV)/development.stamp
+	$(BIN)/python -m bench step
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info agr_cuda/_C*.so
+
+# Without build isolation, so that a rebuild finds its objects again.
+INSTALL = $(BIN)/python -m pip install --quiet --no-build-isolation --editable
+
+$(VENV)/base.stamp:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet 'setuptools>=77' 'pybind11>=2.12' ninja
+	touch $@
+
+$(VENV)/examples.stamp: $(VENV)/base.stamp $(NATIVE)
+	$(INSTALL) '.[examples]'
+	touch $@
+
+$(VENV)/development.stamp: $(VENV)/base.stamp $(NATIVE)
+	$(INSTALL) '.[test,lint,bench,examples]'
+	touch $@ $(VENV)/examples.stamp

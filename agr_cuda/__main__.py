@@ -1,0 +1,73 @@
+"""`python -m agr_cuda`: what is built, and which backend each device and type gets."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+
+import torch
+
+import agr_cuda
+
+from . import backends
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64)
+
+
+def versions() -> list[tuple[str, str]]:
+    """Return the programs and machines that matter here."""
+    rows = [
+        ("agr-cuda", agr_cuda.__version__),
+        ("torch", torch.__version__),
+        ("python", platform.python_version()),
+        ("machine", f"{platform.machine()}, {torch.get_num_threads()} threads"),
+    ]
+    if backends.why_missing("cpu") is None:
+        native = backends.native()
+        reads = "DLPack's exchange interface" if native.uses_exchange_api() else "Python methods (slower)"
+        rows += [("cpu kernels", native.instruction_set()), ("tensors read by", reads)]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        rows.append((f"cuda:{index}", f"{properties.name}, compute capability {properties.major}.{properties.minor}"))
+    return rows
+
+
+def devices() -> list[torch.device]:
+    """Return the CPU and every accelerator."""
+    found = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        found.append(torch.device("mps"))
+    return found
+
+
+def chosen(device: torch.device, dtype: torch.dtype) -> str:
+    """Return the backend that a parameter of this device and type gets."""
+    try:
+        return backends.choose(torch.empty(1, device=device, dtype=dtype))
+    except (TypeError, RuntimeError):  # a device without this type
+        return "-"
+
+
+def main() -> None:
+    """Print the report."""
+    parser = argparse.ArgumentParser(
+        prog="python -m agr_cuda",
+        description="Show what is built, and which backend each device and type gets.",
+    )
+    parser.parse_args()
+    width = 16
+    for name, value in versions():
+        print(f"{name:<{width}}{value}")
+    print("\nbackends")
+    for backend in backends.BACKENDS:
+        reason = backends.why_missing(backend)
+        print(f"  {backend:<{width - 2}}{'yes' if reason is None else f'no: {reason}'}")
+    print("\nwhich backend updates a parameter")
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    print(" " * width + "".join(f"{name:<11}" for name in names))
+    for device in devices():
+        print(f"  {device!s:<{width - 2}}" + "".join(f"{chosen(device, dtype):<11}" for dtype in DTYPES))
+
+
+if __name__ == "__main__":
+    main()

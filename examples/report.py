@@ -1,0 +1,135 @@
+"""What the examples show: progress bars, a table, a picture, and results.json with every figure."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from common import Run, by_variant
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import agr_cuda
+
+
+def progress_bar(console: Console) -> Progress:
+    """Return a bar for each optimizer, with a note (the task's field `note`)."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+    )
+
+
+def print_table(
+    console: Console,
+    title: str,
+    caption: str,
+    columns: Mapping[str, Callable[[list[Run]], str]],
+    runs: Sequence[Run],
+) -> None:
+    """Print a row for each optimizer: the example's own columns, then time and backend."""
+    table = Table(title=title, caption=caption, caption_justify="left", title_justify="left")
+    table.add_column("Optimizer", no_wrap=True)
+    for header in (*columns, "Time of a step (median)", "Share in optimizer"):
+        table.add_column(header, justify="right")
+    table.add_column("Backend", overflow="fold")
+    for variant, group in by_variant(runs).items():
+        seconds = [s for run in group for s in run.step_seconds]
+        shares = [share for run in group for share in run.optimizer_shares()]
+        table.add_row(
+            variant.label,
+            *(cell(group) for cell in columns.values()),
+            f"{1e3 * statistics.median(seconds):.1f} ms" if seconds else "-",
+            f"{100 * statistics.median(shares):.1f}%" if shares else "-",
+            ", ".join(sorted({name for run in group for name in run.optimizer.backends})) or "-",
+        )
+    console.print(table)
+
+
+def start_picture(title: str, *panels: tuple[str, str, str]) -> tuple[Figure, list[Axes]]:
+    """Return a figure with a panel for each (title, label of x, label of y)."""
+    figure = Figure(figsize=(5.6 * len(panels), 4.6), dpi=140, layout="constrained")
+    figure.suptitle(title, fontweight="bold")
+    axes = list(figure.subplots(1, len(panels), squeeze=False)[0])
+    for panel, (name, x, y) in zip(axes, panels, strict=True):
+        panel.set(title=name, xlabel=x, ylabel=y)
+        panel.grid(color="#dddddd", linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save_report(
+    console: Console, figure: Figure, options: argparse.Namespace, runs: Sequence[Run], **summary: Any
+) -> None:
+    """Save the picture and results.json, and say where they are."""
+    picture, results = options.output / "curves.png", options.output / "results.json"
+    figure.savefig(picture)
+    content = {
+        **summary,
+        "options": {name: value if _is_plain(value) else str(value) for name, value in vars(options).items()},
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "agr_cuda": agr_cuda.__version__,
+            "device": _device_name(options.device),
+        },
+        "runs": [_as_dict(run) for run in runs],
+    }
+    results.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    for what, path in (("Picture", picture), ("Figures", results)):
+        console.print(f"{what}: {path}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _as_dict(run: Run) -> dict[str, Any]:
+    return {
+        "optimizer": run.variant.label,
+        "agr": run.variant.agr,
+        "seed": run.seed,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "steps": len(run.train_loss),
+        "backends": run.optimizer.backends,
+        "median_step_seconds": _median(run.step_seconds),
+        "median_optimizer_seconds": _median(run.optimizer_seconds),
+        "median_optimizer_share": _median(run.optimizer_shares()),
+        "train_loss": _finite(run.train_loss),
+        "evaluated_at": run.evaluated_at,
+        **{name: _finite(values) for name, values in run.measures.items()},
+    }
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _finite(values: Iterable[float]) -> list[float | None]:
+    """Return the values with None, JSON's null, for what JSON cannot hold: a diverged run's NaN and inf."""
+    return [value if math.isfinite(value) else None for value in values]
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, list))
+
+
+def _device_name(on: torch.device) -> str:
+    return torch.cuda.get_device_name(on) if on.type == "cuda" else f"{on} ({platform.machine()})"
+
+
+def smoothed(values: Sequence[float], window: int) -> tuple[list[int], list[float]]:
+    """Return steps, and at each the mean of the last `window` values; a curve too short for it stays as it is."""
+    if len(values) < window:
+        window = 1
+    means = [statistics.fmean(values[end - window : end]) for end in range(window, len(values) + 1)]
+    return list(range(window, len(values) + 1)), means
