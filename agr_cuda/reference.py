@@ -1,8 +1,8 @@
 """AdamW and Adan with AGR in plain PyTorch: the definition that every other backend is compared with.
 
-`psi`, `adamw` and `adan` are the equations, for one tensor. `foreach_psi`, `foreach_adamw` and `foreach_adan` are the same
-with PyTorch's foreach operations, for lists of tensors. `ReferenceLaunch` applies them to an optimizer's parameters on any
-device, of any floating or complex type, and differentiably.
+`psi`, `adamw` and `adan` are the equations, for one tensor. `foreach_psi`, `foreach_adamw` and `foreach_adan` are the
+same with PyTorch's foreach operations, for lists of tensors. `ReferenceLaunch` applies them to an optimizer's
+parameters on any device, of any floating or complex type, and differentiably.
 
 Sources: AGR is arXiv 2407.16944, AdamW arXiv 1711.05101, Adan arXiv 2208.06677.
 """

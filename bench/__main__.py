@@ -17,9 +17,7 @@ COMMANDS: dict[str, ModuleType] = {"step": step}
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line, one subparser a command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench", description="Benchmarks of agr_cuda's optimizers."
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of agr_cuda's optimizers.")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
         description = module.__doc__ or ""

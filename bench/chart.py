@@ -14,53 +14,60 @@ from matplotlib.patches import Patch
 
 from bench.contenders import YARDSTICK
 from bench.report import duration, times
-from bench.results import SetResult
+from bench.results import Row, SetResult
 
-# (rule, ours): ours saturated, peers pale
+# ours saturated, peers pale, the reference's plain operations grey
 COLORS = {
-    ("AdamW", True): "#1f5fa8",
-    ("AdamW", False): "#a9c6e6",
-    ("Adan", True): "#c2571a",
-    ("Adan", False): "#f2c4a0",
+    "AdamW, agr_cuda": "#1f5fa8",
+    "AdamW, others": "#a9c6e6",
+    "Adan, agr_cuda": "#c2571a",
+    "Adan, others": "#f2c4a0",
+    "agr_cuda's reference backend: plain foreach": "#a3a3a3",
 }
 COLUMNS = 3
+LONGEST_BAR = 6.0  # yardsticks; longer bars are cut there and hatched
 PANEL_WIDTH, ROW_HEIGHT = 4.6, 0.31  # inches
 
 
-def _panel(axes: Axes, result: SetResult) -> None:
-    """Bars of median milliseconds, whiskers from quartile to quartile, labels with time and ratio."""
-    largest = max((row.figures.step_s.median for row in result.rows if row.figures), default=1.0)
+def _kind(row: Row) -> str:
+    """Return the key of a row's color."""
+    if row.name.startswith("reference"):
+        return "agr_cuda's reference backend: plain foreach"
+    return f"{row.rule}, {'agr_cuda' if row.ours else 'others'}"
+
+
+def _panel(axes: Axes, result: SetResult, unit: str) -> None:
+    """Draw bars of median milliseconds with whiskers at the quartiles, labelled with time and ratio."""
+    yardstick = result.figures(YARDSTICK)
+    assert yardstick
+    medians = [row.figures.step_s.median for row in result.rows if row.figures]
+    longest = min(max(medians), LONGEST_BAR * yardstick.step_s.median) * 1e3
     beside: dict[str, Any] = {"textcoords": "offset points", "xytext": (4, 0), "va": "center", "size": 8}
+    beside["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
     for place, row in enumerate(result.rows):
         if row.figures is None:
             axes.annotate(row.status, (0, place), color="0.5", **beside)
             continue
-        step = row.figures.step_s
-        whisker = [[(step.median - step.lower) * 1e3], [(step.upper - step.median) * 1e3]]
-        axes.barh(
-            place,
-            step.median * 1e3,
-            height=0.72,
-            color=COLORS[row.rule, row.ours],
-            xerr=whisker,
-            error_kw={"ecolor": "0.25", "elinewidth": 0.9},
-        )
+        step, color = row.figures.step_s, COLORS[_kind(row)]
+        lower, median, upper = (min(1e3 * seconds, longest) for seconds in (step.lower, step.median, step.upper))
+        cut = 1e3 * step.median > longest
+        axes.barh(place, median, height=0.72, color=color, hatch="//" if cut else None, edgecolor="white", linewidth=0)
+        axes.plot([lower, upper], [place, place], color="0.25", linewidth=0.9)
         text = f"{duration(step.median)}  ({times(row.figures.ratio.median)})"
-        axes.annotate(text, (min(step.upper, 1.25 * largest) * 1e3, place), **beside)
-    yardstick = result.figures(YARDSTICK)
-    if yardstick:
-        axes.axvline(yardstick.step_s.median * 1e3, color="0.35", linestyle=":", linewidth=1.0, zorder=0)
-    axes.set_xlim(0, 1.6 * largest * 1e3)
-    axes.set_title(
-        f"{result.title}\n{result.elements:,} elements in {result.tensors} tensors", size=10, loc="left"
-    )
-    axes.set_xlabel("milliseconds a step", size=9)
+        axes.annotate(f">> {text}" if cut else text, (max(median, upper), place), **beside)
+    axes.axvline(yardstick.step_s.median * 1e3, color="0.35", linestyle=":", linewidth=1.0, zorder=0)
+    axes.set_xlim(0, 1.5 * longest)
+    size = f"{result.elements:,} elements in {result.tensors} tensors"
+    note = f"\nother work took {100 * (result.other_work or 0):.0f}% of the processors" if result.disturbed else ""
+    axes.set_title(f"{result.title}\n{size}{note}", size=10, loc="left")
+    axes.set_xlabel(f"milliseconds a step{unit}", size=9)
     axes.tick_params(labelsize=8.5)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def write_chart(path: Path, results: Sequence[SetResult], subtitle: str) -> None:
+def write_chart(path: Path, results: Sequence[SetResult], subtitle: str, on_gpu: bool) -> None:
     """Write the chart as PNG; `subtitle` says on what it was measured."""
+    unit = " on the device" if on_gpu else ""
     columns = min(COLUMNS, len(results))
     lines = ceil(len(results) / columns)
     rows = max(len(result.rows) for result in results)
@@ -70,16 +77,16 @@ def write_chart(path: Path, results: Sequence[SetResult], subtitle: str) -> None
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for place, axes in enumerate(grid.flat):
         if place < len(results):
-            _panel(axes, results[place])
+            _panel(axes, results[place], unit)
         else:
             axes.set_visible(False)
     grid[0, 0].set_yticks(range(rows), [row.label for row in results[0].rows])
     grid[0, 0].set_ylim(rows - 0.4, -0.6)
-    names = {True: "agr_cuda", False: "others"}
-    handles = [Patch(color=color, label=f"{rule}, {names[ours]}") for (rule, ours), color in COLORS.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    handles = [Patch(facecolor=color, label=kind) for kind, color in COLORS.items()]
+    handles.append(Patch(facecolor="0.8", hatch="//", edgecolor="white", label="longer than shown"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.suptitle(
-        "One optimizer step: median, quartiles as whiskers, ratio to torch's fused AdamW (dotted)\n"
+        "One optimizer step: median, line from quartile to quartile,\nratio to torch's fused AdamW (dotted)\n"
         + subtitle,
         size=11,
     )

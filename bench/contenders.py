@@ -78,9 +78,7 @@ def _optimizer(module: str, name: str, **options: Any) -> Callable[[Parameters, 
 
     def make(parameters: Parameters, eps: float) -> Step:
         optimizer = getattr(import_module(module), name)
-        step: Step = optimizer(
-            parameters, lr=LEARNING_RATE, eps=eps, weight_decay=WEIGHT_DECAY, **options
-        ).step
+        step: Step = optimizer(parameters, lr=LEARNING_RATE, eps=eps, weight_decay=WEIGHT_DECAY, **options).step
         return step
 
     return make
@@ -122,15 +120,13 @@ def _peer_adan(
 ALL = (
     _ours("agr-adamw", "AdamW", "AdamW"),
     _ours("agr-adamw-off", "AdamW, agr off", "AdamW", agr=False),
-    _ours("reference-adamw", "AdamW, reference", "AdamW", backend="reference", scratch=3),
+    _ours("reference-adamw", "AdamW, foreach", "AdamW", backend="reference", foreach=True, scratch=3),
     _torch(YARDSTICK, "AdamW, fused", fused=True),
     _torch("torch-adamw-foreach", "AdamW, foreach", foreach=True, scratch=1),
-    Contender(
-        "three-lines", "three-line AGR + torch fused", "AdamW", True, _three_lines, "torch", True, scratch=1
-    ),
+    Contender("three-lines", "three-line AGR + torch fused", "AdamW", True, _three_lines, "torch", True, scratch=1),
     _ours("agr-adan", "Adan", "Adan"),
     _ours("agr-adan-off", "Adan, agr off", "Adan", agr=False),
-    _ours("reference-adan", "Adan, reference", "Adan", backend="reference", scratch=3),
+    _ours("reference-adan", "Adan, foreach", "Adan", backend="reference", foreach=True, scratch=5),
     _peer_adan("optimi-adan-foreach", "optimi", "Adan, foreach", foreach=True, writes_gradients=True),
     _peer_adan("optimi-adan", "optimi", "Adan, default"),
     _peer_adan("pytorch-optimizer-adan", "pytorch_optimizer", "Adan", scratch=1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from datetime import datetime
 from importlib import import_module, metadata
 from pathlib import Path
@@ -67,10 +68,30 @@ def load_average() -> float | None:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
-def busy() -> bool:
-    """Return whether other work took more than a quarter of the processors over the last minute."""
-    load = load_average()
-    return load is not None and load > 0.25 * (os.cpu_count() or 1)
+class OtherWork:
+    """How much of the processors everything but this process takes, from its making on. Linux only."""
+
+    def __init__(self) -> None:
+        self._begin = (time.perf_counter(), self._busy(), time.process_time())
+
+    def share(self) -> float | None:
+        """Return the share of all processors' time that others took; None where the system does not tell."""
+        begin, busy_before, own_before = self._begin
+        busy = self._busy()
+        if busy is None or busy_before is None:
+            return None
+        processors = (time.perf_counter() - begin) * (os.cpu_count() or 1)
+        return max(0.0, busy - busy_before - (time.process_time() - own_before)) / processors
+
+    @staticmethod
+    def _busy() -> float | None:
+        """Return the seconds that all processors together were not idle since the system started."""
+        try:
+            fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        except (OSError, ValueError):
+            return None
+        user, nice, system, _idle, _iowait, irq, softirq, steal = fields
+        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def our_backends() -> list[str]:

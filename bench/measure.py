@@ -171,6 +171,5 @@ def count_kernels(action: Action) -> int:
         torch.cuda.synchronize()
     others = ("Memcpy", "Memset", "Optimizer.")  # the last: PyTorch's own mark around an optimizer's step
     return sum(
-        event.device_type.name == "CUDA" and not event.name.startswith(others)
-        for event in profiler.events() or ()
+        event.device_type.name == "CUDA" and not event.name.startswith(others) for event in profiler.events() or ()
     )

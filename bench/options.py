@@ -51,9 +51,7 @@ def positive_float(text: str) -> float:
 def file_tag(text: str) -> str:
     """Parse a part of a file name."""
     if not re.fullmatch(r"[\w.+-]+", text):
-        raise argparse.ArgumentTypeError(
-            f"tag {text!r} may hold letters, digits, '.', '_', '+' and '-' alone"
-        )
+        raise argparse.ArgumentTypeError(f"tag {text!r} may hold letters, digits, '.', '_', '+' and '-' alone")
     return text
 
 

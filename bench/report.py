@@ -26,11 +26,7 @@ def duration(seconds: float) -> str:
     """Return seconds in a unit that leaves one to three digits before the point."""
     for unit, factor in (("s", 1.0), ("ms", 1e3)):
         if seconds * factor >= 1.0:
-            return (
-                f"{seconds * factor:.3g} {unit}"
-                if seconds * factor < 1e3
-                else f"{seconds * factor:.0f} {unit}"
-            )
+            return f"{seconds * factor:.3g} {unit}" if seconds * factor < 1e3 else f"{seconds * factor:.0f} {unit}"
     return f"{seconds * 1e6:.3g} us"
 
 
@@ -67,9 +63,10 @@ def _cells(row: Row, with_host: bool) -> list[str]:
 
 def results_table(result: SetResult, with_host: bool) -> Table:
     """Return one model set's table: a contender a row."""
+    others = "" if result.other_work is None else f"Other work took {100 * result.other_work:.0f}% of the processors."
     table = Table(
         title=f"{result.title}: {result.tensors} tensors, {result.elements:,} elements",
-        caption=f"Copy bandwidth: {result.copy.median / 1e9:.2f} GB/s (median of {result.copy.count})",
+        caption=f"Copy bandwidth: {result.copy.median / 1e9:.2f} GB/s (median of {result.copy.count}). {others}",
         title_justify="left",
         caption_justify="left",
     )
@@ -107,14 +104,12 @@ def targets_table(targets: Sequence[Target]) -> Table:
 
 def legend(with_host: bool) -> str:
     """Return what the columns mean."""
-    lines = [
-        "step: median time of one step()" + (" on the device, its work queued ahead." if with_host else ".")
-    ]
+    lines = ["step: median time of one step()" + (" on the device, its work queued ahead." if with_host else ".")]
     if with_host:
         lines.append("host: time until step() returned, begun on an idle device.")
-    copied = "of copy: share of the bandwidth of copy_ on large float32 tensors, measured between the rounds."
+    copied = "of copy: share of the bandwidth of copy_ on large float32 tensors, measured between rounds."
     if not with_host:
-        copied += "\n  A CPU's copy also reads the lines it writes (12 bytes, not 8), so that a step can exceed 100%."
+        copied += "\n  A CPU's copy may also read the lines it writes (12 bytes, not 8): a step can exceed 100%."
     lines += [
         "ratio: to torch's fused AdamW in the same round, median over the rounds: drift of a shared machine",
         "  cancels in each pair. of fastest: each contender's fastest step to the yardstick's fastest; where",

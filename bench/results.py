@@ -13,6 +13,7 @@ from bench.measure import Timing
 from bench.shapes import ModelSet
 from bench.stats import Summary, paired_ratios, ratio_of_fastest, ratio_of_medians, summarize
 
+DISTURBING = 0.1  # share of the processors
 Status = Literal["measured", "not installed", "failed"]
 
 
@@ -59,6 +60,12 @@ class SetResult:
     copy: Summary  # bytes a second of a large float32 copy_, both directions counted
     rows: list[Row]
     parameters_finite: bool
+    other_work: float | None  # share of the processors that other processes took meanwhile
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other work took so much that times on the CPU say little."""
+        return self.other_work is not None and self.other_work > DISTURBING
 
     def figures(self, name: str) -> Figures | None:
         """Return a contender's figures, or None if it was not measured."""

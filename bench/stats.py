@@ -36,9 +36,7 @@ def paired_ratios(values: Sequence[float], yardstick: Sequence[float]) -> Summar
     separate medians of `ratio_of_medians` may come from rounds of different spells.
     """
     if len(values) != len(yardstick):
-        raise ValueError(
-            f"paired ratios need as many values as yardsticks, got {len(values)} and {len(yardstick)}"
-        )
+        raise ValueError(f"paired ratios need as many values as yardsticks, got {len(values)} and {len(yardstick)}")
     return summarize([value / unit for value, unit in zip(values, yardstick, strict=True)])
 
 

@@ -122,13 +122,16 @@ class Bench:
         budget = int(self.args.memory * machine.GIB) if self.args.memory else self.free_memory()
         model_bytes = model.elements * self.dtype.itemsize
         batches = contenders.batches(self.contenders, model_bytes, budget)
-        log(f"{model.title}: {len(self.contenders)} contenders in {len(batches)} batch(es)")
+        log(f"Measuring {model.title} ...")
         workload = Workload(model.shapes, self.device, self.dtype)
         self.probe.clear()
         self.probe()
         unmeasured: dict[str, Row] = {}
         timed: list[tuple[dict[str, list[Timing]], dict[str, int]]] = []
-        for batch in batches:
+        other_work = machine.OtherWork()
+        for place, batch in enumerate(batches, 1):
+            names = ", ".join(contender.name for contender in batch)
+            log(f"  batch {place} of {len(batches)}: {names}")
             timed.append(self.measure_batch(batch, workload, self.args.seconds / len(batches), unmeasured))
             self.release_memory()
         copy = summarize(self.probe.samples)
@@ -144,7 +147,7 @@ class Bench:
             figures = results.figures(contender, number, own, unit, model, self.dtype.itemsize, copy, count)
             rows.append(results.row(contender, "measured", figures=figures))
         counts = (len(model.shapes), model.elements)
-        return SetResult(model.name, model.title, *counts, copy, rows, workload.finite())
+        return SetResult(model.name, model.title, *counts, copy, rows, workload.finite(), other_work.share())
 
     def measure_batch(
         self, batch: Sequence[Contender], workload: Workload, seconds: float, unmeasured: dict[str, Row]
@@ -222,15 +225,13 @@ def run(args: argparse.Namespace) -> int:
         "weight_decay": contenders.WEIGHT_DECAY,
     }
     stem = f"step-{args.device.type}-{args.dtype}-{args.tag}"
-    threads = "" if args.device.type == "cuda" else f"{description['threads']} threads, "
+    threads = "" if args.device.type == "cuda" else f"{torch.get_num_threads()} thread(s), "
     subtitle = f"{description['device_name']}, {threads}{args.dtype}, torch {torch.__version__}"
     console.print(f"{subtitle}, {description['date']}", highlight=False)
 
     backends = machine.our_backends()
     if not set(backends) & FAST_BACKENDS[args.device.type]:
         console.print(f"[red]agr_cuda's backends here are {backends}: its rows measure plain operations.")
-    if machine.busy():
-        console.print("[yellow]Other work loads this machine: mind the ratios of the fastest steps.")
 
     on_gpu = args.device.type == "cuda"
     found: list[SetResult] = []
@@ -240,7 +241,7 @@ def run(args: argparse.Namespace) -> int:
         judged = targets.judge(found, args.device.type) if args.dtype == "float32" else []
         records = [dataclasses.asdict(target) | {"verdict": target.verdict} for target in judged]
         results.write_json(args.out / f"{stem}.json", description, settings, found, records)
-        chart.write_chart(args.out / f"{stem}.png", found, subtitle)
+        chart.write_chart(args.out / f"{stem}.png", found, subtitle, on_gpu)
         console.print(report.results_table(found[-1], on_gpu))
         for reason in report.reasons(found[-1]):
             console.print(reason, highlight=False, markup=False)

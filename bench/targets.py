@@ -21,6 +21,7 @@ class Target:
     measured: float | None  # None: this run did not measure it
     at_fastest: float | None = None  # the same from each contender's fastest step
     at_least: bool = False
+    disturbed: bool = False  # other work on the machine makes the verdict doubtful
     unit: str = "x"  # "x" a ratio of times, "%" a share, "us" microseconds, "" a count
 
     def met_by(self, value: float) -> bool:
@@ -29,14 +30,14 @@ class Target:
 
     @property
     def verdict(self) -> str:
-        """met, missed or not measured, by the headline; with a note where the fastest steps say otherwise."""
+        """met, missed or not measured, by the headline; with notes on what makes that doubtful."""
         if self.measured is None:
             return "not measured"
         met = self.met_by(self.measured)
         note = ""
         if self.at_fastest is not None and self.met_by(self.at_fastest) != met:
             note = f", but {'missed' if met else 'met'} by the fastest steps"
-        return ("met" if met else "missed") + note
+        return ("met" if met else "missed") + note + (", on a busy machine" if self.disturbed else "")
 
     def show(self, value: float | None) -> str:
         """Return the value with this target's unit."""
@@ -54,7 +55,9 @@ class Target:
 def _ratio(text: str, limit: float, result: SetResult | None, name: str, peer: str = YARDSTICK) -> Target:
     """Return a target for the ratio of two contenders' times on one set."""
     found = compare(result, name, peer) if result else None
-    return Target(text, limit, found.ratio if found else None, found.ratio_of_fastest if found else None)
+    if result is None or found is None:
+        return Target(text, limit, None)
+    return Target(text, limit, found.ratio, found.ratio_of_fastest, disturbed=result.disturbed)
 
 
 def cpu_targets(results: Sequence[SetResult]) -> Iterator[Target]:
@@ -63,9 +66,7 @@ def cpu_targets(results: Sequence[SetResult]) -> Iterator[Target]:
     gpt2, small = by_name.get("gpt2"), by_name.get(SMALL_TENSORS)
     yield _ratio("AGR-AdamW, GPT-2, against torch's fused AdamW", 1.15, gpt2, "agr-adamw")
     yield _ratio("AGR-AdamW, 321 tensors of 64, against torch's fused AdamW", 0.15, small, "agr-adamw")
-    yield _ratio(
-        "AGR-Adan, GPT-2, against optimi's foreach Adan", 0.4, gpt2, "agr-adan", "optimi-adan-foreach"
-    )
+    yield _ratio("AGR-Adan, GPT-2, against optimi's foreach Adan", 0.4, gpt2, "agr-adan", "optimi-adan-foreach")
     yield _ratio("AGR-Adan, GPT-2, against the reference backend", 0.15, gpt2, "agr-adan", "reference-adan")
 
 

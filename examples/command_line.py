@@ -62,7 +62,9 @@ def device_option(description: str | None = None) -> argparse.ArgumentParser:
     """Return a parser of --device alone, to be read before the options whose defaults depend on it."""
     parser = argparse.ArgumentParser(description=description, add_help=False, allow_abbrev=False)
     found = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=device, default=found, help="where to train: cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--device", type=device, metavar="NAME", default=found, help="where to train: cpu, cuda, cuda:1, ..."
+    )
     return parser
 
 
@@ -76,31 +78,40 @@ def add_optimizer_options(
         nargs="+",
         choices=VARIANTS,
         default=list(VARIANTS),
-        help="which to train side by side",
+        metavar="NAME",
+        help=f"which to train side by side, of {', '.join(VARIANTS)}",
     )
     group.add_argument(
         "--adamw-lr",
+        metavar="X",
         type=number(above=True),
         default=adamw_lr,
         help="peak learning rate of AdamW and AGR-AdamW",
     )
     group.add_argument(
-        "--adan-lr", type=number(above=True), default=adan_lr, help="peak learning rate of Adan and AGR-Adan"
+        "--adan-lr",
+        metavar="X",
+        type=number(above=True),
+        default=adan_lr,
+        help="peak learning rate of Adan and AGR-Adan",
     )
     group.add_argument(
         "--weight-decay",
+        metavar="X",
         type=number(),
         default=weight_decay,
         help="weight decay, of matrices and kernels alone",
     )
     group.add_argument(
         "--max-grad-norm",
+        metavar="X",
         type=number(),
         default=1.0,
         help="clip gradients to this global norm; 0 does not clip",
     )
     group.add_argument(
         "--warmup",
+        metavar="SHARE",
         type=number(maximum=1.0),
         default=warmup,
         help="share of the steps in which the learning rate rises; it then falls along a cosine to a tenth",
@@ -113,11 +124,11 @@ def add_optimizer_options(
     )
 
 
-def add_machine_options(parser: argparse.ArgumentParser, *, output: str, seed_help: str) -> None:
+def add_machine_options(parser: argparse.ArgumentParser, *, output: str, seed_help: str, threads: int) -> None:
     """Add the options on seed, threads and output folder."""
-    parser.add_argument("--seed", type=whole(0), default=0, help=seed_help)
+    parser.add_argument("--seed", metavar="N", type=whole(0), default=0, help=seed_help)
     parser.add_argument(
-        "--threads", type=whole(1), default=torch.get_num_threads(), help="CPU threads that PyTorch may use"
+        "--threads", metavar="N", type=whole(1), default=threads, help="CPU threads that PyTorch may use"
     )
     parser.add_argument(
         "--output",
@@ -130,8 +141,7 @@ def add_machine_options(parser: argparse.ArgumentParser, *, output: str, seed_he
 
 def prepare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Check what argparse cannot, set the threads and make the output folder; exits on a bad option."""
-    torch.set_num_threads(options.threads)
-    options.optimizers = list(dict.fromkeys(options.optimizers))
+    options.optimizers = list(dict.fromkeys(options.optimizers))  # each once
     probe = torch.zeros(2, device=options.device, requires_grad=True)
     probe.grad = torch.zeros_like(probe)
     try:
@@ -142,3 +152,4 @@ def prepare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Non
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"argument --output: cannot make the folder {str(options.output)!r}: {error.strerror}")
+    torch.set_num_threads(options.threads)

@@ -67,9 +67,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, agr: bool) -> list[d
     return [group for group in (matrices, vectors, single) if group["params"]]
 
 
-def make_optimizer(
-    variant: Variant, model: nn.Module, options: argparse.Namespace
-) -> agr_cuda.AdamW | agr_cuda.Adan:
+def make_optimizer(variant: Variant, model: nn.Module, options: argparse.Namespace) -> agr_cuda.AdamW | agr_cuda.Adan:
     """Return the variant's optimizer over the model's parameters."""
     groups = parameter_groups(model, options.weight_decay, variant.agr)
     clip, backend = options.max_grad_norm, backend_name(options)
@@ -155,10 +153,10 @@ def in_turn(runs: Sequence[Run], step: int) -> Iterable[Run]:
 
 def clock(on: torch.device) -> Callable[[], float]:
     """Return a clock that waits for the device's pending work before it reads the time, in seconds."""
-    synchronize = torch.get_device_module(on).synchronize
 
     def now() -> float:
-        synchronize()
+        if on.type != "cpu":
+            torch.accelerator.synchronize(on)
         return time.perf_counter()
 
     return now

@@ -70,9 +70,7 @@ def linear(inputs: int, outputs: int, scale: float = 1.0) -> nn.Linear:
 
 
 @torch.no_grad()
-def generate(
-    model: GPT, prompt: Tensor, length: int, *, temperature: float, generator: torch.Generator
-) -> Tensor:
+def generate(model: GPT, prompt: Tensor, length: int, *, temperature: float, generator: torch.Generator) -> Tensor:
     """Return `prompt`, a vector of tokens, and `length` tokens more, sampled one by one.
 
     `generator` is on the CPU whatever the model's device, so that a seed means the same everywhere.

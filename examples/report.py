@@ -14,6 +14,7 @@ import torch
 from common import Run, by_variant
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -41,9 +42,9 @@ def print_table(
     runs: Sequence[Run],
 ) -> None:
     """Print a row for each optimizer: the example's own columns, then time and backend."""
-    table = Table(title=title, caption=caption, caption_justify="left", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
     table.add_column("Optimizer", no_wrap=True)
-    for header in (*columns, "Time of a step (median)", "Share in optimizer"):
+    for header in (*columns, "Step", "Optimizer's\nshare of it"):
         table.add_column(header, justify="right")
     table.add_column("Backend", overflow="fold")
     for variant, group in by_variant(runs).items():
@@ -57,6 +58,7 @@ def print_table(
             ", ".join(sorted({name for run in group for name in run.optimizer.backends})) or "-",
         )
     console.print(table)
+    console.print(f"{caption} Step: median time of forward, backward and optimizer.", highlight=False)
 
 
 def start_picture(title: str, *panels: tuple[str, str, str]) -> tuple[Figure, list[Axes]]:
@@ -128,7 +130,7 @@ def _device_name(on: torch.device) -> str:
 
 
 def smoothed(values: Sequence[float], window: int) -> tuple[list[int], list[float]]:
-    """Return steps, and at each the mean of the last `window` values; a curve too short for it stays as it is."""
+    """Return steps, and at each the mean of the last `window` values (of 1 where there are fewer)."""
     if len(values) < window:
         window = 1
     means = [statistics.fmean(values[end - window : end]) for end in range(window, len(values) + 1)]

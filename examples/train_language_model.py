@@ -49,18 +49,21 @@ def parse_options(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentPar
     defaults = ON_GPU if on_gpu else ON_CPU
     bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
         description=(__doc__ or "").split("\n\n")[0],
         epilog="The defaults of batch, context and model are larger on a GPU: shown are those for --device.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         parents=[early],
         allow_abbrev=False,
     )
-    parser.add_argument("--steps", type=whole(1), help="training steps of each optimizer")
-    parser.add_argument("--batch-size", type=whole(1), help="sequences in a batch")
-    parser.add_argument("--context", type=whole(2), help="bytes in a sequence: how far back the model sees")
-    parser.add_argument("--layers", type=whole(1), help="blocks of the model")
-    parser.add_argument("--width", type=whole(1), help="width of the model, a multiple of --heads")
-    parser.add_argument("--heads", type=whole(1), help="attention heads of a block")
+    parser.add_argument("--steps", metavar="N", type=whole(1), help="training steps of each optimizer")
+    parser.add_argument("--batch-size", metavar="N", type=whole(1), help="sequences in a batch")
+    parser.add_argument(
+        "--context", metavar="N", type=whole(2), help="bytes in a sequence: how far back the model sees"
+    )
+    parser.add_argument("--layers", metavar="N", type=whole(1), help="blocks of the model")
+    parser.add_argument("--width", metavar="N", type=whole(1), help="width of the model, a multiple of --heads")
+    parser.add_argument("--heads", metavar="N", type=whole(1), help="attention heads of a block")
     parser.set_defaults(**defaults)
     parser.add_argument(
         "--dtype",
@@ -71,16 +74,27 @@ def parse_options(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentPar
     text = parser.add_argument_group("text")
     text.add_argument("--text", type=Path, default=STANDARD_LIBRARY, metavar="DIR", help="folder to train on")
     text.add_argument(
-        "--pattern", default="*.py", help="names of the files to read there and in its subfolders"
+        "--pattern", default="*.py", metavar="GLOB", help="names of the files to read there, in subfolders too"
     )
-    text.add_argument("--text-size", type=number(above=True), default=8.0, help="MB of text to read at most")
-    text.add_argument("--evaluations", type=whole(1), default=12, help="how often to take the held-out loss")
-    text.add_argument("--held-out-batches", type=whole(1), default=16, help="batches of one evaluation")
     text.add_argument(
-        "--sample-length", type=whole(0), default=400, help="bytes the best model writes at the end; 0: none"
+        "--text-size", metavar="X", type=number(above=True), default=8.0, help="MB of text to read at most"
+    )
+    text.add_argument(
+        "--evaluations", metavar="N", type=whole(1), default=12, help="how often to take the held-out loss"
+    )
+    text.add_argument("--held-out-batches", metavar="N", type=whole(1), default=16, help="batches of one evaluation")
+    text.add_argument(
+        "--sample-length",
+        metavar="N",
+        type=whole(0),
+        default=400,
+        help="bytes of text that the best model writes at the end; 0: none",
     )
     add_machine_options(
-        parser, output="runs/language_model", seed_help="seed of the initial weights and of the batches"
+        parser,
+        output="runs/language_model",
+        seed_help="seed of the initial weights and of the batches",
+        threads=torch.get_num_threads(),
     )
     add_optimizer_options(parser, adamw_lr=5e-3, adan_lr=2e-2, weight_decay=0.1, warmup=0.1)
     options = parser.parse_args(arguments)
@@ -190,9 +204,9 @@ def report(
     print_table(
         console,
         f"{done} steps of {options.steps}" if interrupted else f"{done} steps in {seconds:.0f} s",
-        "Loss in nats per byte, on files never trained on; a blind guess costs 8 bits. One run\n"
-        "from one seed: another --seed moves a loss by as much as small differences here.",
-        {"Held-out loss": loss, "Bits per byte": lambda group: f"{final_loss(group[0]) / math.log(2):.3f}"},
+        "Loss: nats per byte of files never trained on. It is one run from one seed: small differences "
+        "are chance, as another --seed shows.",
+        {"Held-out\nloss": loss, "Bits\nper byte": lambda group: f"{final_loss(group[0]) / math.log(2):.3f}"},
         runs,
     )
     size = sum(p.numel() for p in runs[0].model.parameters()) / 1e6

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# OpenMP threads that wait by spinning take the core from those they wait for where others use the machine too:
+# small operations are then a hundred times slower. Read when torch is loaded, so it comes before that.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
@@ -37,9 +42,7 @@ def large_size(backend: str) -> int:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(2)
-    config.addinivalue_line(
-        "filterwarnings", "ignore:.*agr=False:UserWarning"
-    )  # one-element tensors; tested once
+    config.addinivalue_line("filterwarnings", "ignore:.*agr=False:UserWarning")  # one-element tensors; tested once
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

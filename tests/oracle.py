@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -69,11 +69,9 @@ class Group:
 class Optimizer:
     """What AdamW and Adan share: groups, clipping, the sign of `maximize`, AGR, rounding to storage."""
 
-    defaults: dict[str, Any] = {}
+    defaults: ClassVar[dict[str, Any]] = {}
 
-    def __init__(
-        self, groups: Iterable[dict[str, Any]], max_grad_norm: float | None = None, **options: Any
-    ) -> None:
+    def __init__(self, groups: Iterable[dict[str, Any]], max_grad_norm: float | None = None, **options: Any) -> None:
         self.max_grad_norm = max_grad_norm
         self.groups: list[Group] = []
         self.common = self.defaults | options
@@ -124,7 +122,7 @@ class Optimizer:
 
 
 class AdamW(Optimizer):
-    defaults = {
+    defaults: ClassVar[dict[str, Any]] = {
         "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2,
         "amsgrad": False, "maximize": False, "agr": True,
     }  # fmt: skip
@@ -145,7 +143,7 @@ class AdamW(Optimizer):
 
 
 class Adan(Optimizer):
-    defaults = {
+    defaults: ClassVar[dict[str, Any]] = {
         "lr": 1e-3, "betas": (0.98, 0.92, 0.99), "eps": 1e-8, "weight_decay": 0.0,
         "no_prox": False, "maximize": False, "agr": True,
     }  # fmt: skip

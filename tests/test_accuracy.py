@@ -13,6 +13,7 @@ from helpers import (
     ADAN,
     METHODS,
     SHAPES,
+    STEPS,
     Method,
     all_params,
     assert_close,
@@ -25,8 +26,6 @@ from helpers import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-STEPS = 20
 
 OPTIONS: list[tuple[Method, dict[str, Any]]] = [
     *((method, options) for method in METHODS for options in (
@@ -48,7 +47,8 @@ OPTIONS: list[tuple[Method, dict[str, Any]]] = [
     (ADAMW, {"amsgrad": True}),
     (ADAMW, {"amsgrad": True, "agr": False, "maximize": True}),
     (ADAMW, {"betas": (0.0, 0.999)}),
-    (ADAMW, {"betas": (0.9, 0.0)}),
+    (ADAMW, {"betas": (0.0, 0.0)}),
+    (ADAMW, {"betas": (0.9, 0.5)}),
     (ADAMW, {"betas": (0.5, 0.95)}),
     (ADAMW, {"amsgrad": True, "max_grad_norm": 1.0, "weight_decay": 0.0}),
     (ADAN, {"no_prox": True}),
@@ -56,20 +56,17 @@ OPTIONS: list[tuple[Method, dict[str, Any]]] = [
     (ADAN, {"weight_decay": 0.3, "agr": False, "maximize": True}),
     (ADAN, {"betas": (0.0, 0.92, 0.99)}),
     (ADAN, {"betas": (0.98, 0.0, 0.99)}),
-    (ADAN, {"betas": (0.98, 0.92, 0.0)}),
+    (ADAN, {"betas": (0.0, 0.0, 0.0)}),
+    (ADAN, {"betas": (0.98, 0.92, 0.5)}),
     (ADAN, {"no_prox": True, "max_grad_norm": 1.0, "weight_decay": 0.02}),
 ]  # fmt: skip
 
 
 def name(case: Any) -> str:
-    return (
-        case.name if isinstance(case, Method) else ",".join(f"{k}={v}" for k, v in case.items()) or "defaults"
-    )
+    return case.name if isinstance(case, Method) else ",".join(f"{k}={v}" for k, v in case.items()) or "defaults"
 
 
-def follow(
-    method: Method, optimizer: Any, generator: torch.Generator, max_grad_norm: float | None = None
-) -> None:
+def follow(method: Method, optimizer: Any, generator: torch.Generator, max_grad_norm: float | None = None) -> None:
     """20 steps beside the oracle, then the comparison."""
     expected = oracle_for(method, optimizer, max_grad_norm)
     params = all_params(optimizer)
@@ -82,7 +79,7 @@ def follow(
 
 def sixteen_bit(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """In 16 bits the default eps, being tiny, lets the update of elements whose squared gradients underflow
-    hang on single rounded bits, and a small lr moves nothing. So both are larger, unless they are the test."""
+    hang on single rounded bits, and a small lr moves nothing. So both are larger unless they are tested."""
     if dtype in (torch.bfloat16, torch.float16):
         return {"lr": 1e-2, "eps": 1e-3, **options}
     return options
@@ -102,9 +99,7 @@ def test_groups_may_differ_in_everything(method, backend, float_dtype, device, g
         {"betas": (0.8, 0.9, 0.95)[: 2 if method is ADAMW else 3], "lr": 2e-3},
         {"amsgrad": True} if method is ADAMW else {"no_prox": True, "weight_decay": 0.05},
     ]
-    groups = [
-        {"params": parameters(generator, SHAPES[i:], float_dtype, device), **g} for i, g in enumerate(own)
-    ]
+    groups = [{"params": parameters(generator, SHAPES[i:], float_dtype, device), **g} for i, g in enumerate(own)]
     optimizer = method.ours(groups, max_grad_norm=2.0, backend=backend, **sixteen_bit({}, float_dtype))
     follow(method, optimizer, generator, 2.0)
 
@@ -154,14 +149,15 @@ def test_first_step_is_large_in_a_constant_gradient(method, backend, float_dtype
     torch.testing.assert_close(p.detach(), torch.full_like(p, -0.25), rtol=1e-6, atol=0)
     kept = (1 - optimizer.defaults["betas"][0]) * 3.5
     expected = torch.full_like(p, kept)
-    torch.testing.assert_close(
-        optimizer.state[p]["exp_avg"], expected, rtol=torch.finfo(float_dtype).eps, atol=0
-    )
+    torch.testing.assert_close(optimizer.state[p]["exp_avg"], expected, rtol=torch.finfo(float_dtype).eps, atol=0)
 
 
 # Mixtures.
 
-unit = st.floats(0.0, 0.999, allow_subnormal=False)
+beta = st.floats(0.0, 0.999, allow_subnormal=False)
+# Of the squares. Near 0 the denominator would be the last gradient alone, or for Adan a difference that may
+# nearly cancel; what is divided by that has no accuracy to speak of, however it is computed.
+last_beta = st.floats(0.5, 0.999)
 
 
 @st.composite
@@ -169,7 +165,7 @@ def groups_of(draw: st.DrawFn, method: Method, kinds: list[torch.dtype]) -> list
     def group() -> dict[str, Any]:
         options: dict[str, Any] = {
             "lr": draw(st.floats(1e-5, 1e-2)),
-            "betas": tuple(draw(unit) for _ in range(2 if method is ADAMW else 3)),
+            "betas": (*(draw(beta) for _ in range(1 if method is ADAMW else 2)), draw(last_beta)),
             "eps": draw(st.sampled_from([1e-8, 1e-6, 1e-2])),
             "weight_decay": draw(st.sampled_from([0.0, 1e-2, 0.5])),
             "agr": draw(st.booleans()),
@@ -177,7 +173,9 @@ def groups_of(draw: st.DrawFn, method: Method, kinds: list[torch.dtype]) -> list
             "capturable": draw(st.booleans()),
         }
         options["amsgrad" if method is ADAMW else "no_prox"] = draw(st.booleans())
-        shapes = draw(st.lists(st.sampled_from(SHAPES[:-1]), min_size=1, max_size=4))
+        # Clipping makes the gradients of one element alike, and their difference, which Adan averages, nothing.
+        shapes = [s for s in SHAPES[:-1] if options["agr"] or s not in ((), (1,))]
+        shapes = draw(st.lists(st.sampled_from(shapes), min_size=1, max_size=4))
         return {"shapes": shapes, "dtype": draw(st.sampled_from(kinds)), **options}
 
     return [group() for _ in range(draw(st.integers(1, 3)))]
@@ -189,16 +187,12 @@ def groups_of(draw: st.DrawFn, method: Method, kinds: list[torch.dtype]) -> list
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(data=st.data())
-def test_any_mixture_of_groups(
-    method: Method, backend: str, device: torch.device, data: st.DataObject
-) -> None:
+def test_any_mixture_of_groups(method: Method, backend: str, device: torch.device, data: st.DataObject) -> None:
     kinds = [d for d in (torch.float32, torch.float64) if takes(backend, d)]
     drawn = data.draw(groups_of(method, kinds))
     max_grad_norm = data.draw(st.sampled_from([None, 0.1, 3.0, 1e6]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
-    absent = data.draw(
-        st.sets(st.integers(0, 11), max_size=3)
-    )  # of these parameters every second gradient is None
+    absent = data.draw(st.sets(st.integers(0, 11), max_size=3))  # of these parameters every second gradient is None
     groups = [dict(g, params=parameters(generator, g.pop("shapes"), g.pop("dtype"), device)) for g in drawn]
     optimizer = method.ours(groups, max_grad_norm=max_grad_norm, backend=backend)
     expected = oracle_for(method, optimizer, max_grad_norm)

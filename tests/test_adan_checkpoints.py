@@ -29,9 +29,7 @@ STEPS = 6
 
 def followed(params: list[Tensor], max_grad_norm: float, **options: Any) -> oracle.Adan:
     """The oracle after some steps from these parameters, to which they are then set."""
-    expected = oracle.Adan(
-        [{"params": [oracle_parameter(p) for p in params]}], max_grad_norm=max_grad_norm, **options
-    )
+    expected = oracle.Adan([{"params": [oracle_parameter(p) for p in params]}], max_grad_norm=max_grad_norm, **options)
     generator = torch.Generator().manual_seed(3)
     for step in range(STEPS):
         give_gradients(params, generator, step)
@@ -76,9 +74,7 @@ def go_on(ours: torch.optim.Optimizer, expected: oracle.Adan) -> None:
 @pytest.mark.parametrize("no_prox", [False, True])
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
 @pytest.mark.parametrize("agr", [False, True])
-def test_a_run_of_sails_continues_here(
-    agr: bool, max_grad_norm: float, no_prox: bool, backend, device, generator
-):
+def test_a_run_of_sails_continues_here(agr: bool, max_grad_norm: float, no_prox: bool, backend, device, generator):
     params = parameters(generator, SHAPES, device=device)
     options = {"lr": 5e-3, "betas": (0.97, 0.9, 0.98), "weight_decay": 0.1, "eps": 1e-7, "no_prox": no_prox}
     expected = followed(params, max_grad_norm, agr=agr, **options)

@@ -48,45 +48,39 @@ def name(case: Any) -> str:
     return str(case) if isinstance(case, (Method, dict)) else ""
 
 
-def assert_names(error: pytest.ExceptionInfo, wanted: list[str]) -> None:
-    for pattern in wanted:
-        error.match("(?i)" + pattern)
+def naming(*wanted: str) -> str:
+    """A pattern for a message that has each of these in it, in any order."""
+    return "(?is)" + "".join(f"(?=.*(?:{pattern}))" for pattern in wanted)
 
 
 @pytest.mark.parametrize(("method", "options", "named"), VALUES, ids=name)
 def test_values_are_refused_by_the_constructor(method: Method, options: dict, named: list, generator) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=naming(*named)):
         method.ours(parameters(generator, SHAPES), **options)
-    assert_names(error, named)
 
 
 @pytest.mark.parametrize(("method", "options", "named"), VALUES, ids=name)
 def test_values_are_refused_in_a_group(method: Method, options: dict, named: list, generator) -> None:
     params = parameters(generator, SHAPES)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=naming(*named)):
         method.ours([{"params": params[:2]}, {"params": params[2:], **options}])
-    assert_names(error, named)
 
 
 @pytest.mark.parametrize(("method", "options", "named"), VALUES, ids=name)
-def test_values_are_refused_in_a_group_added_later(
-    method: Method, options: dict, named: list, generator
-) -> None:
+def test_values_are_refused_in_a_group_added_later(method: Method, options: dict, named: list, generator) -> None:
     params = parameters(generator, SHAPES)
     optimizer = method.ours(params[:2])
     run(optimizer, 2)
     unchanged = snapshot(optimizer)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=naming(*named)):
         optimizer.add_param_group({"params": params[2:], **options})
-    assert_names(error, named)
     unchanged()
 
 
 @pytest.mark.parametrize(("options", "named"), FOR_ALL, ids=name)
 def test_max_grad_norm_is_refused(options: dict, named: list, method, generator) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=naming(*named)):
         method.ours(parameters(generator, SHAPES), **options)
-    assert_names(error, named)
 
 
 @pytest.mark.parametrize("option", [{"max_grad_norm": 2.0}, {"backend": "reference"}], ids=str)
@@ -145,9 +139,7 @@ def test_fused_refuses_what_only_the_reference_does(method, generator) -> None:
 # Backends that are not there.
 
 
-@pytest.mark.parametrize(
-    "missing", [b for b in ("cuda", "triton", "cpu") if b not in agr_cuda.available_backends()]
-)
+@pytest.mark.parametrize("missing", [b for b in ("cuda", "triton", "cpu") if b not in agr_cuda.available_backends()])
 def test_a_missing_backend_is_refused_with_the_reason(missing: str, method, generator) -> None:
     params = parameters(generator, SHAPES)
     give_gradients(params, generator)
@@ -159,9 +151,8 @@ def test_a_missing_backend_is_refused_with_the_reason(missing: str, method, gene
 
 
 def test_an_unknown_backend_is_refused_with_the_choices(method, generator) -> None:
-    with pytest.raises((RuntimeError, ValueError), match="abacus") as error:
+    with pytest.raises((RuntimeError, ValueError), match=naming("abacus", *agr_cuda.available_backends())):
         method.ours(parameters(generator, SHAPES), backend="abacus")
-    assert_names(error, agr_cuda.available_backends())
 
 
 # Faults found at the step: the last parameter has one, the others, before it, must not have moved.
@@ -213,7 +204,7 @@ def test_a_fault_in_the_last_parameter_leaves_all_as_they_were(
     give_gradients(params, generator)
     fault(optimizer, params[-1], method.states[which])
     unchanged = snapshot(optimizer)
-    with pytest.raises(error, match=f"(?i){named}"):
+    with pytest.raises(error, match=naming(named)):
         optimizer.step()
     unchanged()
 
@@ -239,7 +230,7 @@ def test_a_wrong_number_of_betas_set_later_changes_nothing(method, backend, devi
     give_gradients(params, generator)
     optimizer.param_groups[1]["betas"] = (0.9, 0.9, 0.9, 0.9)
     unchanged = snapshot(optimizer)
-    with pytest.raises(ValueError, match="(?i)beta|unpack"):
+    with pytest.raises(ValueError, match=naming("beta|unpack")):
         optimizer.step()
     unchanged()
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench is a package of the repository that is not installed
 
-from bench import contenders, measure, results, shapes, stats, targets
+from bench import chart, contenders, measure, report, results, shapes, stats, targets
 from bench.__main__ import main
 from bench.contenders import ALL, BY_NAME, YARDSTICK, Contender
 from bench.measure import Lane, Timing
@@ -185,6 +187,17 @@ def test_contenders_train_and_write_gradients_only_where_declared(contender: Con
         torch.testing.assert_close(parameter.detach(), before, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["reference-adamw", "reference-adan"])
+def test_the_reference_rows_are_plain_foreach_operations(name: str) -> None:
+    workload = Workload(((8, 4), (64,)), torch.device("cpu"), torch.float32)
+    step = contenders.build(BY_NAME[name], list(workload.parameters), 1e-8)
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step()
+    called = {event.name for event in profiler.events() or ()}
+    assert {"aten::_foreach_lerp_", "aten::_foreach_addcdiv_"} <= called
+
+
 def test_batches_fit_the_budget_and_keep_targets_sides_together() -> None:
     gpt2 = 4 * 124_439_808
     assert [len(batch) for batch in contenders.batches(ALL, gpt2, 64 * 2**30)] == [len(ALL)]
@@ -203,7 +216,7 @@ def test_batches_fit_the_budget_and_keep_targets_sides_together() -> None:
 # Results and targets
 
 
-def result_of(name: str, times: dict[str, tuple[int, list[float]]]) -> results.SetResult:
+def result_of(name: str, times: dict[str, tuple[int, list[float]]], other_work: float = 0.0) -> results.SetResult:
     """A set's result from each contender's batch and seconds a round; the yardstick takes 1 s."""
     model = shapes.model_set(name)
     copy = stats.summarize([1e9])
@@ -213,7 +226,7 @@ def result_of(name: str, times: dict[str, tuple[int, list[float]]]) -> results.S
         unit = [Timing(1.0, 0.1)] * len(seconds)
         figures = results.figures(BY_NAME[contender], batch, timings, unit, model, 4, copy)
         rows.append(results.row(BY_NAME[contender], "measured", figures=figures))
-    return results.SetResult(name, model.title, len(model.shapes), model.elements, copy, rows, True)
+    return results.SetResult(name, model.title, len(model.shapes), model.elements, copy, rows, True, other_work)
 
 
 def test_a_row_counts_the_bytes_that_its_rule_must_move() -> None:
@@ -230,13 +243,9 @@ def test_a_row_counts_the_bytes_that_its_rule_must_move() -> None:
 
 def test_a_comparison_pairs_rounds_within_a_batch_and_uses_the_yardstick_across() -> None:
     times = {"agr-adan": (0, [1.0, 2.0, 6.0]), "reference-adan": (0, [2.0, 8.0, 12.0])}
-    assert results.compare(result_of("3x4", times), "agr-adan", "reference-adan") == results.Comparison(
-        0.5, 0.5
-    )
+    assert results.compare(result_of("3x4", times), "agr-adan", "reference-adan") == results.Comparison(0.5, 0.5)
     times["reference-adan"] = (1, [2.0, 8.0, 12.0])
-    assert results.compare(result_of("3x4", times), "agr-adan", "reference-adan") == results.Comparison(
-        0.25, 0.5
-    )
+    assert results.compare(result_of("3x4", times), "agr-adan", "reference-adan") == results.Comparison(0.25, 0.5)
     assert results.compare(result_of("3x4", times), "agr-adan", "optimi-adan") is None
 
 
@@ -254,6 +263,9 @@ def test_cpu_targets_are_judged() -> None:
     verdicts = [target.verdict for target in targets.judge([gpt2], "cpu")]
     assert verdicts == ["met", "not measured", "met", "missed, but met by the fastest steps"]
 
+    busy = result_of("321x64", {YARDSTICK: (0, [1.0]), "agr-adamw": (0, [0.1])}, other_work=0.5)
+    assert targets.judge([busy], "cpu")[1].verdict == "met, on a busy machine"
+
 
 def test_gpu_targets_are_judged() -> None:
     times = {YARDSTICK: (0, [1.0]), "agr-adamw": (0, [1.01]), "agr-adan": (0, [5.0])}
@@ -268,6 +280,20 @@ def test_gpu_targets_are_judged() -> None:
         "AGR-AdamW, 321 tensors of 64: host time against torch's fused AdamW": "missed",
         "AGR-AdamW, 321 tensors of 64: kernel launches a step": "not measured",
     }
+
+
+def test_the_table_of_a_gpu_shows_host_times_and_the_chart_is_drawn(tmp_path: Path) -> None:
+    result = result_of("321x64", {YARDSTICK: (0, [0.002] * 3), "agr-adamw": (0, [0.001, 0.0005, 0.0002])})
+    result.rows.append(results.row(BY_NAME["optimi-adan"], "not installed", "pip install torch-optimi"))
+    console = Console(width=150, record=True, file=io.StringIO())
+    console.print(report.results_table(result, with_host=True))
+    shown = console.export_text()
+    assert "host ratio" in shown
+    assert "50 us" in shown, "the host's median"
+    assert "500 us" in shown, "the device's median"
+    assert report.reasons(result) == ["optimi Adan, default: pip install torch-optimi"]
+    chart.write_chart(tmp_path / "new" / "chart.png", [result] * 4, "a GPU", on_gpu=True)
+    assert (tmp_path / "new" / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
 # The command line

@@ -13,9 +13,7 @@ MANY_SMALL = [(1 + k * 7 % 61,) for k in range(400)]
 UNEVEN = [(70_001,), (3,), (513, 257), (1,), (33, 5, 7), (16_384,), (16_385,)]
 
 
-def after_steps(
-    method: Method, shapes: list, backend: str, device: torch.device, dtype: torch.dtype, steps: int
-):
+def after_steps(method: Method, shapes: list, backend: str, device: torch.device, dtype: torch.dtype, steps: int):
     params = parameters(torch.Generator().manual_seed(11), shapes, dtype, device)
     optimizer = method.ours(params, max_grad_norm=1.0, lr=1e-2, backend=backend)
     run(optimizer, steps)
@@ -23,9 +21,7 @@ def after_steps(
 
 
 @pytest.mark.parametrize("shapes", [SHAPES, MANY_SMALL, UNEVEN], ids=["shapes", "many small", "uneven"])
-def test_any_number_of_threads_gives_the_same_bits(
-    shapes: list, method, backend, float_dtype, device, threads
-) -> None:
+def test_any_number_of_threads_gives_the_same_bits(shapes: list, method, backend, float_dtype, device, threads) -> None:
     torch.set_num_threads(1)
     once = after_steps(method, shapes, backend, device, float_dtype, 3)
     for count in (1, 2, 3, 8):

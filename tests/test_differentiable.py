@@ -20,9 +20,7 @@ def test_differentiable_step_passes_gradcheck(options: dict, generator) -> None:
     names = ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"][: 3 if options.get("amsgrad") else 2]
     inputs = [values(), values(), values(), values(positive=True), values(positive=True)][: 2 + len(names)]
     if options.get("amsgrad"):
-        inputs[4] = (
-            inputs[3].detach() + torch.tensor([1.0, -0.05] * 3, dtype=torch.float64)
-        ).requires_grad_()
+        inputs[4] = (inputs[3].detach() + torch.tensor([1.0, -0.05] * 3, dtype=torch.float64)).requires_grad_()
 
     def stepped(p: Tensor, g: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         p = p.clone()

@@ -38,9 +38,7 @@ def scaled_run(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, u
 
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
-def test_grad_scaler(
-    unscale: bool, max_grad_norm: float | None, method: Method, backend, device, generator
-) -> None:
+def test_grad_scaler(unscale: bool, max_grad_norm: float | None, method: Method, backend, device, generator) -> None:
     """A step with an infinity is skipped whole and not counted; the others are as if never scaled."""
     options = {"max_grad_norm": max_grad_norm, "lr": 1e-2, "backend": backend}
     params = parameters(generator, SMALL, device=device)

@@ -50,9 +50,7 @@ def through_a_file(state_dict: dict[str, Any], weights_only: bool = True) -> dic
 def flags() -> list[dict[str, Any]]:
     """How torch's AdamW may have been made. fused=True needs one of our backends beside the reference."""
     made = []
-    for foreach, fused, capturable in itertools.product(
-        (None, True, False), (None, True, False), (False, True)
-    ):
+    for foreach, fused, capturable in itertools.product((None, True, False), (None, True, False), (False, True)):
         if not (foreach and fused) and not (fused and agr_cuda.available_backends() == ["reference"]):
             made.append({"foreach": foreach, "fused": fused, "capturable": capturable})
     return made
@@ -62,9 +60,7 @@ def name(flags: dict[str, Any]) -> str:
     return "-".join(f"{k}={v}" for k, v in flags.items())
 
 
-def torch_checkpoint(
-    params: list[Tensor], made: dict[str, Any], **options: Any
-) -> tuple[dict, torch.optim.AdamW]:
+def torch_checkpoint(params: list[Tensor], made: dict[str, Any], **options: Any) -> tuple[dict, torch.optim.AdamW]:
     """A checkpoint of torch's AdamW after 5 steps, and that optimizer, still able to go on where it is.
 
     torch refuses to step with capturable=True on a CPU, but a checkpoint that says so may come from a GPU.
@@ -132,9 +128,7 @@ def test_a_checkpoint_may_go_to_and_fro(backend, device, generator) -> None:
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_state_has_torchs_keys_types_and_layout(
-    amsgrad: bool, backend, float_dtype, device, generator
-) -> None:
+def test_state_has_torchs_keys_types_and_layout(amsgrad: bool, backend, float_dtype, device, generator) -> None:
     params = parameters(generator, [(), (0,), (7,), (64, 33)], float_dtype, device)
     image = torch.randn(2, 3, 5, 4, dtype=torch.float32, generator=generator).to(device, float_dtype)
     params += [image.to(memory_format=torch.channels_last).requires_grad_()]
@@ -198,9 +192,7 @@ def test_loading_does_not_tie_two_optimizers_together(method, backend, device, g
     assert before["param_groups"] == after["param_groups"]
 
 
-@pytest.mark.parametrize(
-    "missing", ["amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"]
-)
+@pytest.mark.parametrize("missing", ["amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"])
 def test_checkpoints_of_older_torch_load(missing: str, generator) -> None:
     """Early ones lack an option, and hold the step count as a number."""
     params = parameters(generator)
@@ -218,9 +210,7 @@ def test_checkpoints_of_older_torch_load(missing: str, generator) -> None:
 
 
 @pytest.mark.parametrize("agr", [(True, True), (False, False), (True, False), (False, True)])
-def test_a_checkpoint_without_agr_keeps_each_groups_own(
-    agr: tuple[bool, bool], backend, device, generator
-) -> None:
+def test_a_checkpoint_without_agr_keeps_each_groups_own(agr: tuple[bool, bool], backend, device, generator) -> None:
     params = parameters(generator, [(31,), (64, 33)], device=device)
     theirs = torch.optim.AdamW([{"params": params[:1]}, {"params": params[1:]}])
     run(theirs, 3)
@@ -229,9 +219,7 @@ def test_a_checkpoint_without_agr_keeps_each_groups_own(
     )
     ours.load_state_dict(theirs.state_dict())
     assert tuple(group["agr"] for group in ours.param_groups) == agr
-    expected = oracle.AdamW(
-        [{"params": [oracle_parameter(p)], "agr": on} for p, on in zip(params, agr, strict=True)]
-    )
+    expected = oracle.AdamW([{"params": [oracle_parameter(p)], "agr": on} for p, on in zip(params, agr, strict=True)])
     for p, q in zip(params, expected.params(), strict=True):
         q.steps = 3
         q.state = {key: theirs.state[p][key].double().cpu().numpy() for key in ("exp_avg", "exp_avg_sq")}
@@ -246,9 +234,9 @@ def test_a_checkpoint_without_max_grad_norm_keeps_this_optimizers(backend, devic
     theirs = torch.optim.AdamW(params)
     run(theirs, 3)
     loaded = agr_cuda.AdamW(copies(params), max_grad_norm=0.1, backend=backend)
-    loaded.load_state_dict(theirs.state_dict())
+    loaded.load_state_dict(deepcopy(theirs.state_dict()))
     plain = agr_cuda.AdamW(copies(params), backend=backend)
-    plain.load_state_dict(theirs.state_dict())
+    plain.load_state_dict(deepcopy(theirs.state_dict()))
     run(loaded, range(3, 4))
     for p in all_params(plain):
         p.grad = None
