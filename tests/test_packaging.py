@@ -1,0 +1,68 @@
+"""What `pip install .` builds, in isolation and without PyTorch, and what it installs."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """A wheel built with pip's build isolation, and what the build printed; without nvcc."""
+    folder = tmp_path_factory.mktemp("wheel")
+    path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "nvcc").exists())
+    environment = {**os.environ, "PATH": path, "CUDA_HOME": str(folder)}
+    command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--wheel-dir", folder, ROOT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return next(folder.glob("*.whl")), done.stdout + done.stderr
+
+
+def test_only_the_package_is_installed(build):
+    names = zipfile.ZipFile(build[0]).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"agr_cuda"}
+    for expected in ("py.typed", "_C.pyi", "optimizer.py", "triton_kernels/__init__.py"):
+        assert f"agr_cuda/{expected}" in names
+    assert any(name.startswith("agr_cuda/_C.") and name.endswith(".so") for name in names)
+
+
+def test_the_metadata_name_what_it_needs(build):
+    wheel = zipfile.ZipFile(build[0])
+    metadata = wheel.read(next(n for n in wheel.namelist() if n.endswith("METADATA"))).decode()
+    for line in ("Name: agr-cuda", "Requires-Python: >=3.10", "Requires-Dist: torch>=2.6", "License-Expression: MIT"):
+        assert line in metadata
+    assert 'triton>=3.2; platform_system == "Linux"' in metadata
+    for extra in ("test", "bench", "examples"):
+        assert f"Provides-Extra: {extra}" in metadata
+
+
+def test_a_line_says_what_was_left_out(build):
+    (line,) = [line for line in build[1].splitlines() if "left out: cuda" in line]
+    assert "nvcc was not found" in line
+
+
+def test_the_installed_package_works_and_says_what_it_lacks(build, tmp_path):
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", build[0]]
+    subprocess.run(install, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+
+    def run(*arguments):
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+
+    done = run("-c", "import agr_cuda; print(agr_cuda.__file__)")
+    assert done.stdout.startswith(str(tmp_path / "site")), done.stderr
+    report = run("-m", "agr_cuda")
+    assert report.returncode == 0, report.stderr
+    (cuda,) = [line for line in report.stdout.splitlines() if line.strip().startswith("cuda ")]
+    assert "no: nvcc was not found" in cuda
+    assert run("-c", "import triton_kernels").returncode != 0
+    code = (
+        "import torch, agr_cuda; p = torch.ones(9, requires_grad=True); p.sum().backward(); agr_cuda.AdamW([p]).step()"
+    )
+    assert run("-c", f"{code}; assert p[0] < 1").returncode == 0

@@ -1,0 +1,218 @@
+"""A plan is reused from step to step, and made anew exactly when something that it depends on has changed."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+import agr_cuda
+from agr_cuda import backends
+
+OPTIMIZERS = [agr_cuda.AdamW, agr_cuda.Adan]
+
+
+@pytest.fixture(params=OPTIMIZERS, ids=lambda optimizer: optimizer.__name__)
+def make(request):
+    return request.param
+
+
+@pytest.fixture(params=[True, False], ids=["exchange-api", "python-methods"], autouse=True)
+def read_tensors(request):
+    """Tensors are read through DLPack's exchange interface, or as in PyTorch releases that lack it."""
+    native = backends.native()
+    native.use_exchange_api(request.param)
+    yield
+    native.use_exchange_api(True)
+
+
+def parameters(*shapes):
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    for parameter in made:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    return made
+
+
+def replanned(optimizer):
+    """Make a step and say whether it planned anew."""
+    before = optimizer._schedule
+    optimizer.step()
+    return optimizer._schedule is not before
+
+
+def test_nothing_changed(make):
+    optimizer = make(parameters((5, 7), (3,), (2, 3, 4, 5)))
+    assert replanned(optimizer)
+    for _ in range(3):
+        assert not replanned(optimizer)
+
+
+def test_new_gradients_of_the_same_layout_and_new_numbers_keep_the_plan(make):
+    given = parameters((5, 7), (3,))
+    optimizer = make(given)
+    optimizer.step()
+    for lr in (0.1, 0.2):
+        for parameter in given:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.param_groups[0].update(lr=lr, weight_decay=lr, eps=lr, maximize=lr > 0.1)
+        assert not replanned(optimizer)
+
+
+def test_gradients_set_to_none_and_computed_again_keep_the_plan(make):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    optimizer = make(model.parameters())
+    for step in range(4):
+        optimizer.zero_grad(set_to_none=True)
+        model(torch.randn(3, 4)).square().sum().backward()
+        assert replanned(optimizer) == (step == 0)
+
+
+def change_parameter_data(given, optimizer):
+    given[0].data = given[0].data.clone()
+
+
+def change_parameter_size(given, optimizer):
+    given[0].data = torch.randn(9, 7)
+    given[0].grad = torch.randn(9, 7)
+    optimizer.state.pop(given[0])
+
+
+def change_parameter_layout(given, optimizer):
+    given[0].data = given[0].data.t().contiguous().t()
+
+
+def change_parameter_type(given, optimizer):
+    given[1].data = given[1].data.double()
+    given[1].grad = torch.randn(3, dtype=torch.float64)
+
+
+def lose_gradient(given, optimizer):
+    given[0].grad = None
+
+
+def gain_gradient(given, optimizer):
+    given[2].grad = torch.randn_like(given[2])
+
+
+def change_gradient_layout(given, optimizer):
+    given[0].grad = torch.randn(7, 5).t()
+
+
+def load_state(given, optimizer):
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def replace_state_tensor(given, optimizer):
+    optimizer.state[given[0]]["exp_avg"] = optimizer.state[given[0]]["exp_avg"].clone()
+
+
+def repoint_state_tensor(given, optimizer):
+    state = optimizer.state[given[0]]["exp_avg_sq"]
+    state.data = state.data.clone()
+
+
+def replace_state_of_parameter(given, optimizer):
+    optimizer.state[given[0]] = dict(optimizer.state[given[0]])
+
+
+def drop_state(given, optimizer):
+    optimizer.state.clear()
+
+
+def replace_state(given, optimizer):
+    optimizer.state = type(optimizer.state)(dict, optimizer.state)
+
+
+def add_group(given, optimizer):
+    optimizer.add_param_group({"params": parameters((4,))})
+
+
+def append_to_group(given, optimizer):
+    optimizer.param_groups[0]["params"].extend(parameters((4,)))
+
+
+def replace_parameter(given, optimizer):
+    optimizer.param_groups[0]["params"][0] = parameters((5, 7))[0]
+
+
+def replace_group_list(given, optimizer):
+    optimizer.param_groups[0]["params"] = list(optimizer.param_groups[0]["params"])
+
+
+def replace_groups(given, optimizer):
+    optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
+
+
+def toggle_agr(given, optimizer):
+    optimizer.param_groups[0]["agr"] = False
+
+
+def begin_to_clip(given, optimizer):
+    optimizer.max_grad_norm = 1.0
+
+
+def change_foreach(given, optimizer):
+    optimizer.param_groups[0]["foreach"] = True
+
+
+CHANGES = [
+    change_parameter_data, change_parameter_size, change_parameter_layout, change_parameter_type, lose_gradient,
+    gain_gradient, change_gradient_layout, load_state, replace_state_tensor, repoint_state_tensor,
+    replace_state_of_parameter, drop_state, replace_state, add_group, append_to_group, replace_parameter,
+    replace_group_list, replace_groups, toggle_agr, begin_to_clip, change_foreach,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_is_noticed_and_the_result_is_the_references(make, change):
+    results = []
+    for backend in (None, "reference"):
+        given = parameters((5, 7), (3,), (2, 3, 4, 5))
+        given[2].grad = None
+        optimizer = make(given, backend=backend)
+        optimizer.step()
+        optimizer.step()
+        torch.manual_seed(1)
+        change(given, optimizer)
+        assert backend == "reference" or replanned(optimizer)
+        if backend == "reference":
+            optimizer.step()
+        optimizer.step()
+        assert not (backend is None and replanned(optimizer))
+        if backend == "reference":
+            optimizer.step()
+        now = [p for group in optimizer.param_groups for p in group["params"]]
+        results.append([*now, *(optimizer.state[p][key] for p in now for key in sorted(optimizer.state[p]))])
+    assert len(results[0]) == len(results[1])
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_are_not_kept_alive_beyond_the_step(make):
+    given = parameters((5, 7))
+    optimizer = make(given)
+    optimizer.step()
+    gradient = weakref.ref(given[0].grad)
+    given[0].grad = None
+    assert gradient() is None
+
+
+def test_an_optimizer_that_its_parameters_refer_to_is_collected(make):
+    given = parameters((5, 7))
+    optimizer = make(given)
+    optimizer.step()
+    given[0].optimizer = optimizer
+    alive = weakref.ref(optimizer), weakref.ref(given[0])
+    del optimizer, given
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None]
+
+
+def test_autograd_notices_that_a_step_came_before_backward(make):
+    given = parameters((5, 5))
+    optimizer = make(given)
+    loss = (given[0] @ given[0]).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
