@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .binding import Binding
-from .optimizer import AGROptimizer, fractions, nonnegative
+from .optimizer import AGROptimizer
+from .options import number
 
 
 class AdamW(AGROptimizer):
@@ -49,7 +50,8 @@ class AdamW(AGROptimizer):
     """
 
     _rule = "adamw"
-    _variant = ("amsgrad", "differentiable")
+    _betas = 2
+    _structure = ("agr", "amsgrad", "foreach", "fused", "capturable", "differentiable")
 
     def __init__(
         self,
@@ -88,23 +90,11 @@ class AdamW(AGROptimizer):
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
     def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = map(number, group["betas"])
         sign = -1.0 if group["maximize"] else 1.0
-        return float(group["lr"]), float(beta1), float(beta2), group["eps"], group["weight_decay"], sign
+        return number(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], sign
 
-    def _check_numbers(self, group: dict[str, Any]) -> None:
-        nonnegative("lr", group["lr"])
-        fractions("betas", group["betas"], 2)
-        nonnegative("eps", group["eps"])
-        nonnegative("weight_decay", group["weight_decay"])
-
-    def _check_state(self, place: str, parameter: Tensor, state: dict[str, Any], keys: Any) -> None:
-        super()._check_state(place, parameter, state, keys)
-        step = state.get("step", 0)
-        if isinstance(step, Tensor) and step.numel() != 1:
-            raise RuntimeError(f"step of {place} has shape {tuple(step.shape)}; it must have 1 element")
-
-    def _missing_state(self, binding: Binding) -> dict[str, Any]:
+    def _missing_state(self, binding: Binding) -> dict[str, Tensor]:
         made = super()._missing_state(binding)
         # A step count is one float32, on the CPU unless a graph shall capture it. torch.optim.AdamW makes it so, or
         # with other options on another device, and its older releases saved a plain number.

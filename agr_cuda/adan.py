@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import ParamsT
 
-from .optimizer import AGROptimizer, fractions, nonnegative
+from .optimizer import AGROptimizer
+from .options import number
 
 
 class Adan(AGROptimizer):
@@ -49,7 +50,8 @@ class Adan(AGROptimizer):
     """
 
     _rule = "adan"
-    _variant = ("no_prox",)
+    _betas = 3
+    _structure = ("agr", "no_prox", "foreach", "fused", "capturable")
 
     def __init__(
         self,
@@ -87,14 +89,14 @@ class Adan(AGROptimizer):
         super().add_param_group(param_group)
         self.param_groups[-1].setdefault("step", 0)
 
-    def _defaults_of_a_new_group(self) -> dict[str, Any]:
+    def _unsaved_options(self) -> dict[str, Any]:
         return {"step": 0}
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad")
 
     def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
-        beta1, beta2, beta3 = map(float, group["betas"])
+        beta1, beta2, beta3 = map(number, group["betas"])
         no_prox = 1.0 if group["no_prox"] else 0.0
         sign = -1.0 if group["maximize"] else 1.0
         step = group["step"] + 1
@@ -109,12 +111,6 @@ class Adan(AGROptimizer):
             sign,
             step,
         )
-
-    def _check_numbers(self, group: dict[str, Any]) -> None:
-        nonnegative("lr", group["lr"])
-        fractions("betas", group["betas"], 3)
-        nonnegative("eps", group["eps"])
-        nonnegative("weight_decay", group["weight_decay"])
 
     @torch.no_grad()
     def restart_opt(self) -> None:

@@ -45,12 +45,11 @@ def adamw(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the parameter, exp_avg, exp_avg_sq and, given one, max_exp_avg_sq after AdamW's step `t` (from 1)."""
     b1, b2 = betas
-    p = p * (1 - lr * weight_decay)
     m = m + (1 - b1) * (g - m)
     v = b2 * v + (1 - b2) * g * g
     largest = v if w is None else torch.maximum(w, v)
     denominator = largest.sqrt() / (1 - b2**t) ** 0.5 + eps
-    p = p - lr / (1 - b1**t) * m / denominator
+    p = p - (lr * weight_decay * p + lr / (1 - b1**t) * m / denominator)
     return (p, m, v) if w is None else (p, m, v, largest)
 
 
@@ -69,7 +68,9 @@ def adan(
     n = b3 * n + (1 - b3) * (g + b2 * d) ** 2
     denominator = n.sqrt() / (1 - b3**t) ** 0.5 + eps
     step = lr / (1 - b1**t) * m / denominator + lr * b2 / (1 - b2**t) * u / denominator
-    p = p * (1 - lr * weight_decay) - step if no_prox else (p - step) / (1 + lr * weight_decay)
+    # Of (p - step) / (1 + lr wd), and of p (1 - lr wd) - step with no_prox, so that p is rounded once.
+    change = lr * weight_decay * p + step
+    p = p - (change if no_prox else change / (1 + lr * weight_decay))
     return p, m, u, n, -g
 
 
@@ -90,7 +91,6 @@ def foreach_adamw(
 ) -> None:  # fmt: skip
     """Do `adamw` for lists of tensors, in place."""
     b1, b2 = betas
-    torch._foreach_mul_(p, 1 - lr * weight_decay)
     torch._foreach_lerp_(m, g, 1 - b1)
     torch._foreach_mul_(v, b2)
     torch._foreach_addcmul_(v, g, g, 1 - b2)
@@ -99,7 +99,9 @@ def foreach_adamw(
     denominator = torch._foreach_sqrt(v if w is None else w)
     torch._foreach_div_(denominator, (1 - b2**t) ** 0.5)
     torch._foreach_add_(denominator, eps)
-    torch._foreach_addcdiv_(p, m, denominator, -lr / (1 - b1**t))
+    change = torch._foreach_mul(p, lr * weight_decay)
+    torch._foreach_addcdiv_(change, m, denominator, lr / (1 - b1**t))
+    torch._foreach_sub_(p, change)
 
 
 def foreach_adan(
@@ -121,12 +123,12 @@ def foreach_adan(
     denominator = torch._foreach_sqrt(n)
     torch._foreach_div_(denominator, (1 - b3**t) ** 0.5)
     torch._foreach_add_(denominator, eps)
-    if no_prox:
-        torch._foreach_mul_(p, 1 - lr * weight_decay)
-    torch._foreach_addcdiv_(p, m, denominator, -lr / (1 - b1**t))
-    torch._foreach_addcdiv_(p, u, denominator, -lr * b2 / (1 - b2**t))
+    change = torch._foreach_mul(p, lr * weight_decay)
+    torch._foreach_addcdiv_(change, m, denominator, lr / (1 - b1**t))
+    torch._foreach_addcdiv_(change, u, denominator, lr * b2 / (1 - b2**t))
     if not no_prox:
-        torch._foreach_div_(p, 1 + lr * weight_decay)
+        torch._foreach_div_(change, 1 + lr * weight_decay)
+    torch._foreach_sub_(p, change)
     torch._foreach_copy_(neg_previous, g)
     torch._foreach_neg_(neg_previous)
 
@@ -140,14 +142,17 @@ class ReferenceLaunch:
         self.rule = rule
         self.bindings = bindings
 
-    def square_sum(self) -> Number:
+    def square_sum(self, groups: Sequence[dict[str, Any]]) -> Number:
         """Return the sum of the squares of all gradients' elements; a tensor, so that the host need not wait for it."""
         total: Number = 0.0
         for binding in self.bindings:
-            assert binding.parameter.grad is not None
-            grad = binding.parameter.grad.detach()
-            squares = grad.abs().to(compute_dtype(grad.abs().dtype)).square().sum()
-            total = squares if isinstance(total, float) else total + squares.to(total.device)
+            grad = binding.parameter.grad
+            assert grad is not None
+            differentiable = bool(groups[binding.group].get("differentiable", False))
+            with torch.set_grad_enabled(differentiable):
+                magnitude = (grad if differentiable else grad.detach()).abs()
+                squares = magnitude.to(compute_dtype(magnitude.dtype)).square().sum()
+                total = squares if isinstance(total, float) else total + squares.to(total.device)
         return total
 
     def update(self, groups: Sequence[dict[str, Any]], clip: Number) -> None:
@@ -181,14 +186,17 @@ class ReferenceLaunch:
         if self.rule == "adan":
             return group["step"] + 1
         step = binding.state["step"]
-        return step + 1 if group["capturable"] else float(step) + 1
+        if not group["capturable"]:
+            return float(step) + 1
+        # In float64, where the device has it, for the bias corrections' sake.
+        return (step if step.device.type == "mps" else step.double()) + 1
 
     def _update_one(self, binding: Binding, group: dict[str, Any], clip: Number) -> None:
         p = binding.parameter
         assert p.grad is not None
         g = p.grad
         if isinstance(clip, Tensor):
-            clip = clip.to(g.device)
+            clip = (clip if torch.is_grad_enabled() else clip.detach()).to(g.device)
         scale = -clip if group["maximize"] else clip
         g = g.to(compute_dtype(p.dtype)) * scale
         if group["agr"]:
@@ -202,6 +210,8 @@ class ReferenceLaunch:
         now = [x.to(g.dtype) if x.dtype != g.dtype else x.clone() for x in stored]
         t = self._step_count(binding, group)
         options = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        if isinstance(group["lr"], Tensor):  # of one element, of whatever shape
+            options["lr"] = group["lr"].reshape(())
         if self.rule == "adan":
             first = binding.fresh or t == 1
             after = adan(now[0], g, now[1], now[2], now[3], now[4], t, first, **options, no_prox=group["no_prox"])
@@ -217,7 +227,7 @@ class ReferenceLaunch:
         dtype = compute_dtype(parameters[0].dtype)
         g = [p.grad.to(dtype) for p in parameters if p.grad is not None]
         if isinstance(clip, Tensor):
-            clip = clip.to(parameters[0].device)
+            clip = clip.detach().to(parameters[0].device)
         if isinstance(clip, Tensor) or clip != 1 or group["maximize"]:
             g = list(torch._foreach_mul(g, -clip if group["maximize"] else clip))
         if group["agr"]:

@@ -20,17 +20,16 @@ struct AdanNumbers {
     T beta3, square;      // b3, 1 - b3
     T correction;         // 1 / sqrt(1 - b3^t)
     T eps;
-    T step_size;             // lr / (1 - b1^t)
-    T difference_step_size;  // lr b2 / (1 - b2^t)
-    // Both forms of weight decay are p = (p shrink - step) / grow: the proximal one has shrink = 1, no_prox has grow
-    // = 1.
-    T shrink, grow;
+    // Both forms of weight decay are p = p kept - (m step_size + u difference_step_size) / D: the proximal one divides
+    // everything by 1 + lr wd, no_prox multiplies p alone by 1 - lr wd.
+    T kept, step_size, difference_step_size;
     bool first;  // the parameter's first step, where the difference to the previous gradient is 0
 
     // `t` counts the steps of the group from 1.
     static AdanNumbers of(const AdanOptions& o, double t, bool first) {
-        double decay = o.lr * o.weight_decay;
-        bool no_prox = o.no_prox != 0;
+        const double decay = o.lr * o.weight_decay;
+        const double kept = o.no_prox != 0 ? 1 - decay : 1 / (1 + decay);
+        const double lr = o.no_prox != 0 ? o.lr : o.lr / (1 + decay);
         return {static_cast<T>(o.beta1),
                 static_cast<T>(1 - o.beta1),
                 static_cast<T>(o.beta2),
@@ -39,10 +38,9 @@ struct AdanNumbers {
                 static_cast<T>(1 - o.beta3),
                 static_cast<T>(1 / std::sqrt(1 - std::pow(o.beta3, t))),
                 static_cast<T>(o.eps),
-                static_cast<T>(o.lr / (1 - std::pow(o.beta1, t))),
-                static_cast<T>(o.lr * o.beta2 / (1 - std::pow(o.beta2, t))),
-                static_cast<T>(no_prox ? 1 - decay : 1),
-                static_cast<T>(no_prox ? 1 : 1 + decay),
+                static_cast<T>(kept),
+                static_cast<T>(lr / (1 - std::pow(o.beta1, t))),
+                static_cast<T>(lr * o.beta2 / (1 - std::pow(o.beta2, t))),
                 first};
     }
 };
@@ -68,7 +66,7 @@ struct Adan {
         n = n * c.beta3 + look_ahead * look_ahead * c.square;
         neg_previous = -g;
         V denominator = square_root(n) * c.correction + c.eps;
-        p = (p * c.shrink - (m * c.step_size + u * c.difference_step_size) / denominator) / c.grow;
+        p = p * c.kept - (m * c.step_size + u * c.difference_step_size) / denominator;
     }
 };
 

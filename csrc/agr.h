@@ -8,33 +8,37 @@ namespace agr {
 
 // The abs-sum of one tensor in the form that psi needs.
 //
-// 1 - |g| / S is evaluated as ((S - |g|) + rest) / S, with S rounded to the compute type and `rest` what the rounding
-// lost. The subtraction is exact where it cancels (Sterbenz), so that a tensor of one element gives exactly 0, and a
-// tensor that one element dominates keeps the accuracy of the small difference: an adaptive optimizer would scale an
-// error there back up to a full step. The quotient is a true division because 1 / S overflows for a denormal S.
+// 1 - |g| / S is evaluated as ((S - |g|) + rest) * (1 / S), with S rounded to the compute type and `rest` what the
+// rounding lost. The subtraction is exact where it cancels (Sterbenz), so that a tensor of one element gives exactly 0,
+// and a tensor that one element dominates keeps the accuracy of the small difference: an adaptive optimizer would scale
+// an error there back up to a full step.
 template <class T>
 struct AbsSum {
     T sum;
     T rest;
-    T divisor;
+    T inverse;
+    T lift;  // a power of two by which sum, rest and |g| are raised, since 1 / S overflows for a denormal S; else 1
 
     // `sum` of the gradient as it is stored; `scale` what every element of it is multiplied by afterwards (clipping,
     // the sign of `maximize`): psi(c g) = c psi(g), so that the scale need not be known when the sum is taken. The one
     // thing that scaling first would have changed: 0 times an infinite sum is NaN, and shall be.
     static AGR_INLINE AbsSum of(double sum, double scale) {
-        double scaled = sum * scale;
-        if (scaled != scaled) return {static_cast<T>(scaled), T(0), T(1)};
-        T rounded = static_cast<T>(sum);
-        bool finite = rounded - rounded == T(0);
-        T rest = finite ? static_cast<T>(sum - static_cast<double>(rounded)) : T(0);
-        // With a divisor of 1, S = 0 gives psi = 0, and an infinite S a share of infinity, which is clamped to 1 below.
-        return {rounded, rest, finite && rounded != T(0) ? rounded : T(1)};
+        const double scaled = sum * scale;
+        if (scaled != scaled) return {static_cast<T>(scaled), T(0), T(1), T(1)};
+        const T lift = sizeof(T) == sizeof(float) && sum < 0x1p-100 ? T(0x1p60) : T(1);
+        sum *= static_cast<double>(lift);
+        const T rounded = static_cast<T>(sum);
+        // With an inverse of 1, S = 0 gives psi = 0, and an infinite S a share of infinity, which is clamped to 1
+        // below.
+        const bool finite = rounded - rounded == T(0);
+        if (!finite || rounded == T(0)) return {rounded, T(0), T(1), T(1)};
+        return {rounded, static_cast<T>(sum - static_cast<double>(rounded)), T(1) / rounded, lift};
     }
 };
 
 template <class V, class T>
 AGR_INLINE V regularized(V g, const AbsSum<T>& s) {
-    V kept = ((s.sum - magnitude(g)) + s.rest) / s.divisor;
+    const V kept = ((s.sum - magnitude(g) * s.lift) + s.rest) * s.inverse;
     // Written so that NaN stays: an infinite element of an infinite sum is inf (1 - inf / inf).
     return g * (kept > T(1) ? V{} + T(1) : kept);
 }

@@ -63,7 +63,7 @@ def print_table(
 
 def start_picture(title: str, *panels: tuple[str, str, str]) -> tuple[Figure, list[Axes]]:
     """Return a figure with a panel for each (title, label of x, label of y)."""
-    figure = Figure(figsize=(5.6 * len(panels), 4.6), dpi=140, layout="constrained")
+    figure = Figure(figsize=(5.2 * len(panels), 4.6), dpi=140, layout="constrained")
     figure.suptitle(title, fontweight="bold")
     axes = list(figure.subplots(1, len(panels), squeeze=False)[0])
     for panel, (name, x, y) in zip(axes, panels, strict=True):

@@ -40,6 +40,14 @@ def large_size(backend: str) -> int:
     return 100_003 if backend == "triton" and device_of(backend).type == "cpu" else 3_000_017
 
 
+def thread_counts(backend: str) -> tuple[int, ...]:
+    """Numbers of threads with which a backend gives the same bits.
+
+    Any, but for the reference: it adds as PyTorch does, in an order that depends on the number of threads.
+    """
+    return (2, 2, 2) if backend == "reference" else (1, 2, 3, 8, 2)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(2)
     config.addinivalue_line("filterwarnings", "ignore:.*agr=False:UserWarning")  # one-element tensors; tested once

@@ -189,8 +189,10 @@ def groups_of(draw: st.DrawFn, method: Method, kinds: list[torch.dtype]) -> list
 @given(data=st.data())
 def test_any_mixture_of_groups(method: Method, backend: str, device: torch.device, data: st.DataObject) -> None:
     kinds = [d for d in (torch.float32, torch.float64) if takes(backend, d)]
-    drawn = data.draw(groups_of(method, kinds))
     max_grad_norm = data.draw(st.sampled_from([None, 0.1, 3.0, 1e6]))
+    if max_grad_norm:  # a norm in part of float32 gradients need be no more exact than those
+        kinds = [data.draw(st.sampled_from(kinds))]
+    drawn = data.draw(groups_of(method, kinds))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     absent = data.draw(st.sets(st.integers(0, 11), max_size=3))  # of these parameters every second gradient is None
     groups = [dict(g, params=parameters(generator, g.pop("shapes"), g.pop("dtype"), device)) for g in drawn]

@@ -201,15 +201,16 @@ def test_the_reference_rows_are_plain_foreach_operations(name: str) -> None:
 def test_batches_fit_the_budget_and_keep_targets_sides_together() -> None:
     gpt2 = 4 * 124_439_808
     assert [len(batch) for batch in contenders.batches(ALL, gpt2, 64 * 2**30)] == [len(ALL)]
-    for budget, count in ((20 * 2**30, 2), (10 * 2**30, 3)):
+    for gibibytes, count in ((20, 2), (16, 3), (10, 4)):
+        budget = gibibytes * 2**30
         batches = contenders.batches(ALL, gpt2, budget)
-        assert len(batches) >= count - 1
+        assert len(batches) == count
         assert all(contenders.bytes_needed(batch, gpt2) <= budget for batch in batches)
         assert all(batch[0].name == YARDSTICK for batch in batches)
         others = [entry for batch in batches for entry in batch[1:]]
         assert sorted(entry.name for entry in [BY_NAME[YARDSTICK], *others]) == sorted(BY_NAME)
-    names = [[entry.name for entry in batch] for batch in contenders.batches(ALL, gpt2, 16 * 2**30)]
-    assert {"agr-adan", "reference-adan", "optimi-adan-foreach"} <= set(names[-1])
+    names = [{entry.name for entry in batch} for batch in contenders.batches(ALL, gpt2, 16 * 2**30)]
+    assert any({"agr-adan", "reference-adan", "optimi-adan-foreach"} <= batch for batch in names)
     assert contenders.batches([BY_NAME[YARDSTICK]], gpt2, 1) == [[BY_NAME[YARDSTICK]]]
 
 

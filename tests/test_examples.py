@@ -209,6 +209,14 @@ def test_ctrl_c_reports_what_is_done_so_far(name, steps, load, capsys, monkeypat
     assert sum(run["steps"] for run in results["runs"]) == steps
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_the_backend_asked_for_is_used(name, load, tmp_path):
+    options = [*TINY[name], "--backend", "reference", "--optimizers", "agr-adan", "adamw", "--output", str(tmp_path)]
+    assert load(name).main(options) == 0
+    runs = {run["optimizer"]: run["backends"] for run in read_results(tmp_path)["runs"]}
+    assert runs == {"AGR-Adan": ["reference"], "AdamW": ["reference"]}
+
+
 def test_a_diverged_run_is_reported_too(load, capsys, tmp_path):
     diverging = ["--adamw-lr", "1e30", "--steps", "6", "--max-grad-norm", "0", "--output", str(tmp_path)]
     assert load("train_language_model").main([*TINY["train_language_model"], *diverging]) == 0
@@ -220,7 +228,7 @@ def test_a_diverged_run_is_reported_too(load, capsys, tmp_path):
 def test_held_out_files_are_not_trained_on(load, tmp_path):
     for i in range(25):
         (tmp_path / f"{i:02}.txt").write_bytes(bytes([i]) * 10)
-    corpus = load("train_language_model").read_corpus(tmp_path, "*.txt", limit=10**6)
+    corpus = load("corpus").read_corpus(tmp_path, "*.txt", limit=10**6)
     assert set(corpus.held_out.tolist()) == {9, 19}
     assert set(corpus.train.tolist()) == set(range(25)) - {9, 19}
 

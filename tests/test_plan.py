@@ -1,6 +1,7 @@
 """The schedule: which tasks there are, in which order."""
 
 import pytest
+
 from agr_cuda import _C
 
 

@@ -1,0 +1,129 @@
+"""What a step needs that stays the same until something moves: checked bindings, launches, and the watch over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends import choose, why_not
+from .binding import Binding, is_plain, same_layout
+from .cpu import CpuLaunch
+from .reference import ReferenceLaunch
+
+
+class Schedule:
+    """The launches of a step for these bindings, and the watch that notices when they no longer fit."""
+
+    def __init__(
+        self,
+        rule: str,
+        structure: list[Any],
+        bindings: list[Binding],
+        groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        clip: bool,
+    ) -> None:
+        #: What of the options the launches were made for.
+        self.structure = structure
+        self.bindings = bindings
+        self.referred = [b for b in bindings if b.backend == "reference"]
+        on_cpu = [b for b in bindings if b.backend == "cpu"]
+        #: Bindings whose gradient has another memory layout than the parameter.
+        self.relaid = [b for b in bindings if b.relaid is not None]
+        #: Parameters that are written without PyTorch's knowledge.
+        self.written = [b.parameter for b in on_cpu]
+        self.reference = ReferenceLaunch(rule, self.referred) if self.referred else None
+        self.cpu = CpuLaunch(rule, on_cpu, clip) if on_cpu else None
+        self._watch = None
+        if backends.why_missing("cpu") is None:
+            self._watch = backends.native().Watch(groups, state)
+            for binding in self.referred:
+                self._watch.add_untabled(binding.index)
+            for slot, binding in enumerate(on_cpu):
+                assert self.cpu is not None
+                keys = [*binding.keys, "step"] if "step" in binding.state else [*binding.keys]
+                self._watch.add(binding.index, keys, self.cpu.gradients, slot, binding.relaid)
+
+    @property
+    def backends(self) -> list[str]:
+        """The names of the backends used."""
+        return sorted({binding.backend for binding in self.bindings})
+
+    def fits(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> bool:
+        """Whether nothing has moved. If so, this step's gradients are read and stay alive until `release`."""
+        return self._watch is not None and self._watch.unchanged(groups, state)
+
+    def release(self) -> None:
+        """Let go of this step's gradients."""
+        if self._watch is not None:
+            self._watch.release()
+
+
+def check_tensors(place: str, parameter: Tensor, state: dict[str, Any], keys: Iterable[str]) -> None:
+    """Raise RuntimeError unless the gradient and the state of `parameter` fit it. Changes nothing."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if gradient.layout != torch.strided:
+        raise RuntimeError(f"the gradient of {place} is {gradient.layout}; it must be dense (torch.strided)")
+    wanted = tuple(parameter.shape)
+    if any(size > 1 and stride == 0 for size, stride in zip(wanted, parameter.stride(), strict=True)):
+        raise RuntimeError(f"{place} is expanded: its elements share memory, so that they cannot be updated")
+    if gradient.shape != parameter.shape:
+        raise RuntimeError(f"the gradient of {place} has shape {tuple(gradient.shape)}; it must be {wanted}")
+    if gradient.device != parameter.device:
+        raise RuntimeError(f"the gradient of {place} is on {gradient.device}; it must be on {parameter.device}")
+    for key in keys:
+        value = state.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise RuntimeError(f"{key} of {place} is a {type(value).__name__}; it must be a tensor")
+        if value.shape != parameter.shape:
+            raise RuntimeError(f"{key} of {place} has shape {tuple(value.shape)}; it must be {wanted}")
+        if value.device != parameter.device:
+            raise RuntimeError(f"{key} of {place} is on {value.device}; it must be on {parameter.device}")
+    step = state.get("step")
+    if isinstance(step, Tensor) and step.numel() != 1:
+        raise RuntimeError(f"step of {place} has shape {tuple(step.shape)}; it must have 1 element")
+
+
+def choose_backend(
+    place: str, group: dict[str, Any], parameter: Tensor, states: Sequence[Tensor], asked: str | None
+) -> str:
+    """Return the backend that updates `parameter`, or raise RuntimeError if that is not the one `asked` for."""
+    gradient = parameter.grad
+    backend = asked
+    if backend is None:
+        wants_reference = group["foreach"] or group.get("differentiable")
+        backend = "reference" if wants_reference else choose(parameter, gradient)
+    reason = why_not(backend, parameter, gradient)
+    if reason is None and backend != "reference":
+        other = next((s for s in states if s.dtype != parameter.dtype or not is_plain(s)), None)
+        if other is not None:
+            reason = f"its state is a {other.dtype} {type(other).__name__}, the parameter {parameter.dtype}"
+            backend = "reference"
+    if asked is not None and reason is not None:
+        raise RuntimeError(f"backend={asked!r} does not take {place}: {reason}")
+    if group["fused"] and backend == "reference":
+        native = [name for name in backends.available_backends() if name != "reference"]
+        reasons = [reason] if reason else [why_not(name, parameter, gradient) for name in native]
+        because = "; ".join(r for r in reasons if r) or "no other backend is there"
+        raise RuntimeError(f"fused=True refuses the reference backend, which alone takes {place}: {because}")
+    return backend
+
+
+def missing_state(binding: Binding) -> dict[str, Tensor]:
+    """Return the state tensors that a parameter lacks, or that its backend needs in another memory layout."""
+    made: dict[str, Tensor] = {}
+    parameter = binding.parameter
+    for key in binding.keys:
+        value = binding.state.get(key)
+        if value is None:
+            made[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
+        elif binding.backend != "reference" and not same_layout(parameter, value):
+            made[key] = torch.empty_like(parameter, memory_format=torch.preserve_format).detach().copy_(value)
+    return made
