@@ -80,7 +80,7 @@ def parse_options(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentPar
     text.add_argument(
         "--evaluations", metavar="N", type=whole(1), default=12, help="how often to take the held-out loss"
     )
-    text.add_argument("--held-out-batches", metavar="N", type=whole(1), default=16, help="batches of one evaluation")
+    text.add_argument("--held-out-batches", metavar="N", type=whole(1), default=32, help="batches of one evaluation")
     text.add_argument(
         "--sample-length",
         metavar="N",
@@ -139,16 +139,27 @@ def report(
     """Print the table, save the picture and results.json."""
     best = min(runs, key=final_loss)
 
-    def loss(group: list[Run]) -> str:
-        return f"[bold]{final_loss(group[0]):.4f}[/]" if group[0] is best else f"{final_loss(group[0]):.4f}"
+    def cell(group: list[Run], unit: float, form: str) -> str:
+        (run,) = group
+        if not run.evaluated_at:
+            return "-"
+        shown = format(run.last("held_out_loss") / unit, form)
+        return f"[bold]{shown}[/]" if run is best else shown
 
     done = max(len(run.train_loss) for run in runs)
+    title = f"{done} steps in {seconds:.0f} s"
+    if interrupted:
+        last = max(run.evaluated_at[-1] if run.evaluated_at else 0 for run in runs)
+        title = f"{done} of {options.steps} steps in {seconds:.0f} s, last evaluated after {last}"
     print_table(
         console,
-        f"{done} steps of {options.steps}" if interrupted else f"{done} steps in {seconds:.0f} s",
+        title,
         "Loss: nats per byte of files never trained on. It is one run from one seed: small differences "
         "are chance, as another --seed shows.",
-        {"Held-out\nloss": loss, "Bits\nper byte": lambda group: f"{final_loss(group[0]) / math.log(2):.3f}"},
+        {
+            "Held-out\nloss": lambda group: cell(group, 1.0, ".4f"),
+            "Bits\nper byte": lambda group: cell(group, math.log(2), ".3f"),
+        },
         runs,
     )
     figure = draw_curves(options, runs)

@@ -112,6 +112,48 @@ void test_psi() {
     CHECK(psi(1e-41f, 4 * static_cast<double>(1e-41f)) == static_cast<float>(0.75 * 1e-41f), "denormal");
 }
 
+// A tensor whose abs-sum is one element and a little dust, in every place where the sums treat it differently.
+void test_outweighed_tensors() {
+    for (Type type : {Type::float32, Type::bfloat16, Type::float16}) {
+        const cpu::Kernels* kernels = cpu::instruction_set().kernels({type, type, type});
+        for (std::int64_t n : {2, 16, 17, 127, 128, 129, 1000, 5003}) {
+            for (std::int64_t place : {std::int64_t{0}, n / 2, n - 1}) {
+                const float dust = 0x1p-14f;
+                std::vector<float> single(n, dust);
+                single[place] = 1;
+                std::vector<std::uint16_t> half(n);
+                for (std::int64_t i = 0; i < n; ++i)
+                    half[i] =
+                        static_cast<std::uint16_t>(type == Type::float16 ? rounded_float16<std::uint32_t>(single[i])
+                                                                         : rounded_bfloat16<std::uint32_t>(single[i]));
+                const void* gradient = type == Type::float32 ? static_cast<const void*>(single.data()) : half.data();
+                const double expected = 1 + static_cast<double>(n - 1) * dust;
+                const double sum = kernels->magnitudes(gradient, n);
+                CHECK(sum == expected, "%" PRId64 " of %" PRId64 ": %.17g", place, n, sum);
+            }
+        }
+    }
+}
+
+// Where nothing outweighs the rest, the sum may be off by three roundings of float32.
+void test_sums() {
+    const cpu::Kernels* kernels = cpu::instruction_set().kernels({Type::float32, Type::float32, Type::float32});
+    for (std::int64_t n : {0, 1, 5, 127, 128, 4097, 32768}) {
+        std::vector<float> gradient(n);
+        long double magnitudes = 0, squares = 0;
+        for (float& g : gradient) {
+            g = static_cast<float>(normal());
+            magnitudes += std::fabs(g);
+            squares += static_cast<long double>(g) * g;
+        }
+        const cpu::Sums both = kernels->magnitudes_and_squares(gradient.data(), n);
+        CHECK(std::fabs(kernels->magnitudes(gradient.data(), n) - magnitudes) <= 3 * 0x1p-24 * magnitudes, "%" PRId64,
+              n);
+        CHECK(std::fabs(both.magnitudes - magnitudes) <= 1e-14 * magnitudes, "%" PRId64, n);
+        CHECK(std::fabs(both.squares - squares) <= 1e-14 * squares, "%" PRId64, n);
+    }
+}
+
 // ---- Plans
 // -----------------------------------------------------------------------------------------------------------
 
@@ -130,30 +172,36 @@ void test_plans() {
         const Plan::Limits limits{chunk, up_to(20 * chunk), up_to(3) == 0};
         const Plan plan(random_tensors(chunk), limits);
         const std::size_t count = plan.tensors.size();
+        std::int64_t largest = 0;
+        for (const auto& t : plan.tensors) largest = std::max(largest, t.elements * t.gradient_bytes);
         std::vector<std::set<std::int64_t>> reduced(count), updated(count);
         std::int64_t ahead = 0;
         for (std::size_t ticket = 0; ticket < plan.tasks.size(); ++ticket) {
             const Task& task = plan.tasks[ticket];
-            const Plan::Tensor& tensor = plan.tensors[task.tensor];
-            CHECK(task.chunk >= 0 && task.chunk < tensor.chunks, "chunk %" PRId64, task.chunk);
-            if (task.kind == TaskKind::reduce) {
-                CHECK(tensor.regularize || limits.clip, "a reduction for nothing");
-                CHECK(reduced[task.tensor].insert(task.chunk).second, "reduced twice");
-                CHECK(updated[task.tensor].empty(), "reduced after an update");
-                CHECK(!limits.clip || static_cast<std::int64_t>(ticket) < plan.first_update, "a late reduction");
-                ahead += plan.elements_of(tensor, task.chunk) * tensor.gradient_bytes;
-            } else {
-                CHECK(updated[task.tensor].insert(task.chunk).second, "updated twice");
-                CHECK(!limits.clip || static_cast<std::int64_t>(ticket) >= plan.first_update, "an early update");
-                if (task.kind == TaskKind::whole) {
-                    CHECK(tensor.chunks == 1, "whole, of %" PRId64 " chunks", tensor.chunks);
+            const bool in_first_part = static_cast<std::int64_t>(ticket) < plan.first_update;
+            CHECK(task.reduce || task.update, "a task that does nothing");
+            // First the update: it may not wait for the reduction of its own task, unless that is of the whole tensor.
+            if (task.update) {
+                const Plan::Tensor& tensor = plan.tensors[task.update.tensor];
+                CHECK(task.update.index >= 0 && task.update.index < tensor.chunks, "chunk %" PRId64, task.update.index);
+                CHECK(updated[task.update.tensor].insert(task.update.index).second, "updated twice");
+                CHECK(!limits.clip || !in_first_part, "an early update");
+                if (task.whole()) {
+                    CHECK(tensor.chunks == 1 && tensor.regularize, "whole, of %" PRId64 " chunks", tensor.chunks);
                 } else if (tensor.regularize || limits.clip) {
-                    CHECK(static_cast<std::int64_t>(reduced[task.tensor].size()) == tensor.chunks, "not all reduced");
-                    ahead -= plan.elements_of(tensor, task.chunk) * tensor.gradient_bytes;
+                    CHECK(static_cast<std::int64_t>(reduced[task.update.tensor].size()) == tensor.chunks,
+                          "not all reduced");
+                    ahead -= plan.elements_of(tensor, task.update.index) * tensor.gradient_bytes;
                 }
             }
-            std::int64_t largest = 0;
-            for (const auto& t : plan.tensors) largest = std::max(largest, t.elements * t.gradient_bytes);
+            if (task.reduce && !task.whole()) {
+                const Plan::Tensor& tensor = plan.tensors[task.reduce.tensor];
+                CHECK(task.reduce.index >= 0 && task.reduce.index < tensor.chunks, "chunk %" PRId64, task.reduce.index);
+                CHECK(tensor.regularize || limits.clip, "a reduction for nothing");
+                CHECK(reduced[task.reduce.tensor].insert(task.reduce.index).second, "reduced twice");
+                CHECK(!limits.clip || in_first_part, "a late reduction");
+                ahead += plan.elements_of(tensor, task.reduce.index) * tensor.gradient_bytes;
+            }
             CHECK(limits.clip || ahead <= std::max(limits.window_bytes, largest), "%" PRId64 " bytes ahead", ahead);
         }
         std::int64_t chunks = 0;
@@ -169,9 +217,9 @@ void test_plans() {
     }
     // A tensor larger than the window is updated from its end, which is what a cache still holds.
     const Plan large({{100, 4, true}}, {10, 200, false});
-    CHECK(large.tasks[10].kind == TaskKind::update && large.tasks[10].chunk == 9, "the last chunk first");
+    CHECK(!large.tasks[10].reduce && large.tasks[10].update == (Chunk{0, 9}), "the last chunk first");
     const Plan small({{100, 4, true}}, {10, 400, false});
-    CHECK(small.tasks[10].kind == TaskKind::update && small.tasks[10].chunk == 0, "the first chunk first");
+    CHECK(!small.tasks[10].reduce && small.tasks[10].update == (Chunk{0, 0}), "the first chunk first");
     for (const auto& wrong : {std::function<void()>([] { Plan({}, {0, 0, false}); }),
                               std::function<void()>([] { Plan({}, {1, -1, false}); }),
                               std::function<void()>([] { Plan({{-1, 4, true}}, {1, 0, false}); })}) {
@@ -516,6 +564,7 @@ int main(int argc, char** argv) {
     test_sixteen_bit_types();
     test_psi();
     test_outweighed_tensors();
+    test_sums();
     test_plans();
     test_executor(models, isa);
     test_child_process();  // before this process has many threads
