@@ -36,14 +36,15 @@ Plan make_plan(const std::vector<std::tuple<std::int64_t, std::int32_t, bool>>& 
     return Plan(std::move(planned), limits);
 }
 
-// Of every task, in the order of the tickets, the chunk that it reduces and the chunk that it updates: (tensor, chunk)
-// or None.
+// (kind, tensor, chunk) of every task, in the order of the tickets.
 py::list tasks_of(const Plan& plan) {
     py::list tasks;
-    const auto shown = [](const Chunk& chunk) {
-        return chunk ? py::object(py::make_tuple(chunk.tensor, chunk.index)) : py::object(py::none());
-    };
-    for (const Task& task : plan.tasks) tasks.append(py::make_tuple(shown(task.reduce), shown(task.update)));
+    for (const Task& task : plan.tasks) {
+        const char* kind = task.kind == TaskKind::reduce   ? "reduce"
+                           : task.kind == TaskKind::update ? "update"
+                                                           : "whole";
+        tasks.append(py::make_tuple(kind, task.tensor, task.chunk));
+    }
     return tasks;
 }
 

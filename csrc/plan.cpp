@@ -23,56 +23,50 @@ Plan::Plan(std::vector<Tensor> given, Limits given_limits) : limits(given_limits
         chunks += tensor.chunks;
     }
 
-    const auto count = static_cast<std::int32_t>(tensors.size());
-    auto bytes = [&](Chunk chunk) {
-        return elements_of(tensors[chunk.tensor], chunk.index) * tensors[chunk.tensor].gradient_bytes;
+    // Tensors that are reduced and not yet updated, the oldest first, and how many bytes of gradient they have.
+    std::deque<std::int32_t> ahead;
+    std::int64_t ahead_bytes = 0;
+    auto bytes = [&](std::int32_t i) { return tensors[i].elements * tensors[i].gradient_bytes; };
+    auto update_oldest = [&] {
+        push_update(ahead.front());
+        ahead_bytes -= bytes(ahead.front());
+        ahead.pop_front();
     };
+
+    const auto count = static_cast<std::int32_t>(tensors.size());
     if (limits.clip) {
-        for (std::int32_t i = 0; i < count; ++i)
-            for (std::int64_t k = 0; k < tensors[i].chunks; ++k) tasks.push_back({{i, k}, {}});
+        for (std::int32_t i = 0; i < count; ++i) push_reduce(i);
         first_update = static_cast<std::int64_t>(tasks.size());
-        // The gradients read last are the ones that a cache still holds.
-        for (std::int64_t k = first_update; k-- > 0;) tasks.push_back({{}, tasks[k].reduce});
+        for (std::int32_t i = count; i-- > 0;) push_update(i);
         return;
     }
-
-    // Chunks of tensors that are reduced, in the order in which they shall be updated; and how many bytes of gradient
-    // have been reduced and not yet updated.
-    std::deque<Chunk> ready;
-    std::int64_t ahead = 0;
-    auto take_ready = [&] {
-        const Chunk chunk = ready.front();
-        ready.pop_front();
-        ahead -= bytes(chunk);
-        return chunk;
-    };
     for (std::int32_t i = 0; i < count; ++i) {
         const Tensor& tensor = tensors[i];
-        if (!tensor.regularize || tensor.chunks == 1) {
-            for (std::int64_t k = 0; k < tensor.chunks; ++k)
-                tasks.push_back({tensor.regularize ? Chunk{i, k} : Chunk{}, {i, k}});
-            continue;
+        if (tensor.chunks == 1) {
+            tasks.push_back({TaskKind::whole, i, 0});
+        } else if (!tensor.regularize) {
+            push_update(i);
+        } else {
+            while (!ahead.empty() && ahead_bytes + bytes(i) > limits.window_bytes) update_oldest();
+            push_reduce(i);
+            ahead.push_back(i);
+            ahead_bytes += bytes(i);
         }
-        for (std::int64_t k = 0; k < tensor.chunks; ++k) {
-            const Chunk reduced{i, k};
-            // Make room in the window; the update that makes enough of it is done together with the reduction.
-            Chunk updated;
-            while (!ready.empty() && ahead + bytes(reduced) > limits.window_bytes) {
-                if (updated) tasks.push_back({{}, updated});
-                updated = take_ready();
-            }
-            tasks.push_back({reduced, updated});
-            ahead += bytes(reduced);
-        }
-        // Of a tensor larger than the window a cache holds the end, so that the update begins there.
-        const bool last_first = tensor.elements * tensor.gradient_bytes > limits.window_bytes;
-        for (std::int64_t k = 0; k < tensor.chunks; ++k) ready.push_back({i, last_first ? tensor.chunks - 1 - k : k});
     }
-    while (!ready.empty()) tasks.push_back({{}, take_ready()});
+    while (!ahead.empty()) update_oldest();
 }
 
 std::int64_t Plan::elements_of(const Tensor& tensor, std::int64_t chunk) const {
     return std::min(limits.chunk_elements, tensor.elements - chunk * limits.chunk_elements);
+}
+
+void Plan::push_reduce(std::int32_t i) {
+    for (std::int64_t chunk = 0; chunk < tensors[i].chunks; ++chunk) tasks.push_back({TaskKind::reduce, i, chunk});
+}
+
+void Plan::push_update(std::int32_t i) {
+    // The end first: of what was read once, a cache holds the end, however much or little it holds.
+    for (std::int64_t chunk = tensors[i].chunks; chunk-- > 0;) tasks.push_back({TaskKind::update, i, chunk});
 }
 
 }  // namespace agr

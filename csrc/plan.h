@@ -6,22 +6,14 @@
 
 namespace agr {
 
-// A chunk of a tensor.
-struct Chunk {
-    std::int32_t tensor = -1;  // -1: none
-    std::int64_t index = 0;    // counted within the tensor
+// REDUCE writes a chunk's partial abs-sum, UPDATE waits for its tensor's abs-sum and applies the rule to a chunk, WHOLE
+// does both for a tensor of one chunk (or the update alone where the tensor's gradient is not regularized).
+enum class TaskKind : std::uint8_t { reduce, update, whole };
 
-    explicit operator bool() const { return tensor >= 0; }
-    bool operator==(const Chunk& other) const { return tensor == other.tensor && index == other.index; }
-};
-
-// What one ticket stands for: a chunk to REDUCE, which writes its partial abs-sum; a chunk to UPDATE, which waits for
-// its tensor's abs-sum and applies the rule; or both together, which keeps reads and writes of the memory in balance.
-// For a tensor of one chunk both are the same chunk: it is reduced and then updated while its gradient is at hand.
 struct Task {
-    Chunk reduce, update;
-
-    bool whole() const { return reduce && reduce == update; }
+    TaskKind kind;
+    std::int32_t tensor;
+    std::int64_t chunk;  // counted within the tensor
 };
 
 struct Plan {
@@ -46,8 +38,8 @@ struct Plan {
     Limits limits;
     std::vector<Tensor> tensors;
     std::int64_t chunks = 0;
-    // In the order in which tickets hand them out. All of a tensor's REDUCE tasks stand before its first UPDATE, so
-    // that an UPDATE only ever waits for tasks of smaller tickets, which somebody is doing already.
+    // In the order in which tickets hand them out. A tensor's REDUCE tasks all stand before its first UPDATE and REDUCE
+    // tasks wait for nothing, so that whoever holds an UPDATE only ever waits for tasks that are already running.
     std::vector<Task> tasks;
     // With clipping, tasks before this one reduce and tasks from it on update; without, 0.
     std::int64_t first_update = 0;
@@ -56,6 +48,10 @@ struct Plan {
     Plan(std::vector<Tensor> tensors, Limits limits);
 
     std::int64_t elements_of(const Tensor& tensor, std::int64_t chunk) const;
+
+private:
+    void push_reduce(std::int32_t tensor);
+    void push_update(std::int32_t tensor);
 };
 
 }  // namespace agr

@@ -14,10 +14,6 @@ namespace {
 // Waking a thread costs as much as updating this many elements.
 constexpr std::int64_t elements_worth_a_thread = 1 << 16;
 
-// A chunk is summed in blocks of this many elements, and a task that reduces one chunk and updates another goes from
-// one to the other after each: few enough for what is fetched ahead to stay in the first two levels of the cache.
-constexpr std::int64_t block_elements = 1 << 10;
-
 void relax(int tries) {
     // Whoever holds the ticket that is waited for may have lost its core to us.
     if (tries > 64) {
@@ -34,13 +30,13 @@ void relax(int tries) {
 }  // namespace
 
 Plan::Limits default_limits(bool clip) {
-    constexpr std::int64_t chunk_elements = 1 << 15;
+    constexpr std::int64_t chunk_elements = 1 << 16;
     long last_level = -1;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
     last_level = sysconf(_SC_LEVEL3_CACHE_SIZE);
 #endif
     if (last_level <= 0) last_level = 16 << 20;
-    return {chunk_elements, last_level / 4, clip};
+    return {chunk_elements, last_level / 16, clip};
 }
 
 Executor::Executor(Plan plan, std::vector<Tensor> tensors)
@@ -113,110 +109,62 @@ void Executor::run(std::int64_t first, std::int64_t last, int threads, const voi
             // Relaxed: a ticket carries no data; what tasks tell each other goes through Progress.
             const std::int64_t ticket = next_ticket_.fetch_add(1, std::memory_order_relaxed);
             if (ticket >= last) return;
-            run_task(plan_.tasks[ticket], gradients);
+            const Task& task = plan_.tasks[ticket];
+            run_task(task, gradients[task.tensor]);
         }
     });
 }
 
-void Executor::run_task(const Task& task, const void* const* gradients) {
-    if (task.whole()) {
-        const Span span = span_of(task.update, gradients);
-        return update_span(task.update, span, step_of(task.update, span, sums_of(task.reduce, span)));
-    }
-    if (task.reduce && task.update)
-        return reduce_and_update(task.reduce, span_of(task.reduce, gradients), task.update,
-                                 span_of(task.update, gradients));
-    if (task.reduce) return write_partial(task.reduce, sums_of(task.reduce, span_of(task.reduce, gradients)));
-    const Span span = span_of(task.update, gradients);
-    update_span(task.update, span, step_of(task.update, span, wait_for_sums(task.update)));
-}
-
-Span Executor::span_of(const Chunk& chunk, const void* const* gradients) const {
-    const Tensor& tensor = tensors_[chunk.tensor];
+void Executor::run_task(const Task& task, const void* gradient) {
+    const Tensor& tensor = tensors_[task.tensor];
+    const Plan::Tensor& planned = plan_.tensors[task.tensor];
+    Progress& progress = progress_[task.tensor];
     Span whole = tensor.span;
-    whole.gradient = gradients[chunk.tensor];
-    return whole.part(tensor.types, states_of(tensor.rule), chunk.index * plan_.limits.chunk_elements,
-                      plan_.elements_of(plan_.tensors[chunk.tensor], chunk.index));
-}
-
-Sums Executor::sums_of(const Chunk& chunk, const Span& span) const {
-    const Tensor& tensor = tensors_[chunk.tensor];
-    const Kernels& kernels = *kernels_[chunk.tensor];
-    Sums sums;
-    for (std::int64_t at = 0; at < span.elements; at += block_elements) {
-        const Span block = span.part(tensor.types, 0, at, std::min(block_elements, span.elements - at));
-        if (plan_.limits.clip) {
-            const Sums both = kernels.magnitudes_and_squares(block.gradient, block.elements);
-            sums.magnitudes += both.magnitudes;
-            sums.squares += both.squares;
-        } else {
-            sums.magnitudes += kernels.magnitudes(block.gradient, block.elements);
+    whole.gradient = gradient;
+    const Span chunk = whole.part(tensor.types, states_of(tensor.rule), task.chunk * plan_.limits.chunk_elements,
+                                  plan_.elements_of(planned, task.chunk));
+    switch (task.kind) {
+        case TaskKind::reduce: {
+            const Sums* partial = &partial_[planned.first_chunk];
+            partial_[planned.first_chunk + task.chunk] = sums_of(task, chunk);
+            // Release publishes this chunk's partial sum; acquire, by whoever comes last, sees all of them, since the
+            // additions before it form a release sequence.
+            const std::int64_t reduced = progress.reduced.fetch_add(1, std::memory_order_acq_rel) + 1;
+            if (reduced < planned.chunks) return;
+            Sums sums;
+            for (std::int64_t i = 0; i < planned.chunks; ++i) {
+                sums.magnitudes += partial[i].magnitudes;
+                sums.squares += partial[i].squares;
+            }
+            progress.sums = sums;
+            progress.reduced.store(
+                0, std::memory_order_relaxed);  // for the next step, which the pool orders after this one
+            progress.summed.store(epoch_, std::memory_order_release);
+            return;
         }
+        case TaskKind::update:
+            if (planned.regularize) {
+                // Acquire pairs with the release above and sees `sums`.
+                for (int tries = 0; progress.summed.load(std::memory_order_acquire) != epoch_; ++tries) relax(tries);
+            }
+            return update_chunk(task, chunk, progress.sums);
+        case TaskKind::whole:
+            return update_chunk(task, chunk, planned.regularize ? sums_of(task, chunk) : Sums{});
     }
-    return sums;
 }
 
-void Executor::write_partial(const Chunk& chunk, const Sums& sums) {
-    const Plan::Tensor& planned = plan_.tensors[chunk.tensor];
-    Progress& progress = progress_[chunk.tensor];
-    partial_[planned.first_chunk + chunk.index] = sums;
-    // Release publishes this chunk's partial sum; acquire, by whoever comes last, sees all of them, since the additions
-    // before it form a release sequence.
-    const std::int64_t reduced = progress.reduced.fetch_add(1, std::memory_order_acq_rel) + 1;
-    if (reduced < planned.chunks) return;
-    Sums total;
-    for (std::int64_t i = 0; i < planned.chunks; ++i) {
-        total.magnitudes += partial_[planned.first_chunk + i].magnitudes;
-        total.squares += partial_[planned.first_chunk + i].squares;
-    }
-    progress.sums = total;
-    progress.reduced.store(0, std::memory_order_relaxed);  // for the next step, which the pool orders after this one
-    progress.summed.store(epoch_, std::memory_order_release);
+Sums Executor::sums_of(const Task& task, const Span& chunk) const {
+    const Kernels& kernels = *kernels_[task.tensor];
+    if (plan_.limits.clip) return kernels.magnitudes_and_squares(chunk.gradient, chunk.elements);
+    return {kernels.magnitudes(chunk.gradient, chunk.elements), 0};
 }
 
-const Sums& Executor::wait_for_sums(const Chunk& chunk) {
-    Progress& progress = progress_[chunk.tensor];
-    if (plan_.tensors[chunk.tensor].regularize) {
-        // Acquire pairs with the release above and sees `sums`.
-        for (int tries = 0; progress.summed.load(std::memory_order_acquire) != epoch_; ++tries) relax(tries);
-    }
-    return progress.sums;
-}
-
-Step Executor::step_of(const Chunk& chunk, const Span& span, const Sums& sums) const {
-    const Numbers& numbers = numbers_[numbers_of_[chunk.tensor]];
-    const bool adan = tensors_[chunk.tensor].rule == Rule::adan;
-    return {adan ? static_cast<const void*>(&numbers.adan) : &numbers.adamw,
-            plan_.tensors[chunk.tensor].regularize ? &sums.magnitudes : nullptr, numbers.scale, span.gradient};
-}
-
-void Executor::update_span(const Chunk& chunk, const Span& span, const Step& step) const {
-    kernels_[chunk.tensor]->update[static_cast<int>(tensors_[chunk.tensor].rule)](span, step);
-}
-
-// A core reads memory no faster when it only reads, so that a reduction by itself costs its full time. Between the
-// blocks of an update, whose reads and writes go on side by side, a block that the update has fetched ahead is nearly
-// free.
-void Executor::reduce_and_update(const Chunk& reduced, const Span& read, const Chunk& updated, const Span& written) {
-    const Tensor& source = tensors_[reduced.tensor];
-    const Tensor& target = tensors_[updated.tensor];
-    const Sums& sums_of_target = wait_for_sums(updated);
-    // The kernel fetches as many bytes ahead as it reads of its own gradient.
-    const bool same_bytes = bytes_of(source.types.gradient) == bytes_of(target.types.gradient);
-    Sums sums;
-    for (std::int64_t at = 0; at < std::max(read.elements, written.elements); at += block_elements) {
-        const std::int64_t to_read = std::clamp<std::int64_t>(read.elements - at, 0, block_elements);
-        const std::int64_t to_write = std::clamp<std::int64_t>(written.elements - at, 0, block_elements);
-        const void* gradient = read.part(source.types, 0, at, to_read).gradient;
-        if (to_write > 0) {
-            const Span part = written.part(target.types, states_of(target.rule), at, to_write);
-            Step step = step_of(updated, part, sums_of_target);
-            if (same_bytes && to_read >= to_write) step.ahead = gradient;
-            update_span(updated, part, step);
-        }
-        if (to_read > 0) sums.magnitudes += kernels_[reduced.tensor]->magnitudes(gradient, to_read);
-    }
-    write_partial(reduced, sums);
+void Executor::update_chunk(const Task& task, const Span& chunk, const Sums& sums) const {
+    const Rule rule = tensors_[task.tensor].rule;
+    const Numbers& numbers = numbers_[numbers_of_[task.tensor]];
+    const void* of_rule = rule == Rule::adan ? static_cast<const void*>(&numbers.adan) : &numbers.adamw;
+    kernels_[task.tensor]->update[static_cast<int>(rule)](
+        chunk, of_rule, plan_.tensors[task.tensor].regularize ? &sums.magnitudes : nullptr, numbers.scale);
 }
 
 }  // namespace agr::cpu

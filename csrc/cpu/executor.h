@@ -80,14 +80,9 @@ private:
     std::uint64_t epoch_ = 0;  // counts the steps
 
     void run(std::int64_t first, std::int64_t last, int threads, const void* const* gradients);
-    void run_task(const Task& task, const void* const* gradients);
-    Span span_of(const Chunk& chunk, const void* const* gradients) const;
-    Sums sums_of(const Chunk& chunk, const Span& span) const;
-    void write_partial(const Chunk& chunk, const Sums& sums);
-    const Sums& wait_for_sums(const Chunk& chunk);
-    Step step_of(const Chunk& chunk, const Span& span, const Sums& sums) const;
-    void update_span(const Chunk& chunk, const Span& span, const Step& step) const;
-    void reduce_and_update(const Chunk& reduced, const Span& read, const Chunk& updated, const Span& written);
+    void run_task(const Task& task, const void* gradient);
+    Sums sums_of(const Task& task, const Span& chunk) const;
+    void update_chunk(const Task& task, const Span& chunk, const Sums& sums) const;
     void prepare(const std::vector<Group>& groups, double clip);
 };
 

@@ -117,24 +117,19 @@ AGR_INLINE void update_vector(P* p, const G* g, S* const* state, const Numbers& 
 }
 
 template <class R, bool regularize, class P, class G, class S>
-AGR_INLINE void update_span(const Span& span, const Step& step) {
+AGR_INLINE void update_span(const Span& span, const NumbersOf<R>& both, double abs_sum, double scale_in_double) {
     using T = computed_in<P>;
     constexpr int lanes = lanes_of<T>;
-    const auto& both = *static_cast<const NumbersOf<R>*>(step.numbers);
     const auto numbers = in_type<T>(both.single, both.twice);
-    const auto sum = AbsSum<T>::of(regularize ? *step.sum : 0, step.scale);
-    const T scale = static_cast<T>(step.scale);
+    const auto sum = AbsSum<T>::of(abs_sum, scale_in_double);
+    const T scale = static_cast<T>(scale_in_double);
     P* p = static_cast<P*>(span.parameter);
     const G* g = static_cast<const G*>(span.gradient);
-    const G* ahead = static_cast<const G*>(step.ahead);
     S* state[most_states];
     for (int k = 0; k < R::states; ++k) state[k] = static_cast<S*>(span.state[k]);
 
     std::int64_t n = span.elements;
     for (; n >= lanes; n -= lanes) {
-        // Into the second-level cache: by the time it is read, the updates in between have gone through the first.
-        __builtin_prefetch(ahead, 0, 2);
-        ahead += lanes;
         update_vector<R, regularize, T>(p, g, state, numbers, sum, scale);
         p += lanes;
         g += lanes;
@@ -159,11 +154,12 @@ AGR_INLINE void update_span(const Span& span, const Step& step) {
 }
 
 template <class R, class P, class G, class S>
-void update(const Span& span, const Step& step) {
-    if (step.sum != nullptr)
-        update_span<R, true, P, G, S>(span, step);
+void update(const Span& span, const void* numbers, const double* sum, double scale) {
+    const auto& both = *static_cast<const NumbersOf<R>*>(numbers);
+    if (sum != nullptr)
+        update_span<R, true, P, G, S>(span, both, *sum, scale);
     else
-        update_span<R, false, P, G, S>(span, step);
+        update_span<R, false, P, G, S>(span, both, 0, scale);
 }
 
 template <class P, class G, class S>

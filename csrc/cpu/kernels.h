@@ -20,14 +20,9 @@ struct Sums {
     double squares = 0;
 };
 
-// How one span is updated. Every element of the gradient is multiplied by `scale`.
-struct Step {
-    const void* numbers;  // the NumbersOf the rule
-    const double* sum;    // the tensor's abs-sum, or null where the gradient is not regularized
-    double scale;
-    const void* ahead;  // where as many bytes as the gradient has will be read next; the gradient itself if unknown
-};
-using Update = void (*)(const Span& span, const Step& step);
+// `numbers` points to the NumbersOf the rule, `sum` to the tensor's abs-sum, or is null where the gradient is not
+// regularized. Every element of the gradient is multiplied by `scale`.
+using Update = void (*)(const Span& span, const void* numbers, const double* sum, double scale);
 
 struct Kernels {
     double (*magnitudes)(const void* gradient, std::int64_t elements);

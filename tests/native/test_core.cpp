@@ -172,36 +172,30 @@ void test_plans() {
         const Plan::Limits limits{chunk, up_to(20 * chunk), up_to(3) == 0};
         const Plan plan(random_tensors(chunk), limits);
         const std::size_t count = plan.tensors.size();
-        std::int64_t largest = 0;
-        for (const auto& t : plan.tensors) largest = std::max(largest, t.elements * t.gradient_bytes);
         std::vector<std::set<std::int64_t>> reduced(count), updated(count);
         std::int64_t ahead = 0;
         for (std::size_t ticket = 0; ticket < plan.tasks.size(); ++ticket) {
             const Task& task = plan.tasks[ticket];
-            const bool in_first_part = static_cast<std::int64_t>(ticket) < plan.first_update;
-            CHECK(task.reduce || task.update, "a task that does nothing");
-            // First the update: it may not wait for the reduction of its own task, unless that is of the whole tensor.
-            if (task.update) {
-                const Plan::Tensor& tensor = plan.tensors[task.update.tensor];
-                CHECK(task.update.index >= 0 && task.update.index < tensor.chunks, "chunk %" PRId64, task.update.index);
-                CHECK(updated[task.update.tensor].insert(task.update.index).second, "updated twice");
-                CHECK(!limits.clip || !in_first_part, "an early update");
-                if (task.whole()) {
-                    CHECK(tensor.chunks == 1 && tensor.regularize, "whole, of %" PRId64 " chunks", tensor.chunks);
+            const Plan::Tensor& tensor = plan.tensors[task.tensor];
+            CHECK(task.chunk >= 0 && task.chunk < tensor.chunks, "chunk %" PRId64, task.chunk);
+            if (task.kind == TaskKind::reduce) {
+                CHECK(tensor.regularize || limits.clip, "a reduction for nothing");
+                CHECK(reduced[task.tensor].insert(task.chunk).second, "reduced twice");
+                CHECK(updated[task.tensor].empty(), "reduced after an update");
+                CHECK(!limits.clip || static_cast<std::int64_t>(ticket) < plan.first_update, "a late reduction");
+                ahead += plan.elements_of(tensor, task.chunk) * tensor.gradient_bytes;
+            } else {
+                CHECK(updated[task.tensor].insert(task.chunk).second, "updated twice");
+                CHECK(!limits.clip || static_cast<std::int64_t>(ticket) >= plan.first_update, "an early update");
+                if (task.kind == TaskKind::whole) {
+                    CHECK(tensor.chunks == 1, "whole, of %" PRId64 " chunks", tensor.chunks);
                 } else if (tensor.regularize || limits.clip) {
-                    CHECK(static_cast<std::int64_t>(reduced[task.update.tensor].size()) == tensor.chunks,
-                          "not all reduced");
-                    ahead -= plan.elements_of(tensor, task.update.index) * tensor.gradient_bytes;
+                    CHECK(static_cast<std::int64_t>(reduced[task.tensor].size()) == tensor.chunks, "not all reduced");
+                    ahead -= plan.elements_of(tensor, task.chunk) * tensor.gradient_bytes;
                 }
             }
-            if (task.reduce && !task.whole()) {
-                const Plan::Tensor& tensor = plan.tensors[task.reduce.tensor];
-                CHECK(task.reduce.index >= 0 && task.reduce.index < tensor.chunks, "chunk %" PRId64, task.reduce.index);
-                CHECK(tensor.regularize || limits.clip, "a reduction for nothing");
-                CHECK(reduced[task.reduce.tensor].insert(task.reduce.index).second, "reduced twice");
-                CHECK(!limits.clip || in_first_part, "a late reduction");
-                ahead += plan.elements_of(tensor, task.reduce.index) * tensor.gradient_bytes;
-            }
+            std::int64_t largest = 0;
+            for (const auto& t : plan.tensors) largest = std::max(largest, t.elements * t.gradient_bytes);
             CHECK(limits.clip || ahead <= std::max(limits.window_bytes, largest), "%" PRId64 " bytes ahead", ahead);
         }
         std::int64_t chunks = 0;
@@ -215,11 +209,6 @@ void test_plans() {
         }
         CHECK(plan.chunks == chunks, "chunks");
     }
-    // A tensor larger than the window is updated from its end, which is what a cache still holds.
-    const Plan large({{100, 4, true}}, {10, 200, false});
-    CHECK(!large.tasks[10].reduce && large.tasks[10].update == (Chunk{0, 9}), "the last chunk first");
-    const Plan small({{100, 4, true}}, {10, 400, false});
-    CHECK(!small.tasks[10].reduce && small.tasks[10].update == (Chunk{0, 0}), "the first chunk first");
     for (const auto& wrong : {std::function<void()>([] { Plan({}, {0, 0, false}); }),
                               std::function<void()>([] { Plan({}, {1, -1, false}); }),
                               std::function<void()>([] { Plan({{-1, 4, true}}, {1, 0, false}); })}) {
