@@ -50,7 +50,6 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser,
         output="runs/digits",
         seed_help="the first seed: of split, weights and batches",
-        threads=1,  # the network is so small that sharing its work costs more than it saves
     )
     add_optimizer_options(parser, adamw_lr=2e-2, adan_lr=8e-2, weight_decay=0.05, warmup=0.1)
     options = parser.parse_args(arguments)

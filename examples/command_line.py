@@ -124,11 +124,13 @@ def add_optimizer_options(
     )
 
 
-def add_machine_options(parser: argparse.ArgumentParser, *, output: str, seed_help: str, threads: int) -> None:
+def add_machine_options(parser: argparse.ArgumentParser, *, output: str, seed_help: str) -> None:
     """Add the options on seed, threads and output folder."""
     parser.add_argument("--seed", metavar="N", type=whole(0), default=0, help=seed_help)
+    # One: models this small gain little from a second thread on an idle machine, and lose much on a busy one, where
+    # a thread that waits for the other, spinning, can hold the very core that the other needs.
     parser.add_argument(
-        "--threads", metavar="N", type=whole(1), default=threads, help="CPU threads that PyTorch may use"
+        "--threads", metavar="N", type=whole(1), default=1, help="CPU threads of PyTorch; more suit larger models"
     )
     parser.add_argument(
         "--output",

@@ -30,6 +30,20 @@ bool Watch::Expected::fits(const TensorView& view) const {
            std::equal(strides.begin(), strides.end(), view.strides);
 }
 
+void Watch::Hint::fetch() const {
+    // PyTorch keeps sizes and strides in the middle of its own object, which takes a few cache lines around them.
+    const char* middle = static_cast<const char*>(description);
+    __builtin_prefetch(object);
+    for (int line = -2; line <= 1; ++line) __builtin_prefetch(middle + 64 * line);
+}
+
+void Watch::Entry::fetch() const {
+    parameter_hint.fetch();
+    gradient_hint.fetch();
+    __builtin_prefetch(state);
+    for (const State& s : states) s.hint.fetch();
+}
+
 Watch::Watch(py::list groups, py::dict state) {
     groups_ = keep(groups);
     state_ = keep(state);
@@ -62,7 +76,7 @@ void Watch::add(std::size_t index, std::vector<std::string> keys, std::shared_pt
     entry.state = keep(state);
     for (const std::string& key : keys) {
         py::object tensor = state[py::str(key)];
-        entry.states.push_back({interned(key.c_str()), Expected(keep(tensor), key.c_str())});
+        entry.states.push_back({interned(key.c_str()), Expected(keep(tensor), key.c_str()), {}});
     }
     if (!relaid.is_none()) entry.relaid = Expected(keep(relaid), "copy of the gradient").data;
     if (table->addresses.size() <= slot) table->addresses.resize(slot + 1);
@@ -79,6 +93,7 @@ bool Watch::unchanged(py::handle groups, py::handle state) {
     if (groups.ptr() != groups_ || state.ptr() != state_) return false;
     if (static_cast<std::size_t>(PyList_GET_SIZE(groups_)) != group_.size()) return false;
     auto entry = entries_.begin();
+    constexpr int fetched_ahead = 6;
     for (std::size_t i = 0; i < group_.size(); ++i) {
         const Group& group = group_[i];
         PyObject* dictionary = PyList_GET_ITEM(groups_, i);
@@ -89,8 +104,10 @@ bool Watch::unchanged(py::handle groups, py::handle state) {
             return false;
         }
         if (static_cast<std::size_t>(PyList_GET_SIZE(parameters)) != group.size) return false;
-        for (std::size_t j = 0; j < group.size; ++j, ++entry)
+        for (std::size_t j = 0; j < group.size; ++j, ++entry) {
+            if (entries_.end() - entry > fetched_ahead) entry[fetched_ahead].fetch();
             if (PyList_GET_ITEM(parameters, j) != entry->parameter || !parameter_unchanged(*entry)) return false;
+        }
     }
     return state_unchanged(state_);
 }
@@ -106,15 +123,18 @@ bool Watch::parameter_unchanged(Entry& entry) {
     TensorView view;
     if (!reader().read(entry.parameter, view) || view.data != entry.as_parameter.data || !entry.as_parameter.fits(view))
         return false;
-    for (const State& state : entry.states) {
+    entry.parameter_hint = {entry.parameter, view.shape};
+    for (State& state : entry.states) {
         PyObject* tensor = PyDict_GetItemWithError(entry.state, state.key);
         if (tensor != state.tensor.object) {
             PyErr_Clear();
             return false;
         }
         if (!reader().read(tensor, view) || view.data != state.tensor.data || !state.tensor.fits(view)) return false;
+        state.hint = {tensor, view.shape};
     }
     if (!reader().read(gradient.ptr(), view) || !entry.as_gradient.fits(view)) return false;
+    entry.gradient_hint = {gradient.ptr(), view.shape};
     entry.table->addresses[entry.slot] = entry.relaid != nullptr ? entry.relaid : view.data;
     held_.push_back(std::move(gradient));
     return true;

@@ -58,9 +58,19 @@ private:
         bool fits(const TensorView& view) const;  // in all but the address
     };
 
+    // Where a tensor's parts were when it was last read: fetched ahead, since between two steps everything else has gone
+    // through the cache. It is only a hint; nothing here is looked at.
+    struct Hint {
+        const void* object = nullptr;
+        const void* description = nullptr;
+
+        void fetch() const;
+    };
+
     struct State {
         PyObject* key;
         Expected tensor;
+        Hint hint;
     };
 
     enum class Gradient : std::uint8_t { none, untabled, tabled };
@@ -74,6 +84,9 @@ private:
         std::shared_ptr<GradientTable> table;
         std::size_t slot = 0;
         const void* relaid = nullptr;
+        Hint parameter_hint, gradient_hint;
+
+        void fetch() const;
     };
 
     struct Group {
