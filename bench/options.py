@@ -30,6 +30,13 @@ def device(text: str) -> torch.device:
     return chosen
 
 
+def natural_int(text: str) -> int:
+    """Parse an integer of at least 0."""
+    if not re.fullmatch(r"\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 0")
+    return int(text)
+
+
 def positive_int(text: str) -> int:
     """Parse an integer of at least 1."""
     if not re.fullmatch(r"\d+", text) or int(text) == 0:

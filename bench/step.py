@@ -2,10 +2,11 @@
 
 All contenders of a model set are alive together and share its parameters and gradients; each has its own
 state (and its own gradients if its step writes them: these are restored outside the clock after every step).
-Each round takes one step of every contender in a shuffled order. Where the memory budget cannot hold all of
-them, they run in batches, each with torch's fused AdamW as the common yardstick. Rounds alternate between two
-sets of gradients, as training brings new ones at new addresses. Warm-up rounds come first, and Python's
-garbage collector is off.
+Each round visits every contender in a shuffled order and times one step of it; of a short one the third in a
+row, as in training, where the backward pass has just gone over what the step begins with. Where the memory
+budget cannot hold all contenders, they run in batches, each with torch's fused AdamW as the common yardstick.
+Rounds alternate between two sets of gradients, as training brings new ones at new addresses. Warm-up rounds
+come first, and Python's garbage collector is off.
 
 Writes step-DEVICE-DTYPE-TAG.json and .png into the output folder, anew after each model set. Exit code 0, or
 1 if an installed contender failed or made a parameter infinite, or 2 for bad arguments.
@@ -87,6 +88,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=2,
         metavar="COUNT",
         help="rounds that are not timed, before the first timed one of a batch (default: 2)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=options.natural_int,
+        default=2,
+        metavar="COUNT",
+        help=f"a step of under {1000 * measure.SHORT_STEP:.0f} ms is taken this many times more and the last is timed; "
+        "with 0, the other contenders have driven its tensors out of the caches (default: 2)",
     )
     parser.add_argument(
         "--memory",
@@ -190,9 +199,9 @@ class Bench:
         """Return a contender with its optimizer, and with its own gradients if it writes them."""
         step = contenders.build(contender, workload.parameters, EPS.get(self.dtype, DEFAULT_EPS))
         if not contender.writes_gradients:
-            return Lane(contender.name, step)
+            return Lane(contender.name, step, repeats=self.args.repeats)
         private = PrivateGradients(workload)
-        return Lane(contender.name, step, before=private.lend, after=private.take_back)
+        return Lane(contender.name, step, before=private.lend, after=private.take_back, repeats=self.args.repeats)
 
     def free_memory(self) -> int:
         """Return the share of the free memory that a batch may take, in bytes."""
@@ -220,6 +229,7 @@ def run(args: argparse.Namespace) -> int:
         "rounds": args.rounds,
         "seconds": args.seconds,
         "warmup": args.warmup,
+        "repeats": args.repeats,
         "tag": args.tag,
         "learning_rate": contenders.LEARNING_RATE,
         "weight_decay": contenders.WEIGHT_DECAY,
