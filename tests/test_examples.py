@@ -46,10 +46,11 @@ OWN_OPTIONS = {
 
 @pytest.fixture
 def load(monkeypatch):
-    """Import a module of examples/, as running a script there does."""
+    """Import a module of examples/, as running a script there does; the examples set the number of threads."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # the other tests' threads are not ours to set
-    return importlib.import_module
+    threads = torch.get_num_threads()
+    yield importlib.import_module
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=TINY)

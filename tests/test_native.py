@@ -1,4 +1,4 @@
-"""The native core's own test program (native/test_core.cpp), built with and without sanitizers."""
+"""The native core's own test program, in tests/native, built with and without sanitizers."""
 
 import os
 import platform
@@ -33,7 +33,7 @@ def program(request, tmp_path_factory):
     flags = FLAGS + SANITIZERS[request.param]
     commands = [
         [*compiler, *flags, "-c", source, "-o", folder / f"{Path(source).stem}.o"]
-        for source in [*SOURCES, "tests/native/test_core.cpp"]
+        for source in [*SOURCES, *sorted((ROOT / "tests/native").glob("*.cpp"))]
     ]
     for name, options in INSTRUCTION_SETS.items():
         kernels = ["-c", "csrc/cpu/kernels.cpp", f"-DAGR_KERNELS={name}_kernels", "-o", folder / f"{name}.o"]

@@ -46,8 +46,8 @@ public:
 private:
     // A tensor as it was.
     struct Expected {
-        PyObject* object =
-            nullptr;  // kept alive by kept_; null for a gradient, which may be another object in every step
+        // Kept alive by kept_; null for a gradient, which may be another object in every step.
+        PyObject* object = nullptr;
         void* data = nullptr;
         Type type = Type::float32;
         std::int32_t device_type = 0, device_index = 0;

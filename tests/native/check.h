@@ -1,0 +1,36 @@
+// What the parts of the test program share: checks, random numbers, random tensors.
+#pragma once
+
+#include <cinttypes>
+#include <cstdint>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "../../csrc/plan.h"
+
+extern int failures, checks;
+extern std::mt19937_64 random_bits;
+
+#define CHECK(condition, ...)                                                    \
+    do {                                                                         \
+        ++checks;                                                                \
+        if (!(condition)) {                                                      \
+            ++failures;                                                          \
+            std::printf("%s:%d: %s is false: ", __FILE__, __LINE__, #condition); \
+            std::printf(__VA_ARGS__);                                            \
+            std::printf("\n");                                                   \
+        }                                                                        \
+    } while (false)
+
+inline double normal() { return std::normal_distribution<double>()(random_bits); }
+inline std::int64_t up_to(std::int64_t most) {
+    return std::uniform_int_distribution<std::int64_t>(0, most)(random_bits);
+}
+
+// Of sizes at which chunks and vectors end.
+std::vector<agr::Plan::Tensor> random_tensors(std::int64_t chunk);
+
+void test_numbers();
+void test_plans();
+void test_executor(int models);
