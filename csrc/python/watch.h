@@ -58,8 +58,8 @@ private:
         bool fits(const TensorView& view) const;  // in all but the address
     };
 
-    // Where a tensor's parts were when it was last read: fetched ahead, since between two steps everything else has gone
-    // through the cache. It is only a hint; nothing here is looked at.
+    // Where a tensor's parts were when it was last read: fetched ahead, since between two steps everything else has
+    // gone through the cache. It is only a hint; nothing here is looked at.
     struct Hint {
         const void* object = nullptr;
         const void* description = nullptr;
