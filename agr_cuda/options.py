@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -12,21 +14,28 @@ def number(value: Any) -> float:
     return float(value.item() if isinstance(value, Tensor) else value)
 
 
+def check_number(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is a number or a tensor, ValueError unless the tensor has one element."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}; it must have 1 element")
+    elif not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r}; it must be a number")
+
+
 def check_nonnegative(name: str, value: Any) -> None:
-    """Raise ValueError unless `value` is one number of at least 0 (NaN is not)."""
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}; it must have 1 element")
+    """Raise ValueError unless `value` is at least 0 (NaN is not)."""
+    check_number(name, value)
     if not value >= 0.0:
         raise ValueError(f"{name} is {shown(value)}; it must be at least 0")
 
 
 def check_betas(values: Any, count: int) -> None:
     """Raise ValueError unless `values` are `count` numbers in [0, 1)."""
-    if len(values) != count:
-        raise ValueError(f"betas is {shown(values)}; it must be {count} numbers")
+    if not isinstance(values, Sequence) or len(values) != count:
+        raise ValueError(f"betas is {shown(values)}; it must be a tuple of {count} numbers")
     for i, value in enumerate(values):
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"betas[{i}] is a tensor of shape {tuple(value.shape)}; it must have 1 element")
+        check_number(f"betas[{i}]", value)
         if not 0.0 <= value < 1.0:
             raise ValueError(f"betas[{i}] is {shown(value)}; it must be at least 0 and less than 1")
 

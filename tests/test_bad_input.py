@@ -260,3 +260,12 @@ def test_what_torch_refuses_is_refused(method) -> None:
         method.ours([p * 2])
     with pytest.raises(ValueError, match="more than one"):
         method.ours([{"params": [p]}, {"params": [p]}])
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("lr", None), ("lr", "0.1"), ("eps", None), ("weight_decay", [0.1]), ("max_grad_norm", (1.0,))],
+)
+def test_what_is_no_number_is_refused_by_name(method, option, value) -> None:
+    with pytest.raises(TypeError, match=f"{option} is .*must be a number"):
+        method.ours([torch.nn.Parameter(torch.ones(3))], **{option: value})
