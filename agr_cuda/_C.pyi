@@ -55,4 +55,6 @@ class CpuExecutor:
         clip: float,
         threads: int,
         counted: list[dict[str, Any]],
+        fresh: set[int],
+        stepped: list[int],
     ) -> None: ...

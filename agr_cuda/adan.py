@@ -118,5 +118,9 @@ class Adan(AGROptimizer):
         for group in self.param_groups:
             group["step"] = 0
             for parameter in group["params"]:
-                for value in self.state.get(parameter, {}).values():
+                state = self.state.get(parameter, {})
+                state.pop(
+                    "neg_pre_grad", None
+                )  # made anew at the parameter's next step, which its absence marks as the first
+                for value in state.values():
                     value.zero_()

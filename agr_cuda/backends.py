@@ -74,6 +74,8 @@ def why_not(backend: str, parameter: Tensor, gradient: Tensor | None = None) -> 
             return f"the cpu backend takes {', '.join(map(str, CPU_DTYPES))}, not {parameter.dtype}"
         if not is_dense(parameter):
             return f"the cpu backend takes dense parameters, not strides {parameter.stride()}"
+        if gradient is not None and not is_plain(gradient):
+            return f"the cpu backend takes gradients that are plain tensors, not {type(gradient).__name__}"
         if gradient is not None and gradient.dtype != parameter.dtype:
             sixteen_bits = parameter.dtype in (torch.bfloat16, torch.float16)
             if not (sixteen_bits and gradient.dtype == torch.float32):

@@ -40,7 +40,10 @@ class Binding:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether `tensor` is one in a device's memory; DTensor and its like, which dispatch for themselves, are not."""
-    return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return False
+    # Zeros without memory, and views that stand for their negative.
+    return not tensor._is_zerotensor() and not tensor.is_neg()
 
 
 def is_dense(tensor: Tensor) -> bool:

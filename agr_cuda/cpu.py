@@ -40,6 +40,17 @@ class CpuLaunch:
         """Return the sum of the squares of all gradients' elements."""
         return float(self._executor.reduce(self.gradients, torch.get_num_threads()))
 
-    def update(self, numbers: Sequence[tuple[float, ...]], clip: float, counted: Sequence[dict[str, Any]]) -> None:
-        """Make the step. `clip` multiplies every gradient; `counted` are the groups whose steps are counted."""
-        self._executor.update(self.gradients, numbers, clip, torch.get_num_threads(), counted)
+    def update(
+        self,
+        numbers: Sequence[tuple[float, ...]],
+        clip: float,
+        counted: Sequence[dict[str, Any]],
+        fresh: set[int],
+        stepped: Sequence[int],
+    ) -> None:
+        """Make the step. `clip` multiplies every gradient.
+
+        Then, where no signal handler can come between, count the step of the groups `counted`, and take what was
+        `stepped` out of the set `fresh`.
+        """
+        self._executor.update(self.gradients, numbers, clip, torch.get_num_threads(), counted, fresh, stepped)

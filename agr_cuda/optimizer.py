@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from operator import itemgetter
@@ -13,10 +14,16 @@ from torch.optim.optimizer import ParamsT
 
 from .backends import check_backend
 from .binding import Binding, same_layout
-from .options import check_betas, check_nonnegative
+from .options import check_betas, check_nonnegative, number
 from .schedule import Schedule, check_tensors, choose_backend, missing_state
 
-_numbers_of = itemgetter("lr", "betas", "eps", "weight_decay")
+
+def _snapshot(group: dict[str, Any]) -> tuple[Any, ...]:
+    """Return a group's numbers as they are now; for an lr on another device, which it is: the host does not wait for it."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        lr = lr.item() if lr.device.type == "cpu" and lr.numel() == 1 else ("tensor", id(lr))
+    return lr, tuple(group["betas"]), group["eps"], group["weight_decay"]
 
 
 class AGROptimizer(torch.optim.Optimizer):
@@ -29,8 +36,9 @@ class AGROptimizer(torch.optim.Optimizer):
     _structure: tuple[str, ...]
 
     _schedule: Schedule | None
-    _checked: list[Any] | None  # the groups' numbers that were last found in range
-    _fresh: set[Tensor]  # parameters whose state is made, and no step yet made with it
+    _checked: list[Any] | None  # the numbers that were last found in range
+    _fresh: set[int]  # id of parameters whose state is made, and no step yet made with it
+    _lock: threading.RLock  # held from the look at the parameters to the end of their update
     _warned: bool  # of tensors of one element
 
     def __init__(
@@ -73,6 +81,10 @@ class AGROptimizer(torch.optim.Optimizer):
                     )
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        parameters = self.param_groups[-1]["params"]
+        if len({id(parameter) for parameter in parameters}) < len(parameters):
+            self.param_groups.pop()
+            raise ValueError("a parameter group has a parameter more than once; each must be given once")
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError for a number out of range, RuntimeError for options that contradict each other."""
@@ -96,6 +108,9 @@ class AGROptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in {**self._unsaved_options(), **self.defaults}.items():
+                group.setdefault(name, value)
         self._forget()
 
     def _forget(self) -> None:
@@ -103,6 +118,7 @@ class AGROptimizer(torch.optim.Optimizer):
         self._checked = None
         self._fresh = set()
         self._warned = getattr(self, "_warned", False)
+        self._lock = getattr(self, "_lock", None) or threading.RLock()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer, or of the one that it replaces.
@@ -152,17 +168,23 @@ class AGROptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        numbers = [_numbers_of(group) for group in self.param_groups]
+        with self._lock:
+            self._check_numbers()
+            schedule = self._current_schedule()
+            try:
+                self._run(schedule)
+            finally:
+                schedule.release()
+        return loss
+
+    def _check_numbers(self) -> None:
+        numbers = [self.max_grad_norm, *map(_snapshot, self.param_groups)]
         if numbers != self._checked:
+            if self.max_grad_norm is not None:
+                check_nonnegative("max_grad_norm", self.max_grad_norm)
             for group in self.param_groups:
                 self._check_group(group)
             self._checked = numbers
-        schedule = self._current_schedule()
-        try:
-            self._run(schedule)
-        finally:
-            schedule.release()
-        return loss
 
     def _current_schedule(self) -> Schedule:
         options = itemgetter(*self._structure)
@@ -172,7 +194,8 @@ class AGROptimizer(torch.optim.Optimizer):
             # The watch knows where the native backends' tensors are; others it leaves to us.
             for b in schedule.referred:
                 check_tensors(b.place, b.parameter, b.state, b.keys)
-            return schedule
+            if not any(self._missing_state(b) for b in schedule.referred):
+                return schedule
         self._schedule = None
         bindings = self._bind_all()
         clip = bool(self.max_grad_norm)
@@ -186,40 +209,42 @@ class AGROptimizer(torch.optim.Optimizer):
         """Check every parameter that has a gradient, then make the state that is missing."""
         bindings = []
         index = -1
-        for number, group in enumerate(self.param_groups):
+        for group_index, group in enumerate(self.param_groups):
             self._check_group(group)
             for position, parameter in enumerate(group["params"]):
                 index += 1
                 if parameter.grad is not None:
-                    bindings.append(self._bind(index, number, position, parameter))
+                    bindings.append(self._bind(index, group_index, position, parameter))
         made = [self._missing_state(binding) for binding in bindings]
         self._warn_of_single_elements(bindings)
         # From here on nothing fails that could have been foreseen.
         for binding, state in zip(bindings, made, strict=True):
             if self._rule == "adan" and "neg_pre_grad" not in binding.state:
-                self._fresh.add(binding.parameter)
-            binding.fresh = binding.parameter in self._fresh
+                self._fresh.add(id(binding.parameter))
+            binding.fresh = id(binding.parameter) in self._fresh
             if state:
                 binding.state.update(state)
                 self.state[binding.parameter] = binding.state
         return bindings
 
-    def _bind(self, index: int, number: int, position: int, parameter: Tensor) -> Binding:
-        group = self.param_groups[number]
-        place = f"group {number}, parameter {position}"
-        if "param_names" in group:
+    def _bind(self, index: int, group_index: int, position: int, parameter: Tensor) -> Binding:
+        group = self.param_groups[group_index]
+        place = f"group {group_index}, parameter {position}"
+        if position < len(group.get("param_names", ())):
             place += f" ({group['param_names'][position]!r})"
         gradient = parameter.grad
         assert gradient is not None
         keys = self._state_keys(group)
         state = self.state.get(parameter, {})
         check_tensors(place, parameter, state, keys)
-        backend = choose_backend(place, group, parameter, [state[k] for k in keys if k in state], self.backend)
+        backend = choose_backend(
+            place, group, parameter, [state[k] for k in keys if state.get(k) is not None], self.backend
+        )
         relaid = None
         if backend != "reference" and not same_layout(parameter, gradient):
             relaid = torch.empty_like(parameter, dtype=gradient.dtype, memory_format=torch.preserve_format).detach()
         return Binding(
-            index, number, place, parameter, keys, backend, state,
+            index, group_index, place, parameter, keys, backend, state,
             regularize=bool(group["agr"]), amsgrad=bool(group.get("amsgrad")), relaid=relaid,
         )  # fmt: skip
 
@@ -242,19 +267,24 @@ class AGROptimizer(torch.optim.Optimizer):
                     binding.relaid.copy_(binding.parameter.grad)
         clip = self._clip_coefficient(schedule) if self.max_grad_norm else 1.0
         counted = self.param_groups if self._rule == "adan" else []
+        stepped = [id(binding.parameter) for binding in schedule.bindings] if self._fresh else []
+        # Whatever may fail comes before the first update.
+        if schedule.cpu is not None:
+            numbers = [self._numbers(group) for group in self.param_groups]
+            native_clip = number(clip)
         if schedule.reference is not None:
             schedule.reference.update(self.param_groups, clip)
         if schedule.cpu is not None:
-            # Last, because it counts the groups' steps in the same breath as it makes them.
-            schedule.cpu.update([self._numbers(group) for group in self.param_groups], float(clip), counted)
+            # Last, because it notes what was done in the same breath as it does it.
+            schedule.cpu.update(numbers, native_clip, counted, self._fresh, stepped)
         else:
             for group in counted:
                 group["step"] += 1
+            self._fresh.difference_update(stepped)
         if schedule.written:
             # As after any in-place operation of PyTorch, so that autograd notices a backward pass that comes too late.
             torch.autograd.graph.increment_version(schedule.written)
-        if self._fresh:
-            self._fresh.clear()
+        if stepped:
             for binding in schedule.bindings:
                 binding.fresh = False
 
@@ -265,7 +295,10 @@ class AGROptimizer(torch.optim.Optimizer):
             squares += schedule.cpu.square_sum()
         if schedule.reference is not None:
             squares = squares + schedule.reference.square_sum(self.param_groups)
-        coefficient = self.max_grad_norm / (squares**0.5 + self.param_groups[0]["eps"])
+        divisor = squares**0.5 + self.param_groups[0]["eps"]
+        if not isinstance(divisor, Tensor) and divisor == 0:
+            return 1.0
+        coefficient = self.max_grad_norm / divisor
         if isinstance(coefficient, Tensor):
             return coefficient.clamp(max=1.0)
         return 1.0 if coefficient > 1.0 else coefficient

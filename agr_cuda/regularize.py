@@ -32,6 +32,8 @@ def regularize_gradients_(parameters: Tensor | Iterable[Tensor]) -> None:
     for gradient in gradients.values():
         if gradient.layout != torch.strided:
             raise RuntimeError(f"a gradient is {gradient.layout}; regularize_gradients_ takes dense gradients")
+        if any(size > 1 and stride == 0 for size, stride in zip(gradient.shape, gradient.stride(), strict=True)):
+            raise RuntimeError("a gradient is expanded: its elements share memory, so that they cannot be changed")
     on_cpu: list[Tensor] = []
     others: list[Tensor] = []
     for gradient in gradients.values():

@@ -25,7 +25,8 @@ struct AbsSum {
     static AGR_INLINE AbsSum of(double sum, double scale) {
         const double scaled = sum * scale;
         if (scaled != scaled) return {static_cast<T>(scaled), T(0), T(1), T(1)};
-        const T lift = sizeof(T) == sizeof(float) && sum < 0x1p-100 ? T(0x1p60) : T(1);
+        constexpr bool single = sizeof(T) == sizeof(float);
+        const T lift = sum < (single ? 0x1p-100 : 0x1p-1000) ? static_cast<T>(single ? 0x1p60 : 0x1p500) : T(1);
         sum *= static_cast<double>(lift);
         const T rounded = static_cast<T>(sum);
         // With an inverse of 1, S = 0 gives psi = 0, and an infinite S a share of infinity, which is clamped to 1

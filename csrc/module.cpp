@@ -101,10 +101,11 @@ public:
     }
 
     // `groups`: for AdamW (lr, beta1, beta2, eps, weight_decay, sign), for Adan (lr, beta1, beta2, beta3, eps,
-    // weight_decay, no_prox, sign, t). `counted`: the dictionaries of Adan's groups, whose "step" becomes t: here,
-    // where no signal handler can come between the update and its count.
+    // weight_decay, no_prox, sign, t). `counted`: the dictionaries of Adan's groups, whose "step" becomes t; `fresh`: a
+    // set, from which `stepped` is taken. Here, where no signal handler can come between the update and these notes of
+    // it.
     void update(const GradientTable& gradients, const py::list& groups, double clip, int threads,
-                const py::list& counted) {
+                const py::list& counted, const py::set& fresh, const py::list& stepped) {
         if (groups.size() < groups_) throw std::invalid_argument("numbers are missing for some groups");
         std::vector<cpu::Group> numbers;
         numbers.reserve(groups.size());
@@ -115,6 +116,7 @@ public:
         }
         for (std::size_t i = 0; i < counted.size(); ++i)
             py::cast<py::dict>(counted[i])["step"] = py::int_(static_cast<std::int64_t>(numbers.at(i).t));
+        for (py::handle parameter : stepped) PySet_Discard(fresh.ptr(), parameter.ptr());
     }
 
 private:
@@ -212,5 +214,5 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init<const Plan&, const py::list&>(), py::arg("plan"), py::arg("tensors"))
         .def("reduce", &CpuExecutor::reduce, py::arg("gradients"), py::arg("threads"))
         .def("update", &CpuExecutor::update, py::arg("gradients"), py::arg("groups"), py::arg("clip"),
-             py::arg("threads"), py::arg("counted"));
+             py::arg("threads"), py::arg("counted"), py::arg("fresh"), py::arg("stepped"));
 }

@@ -97,16 +97,15 @@ void TensorReader::use_exchange_api(bool wanted) {
 }
 
 bool TensorReader::read(PyObject* tensor, TensorView& view) {
-    if (describe_ == nullptr) {
-        if (read_through_methods(tensor, view)) return true;
-        PyErr_Clear();
-        return false;
-    }
+    const bool described = describe_ != nullptr ? read_through_api(tensor, view) : read_through_methods(tensor, view);
+    if (!described) PyErr_Clear();
+    // Wrappers around other tensors, and tensors whose storage was taken away, have elements and no memory.
+    return described && (view.data != nullptr || view.elements() == 0);
+}
+
+bool TensorReader::read_through_api(PyObject* tensor, TensorView& view) const {
     DLTensor described;
-    if (describe_(tensor, &described) != 0) {
-        PyErr_Clear();
-        return false;
-    }
+    if (describe_(tensor, &described) != 0) return false;
     view = {static_cast<char*>(described.data) + described.byte_offset,
             described.device.type,
             described.device.index,

@@ -51,6 +51,7 @@ private:
     int (*describe_)(void*, DLTensor*) = nullptr;  // DLPackDLTensorFromPyObjectNoSync
     std::vector<std::int64_t> buffer_;
 
+    bool read_through_api(PyObject* tensor, TensorView& view) const;
     bool read_through_methods(PyObject* tensor, TensorView& view);
 };
 

@@ -49,7 +49,9 @@ Watch::Watch(py::list groups, py::dict state) {
     state_ = keep(state);
     for (py::handle item : groups) {
         py::dict dictionary = py::cast<py::dict>(item);
-        py::list parameters = py::cast<py::list>(dictionary["params"]);
+        py::object given = dictionary["params"];
+        if (!PyList_Check(given.ptr())) throw py::type_error("a parameter group's params is no list");
+        py::list parameters = given;
         group_.push_back({keep(dictionary), keep(parameters), parameters.size()});
         for (py::handle parameter : parameters) {
             Entry entry;

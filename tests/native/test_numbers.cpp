@@ -68,6 +68,8 @@ void test_psi() {
     const double others = 1e-9;
     CHECK(std::fabs(psi(1, 1 + others) / others - 1) < 1e-6, "a dominated tensor: %g", psi(1, 1 + others));
     // The sum is denormal, and 1 / S would overflow.
+    CHECK(regularized(1e-310, AbsSum<double>::of(1e-310, 1)) == 0, "one denormal element, float64");
+    CHECK(std::fabs(regularized(1e-310, AbsSum<double>::of(4e-310, 1)) / 7.5e-311 - 1) < 1e-9, "denormal, float64");
     CHECK(psi(1e-41f, 4 * static_cast<double>(1e-41f)) == static_cast<float>(0.75 * 1e-41f), "denormal");
 }
 
