@@ -19,7 +19,7 @@ from .schedule import Schedule, check_tensors, choose_backend, missing_state
 
 
 def _snapshot(group: dict[str, Any]) -> tuple[Any, ...]:
-    """Return a group's numbers as they are now; for an lr on another device, which it is: the host does not wait for it."""
+    """Return a group's numbers as they are now; for an lr on another device its identity, so as not to wait for it."""
     lr = group["lr"]
     if isinstance(lr, Tensor):
         lr = lr.item() if lr.device.type == "cpu" and lr.numel() == 1 else ("tensor", id(lr))
