@@ -255,7 +255,7 @@ class AGROptimizer(torch.optim.Optimizer):
             warnings.warn(
                 "AGR makes the gradient of a tensor of one element exactly 0, so that it never trains: "
                 f"{'; '.join(places)}. Put such parameters into a parameter group with agr=False",
-                stacklevel=5,
+                stacklevel=6,  # the caller of step(), which torch.optim.Optimizer wraps
             )
 
     def _run(self, schedule: Schedule) -> None:

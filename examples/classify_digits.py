@@ -117,6 +117,7 @@ def train_one_seed(
         for chosen in torch.split(shuffled, options.batch_size):
             images, labels = digits.train_images[chosen], digits.train_labels[chosen]
             for run in in_turn(own, step):
+                # mypy infers no type for a lambda with defaults, which bind this round's batch.
                 run.advance(lambda m, x=images, y=labels: F.cross_entropy(m(x), y), now)  # type: ignore[misc]
             step += 1
         for run, bar in zip(own, bars, strict=True):

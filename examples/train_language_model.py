@@ -128,6 +128,7 @@ def train(options: argparse.Namespace, corpus: Corpus, runs: Sequence[Run], cons
                 break
             batch = next(batches).to(on)
             for run in in_turn(runs, step):
+                # mypy infers no type for a lambda with a default, which binds this round's batch.
                 run.advance(lambda model, batch=batch: loss(model, batch), now)  # type: ignore[misc]
                 progress.update(bars[run], advance=1, note=f"loss {run.train_loss[-1]:.2f}")
 
