@@ -26,13 +26,15 @@ Rule rule_named(const std::string& name) {
 
 // `tensors`: (elements, bytes of a gradient's element, regularize) of each.
 Plan make_plan(const std::vector<std::tuple<std::int64_t, std::int32_t, bool>>& tensors, bool clip,
-               std::optional<std::int64_t> chunk_elements, std::optional<std::int64_t> window_bytes) {
+               std::optional<std::int64_t> chunk_elements, std::optional<std::int64_t> window_bytes,
+               std::optional<std::int64_t> lead_bytes) {
     std::vector<Plan::Tensor> planned;
     for (const auto& [elements, gradient_bytes, regularize] : tensors)
         planned.push_back({elements, gradient_bytes, regularize});
     Plan::Limits limits = cpu::default_limits(clip);
     if (chunk_elements) limits.chunk_elements = *chunk_elements;
     if (window_bytes) limits.window_bytes = *window_bytes;
+    if (lead_bytes) limits.lead_bytes = *lead_bytes;
     return Plan(std::move(planned), limits);
 }
 
@@ -181,11 +183,12 @@ PYBIND11_MODULE(_C, m) {
 
     py::class_<Plan>(m, "Plan")
         .def(py::init(&make_plan), py::arg("tensors"), py::arg("clip") = false, py::arg("chunk_elements") = py::none(),
-             py::arg("window_bytes") = py::none())
+             py::arg("window_bytes") = py::none(), py::arg("lead_bytes") = py::none())
         .def_property_readonly("tasks", &tasks_of)
         .def_property_readonly("chunks", [](const Plan& plan) { return plan.chunks; })
         .def_property_readonly("chunk_elements", [](const Plan& plan) { return plan.limits.chunk_elements; })
         .def_property_readonly("window_bytes", [](const Plan& plan) { return plan.limits.window_bytes; })
+        .def_property_readonly("lead_bytes", [](const Plan& plan) { return plan.limits.lead_bytes; })
         .def_property_readonly("first_update", [](const Plan& plan) { return plan.first_update; });
 
     py::class_<GradientTable, std::shared_ptr<GradientTable>>(m, "GradientTable").def(py::init<>());

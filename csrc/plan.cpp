@@ -13,6 +13,8 @@ Plan::Plan(std::vector<Tensor> given, Limits given_limits) : limits(given_limits
         throw std::invalid_argument("a chunk has at least 1 element, not " + std::to_string(limits.chunk_elements));
     if (limits.window_bytes < 0)
         throw std::invalid_argument("a window has at least 0 bytes, not " + std::to_string(limits.window_bytes));
+    if (limits.lead_bytes < 0)
+        throw std::invalid_argument("a lead has at least 0 bytes, not " + std::to_string(limits.lead_bytes));
     if (tensors.size() > static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max()))
         throw std::invalid_argument("a plan takes at most 2^31 - 1 tensors, not " + std::to_string(tensors.size()));
     for (Tensor& tensor : tensors) {
@@ -23,50 +25,68 @@ Plan::Plan(std::vector<Tensor> given, Limits given_limits) : limits(given_limits
         chunks += tensor.chunks;
     }
 
-    // Tensors that are reduced and not yet updated, the oldest first, and how many bytes of gradient they have.
-    std::deque<std::int32_t> ahead;
-    std::int64_t ahead_bytes = 0;
-    auto bytes = [&](std::int32_t i) { return tensors[i].elements * tensors[i].gradient_bytes; };
+    if (limits.clip)
+        order_around_the_norm();
+    else
+        order_in_a_window();
+}
+
+void Plan::order_in_a_window() {
+    // Tensors that are reduced and not yet all updated, the oldest first.
+    struct Reduced {
+        std::int32_t tensor;
+        std::int64_t at;      // the value of `passed` when its last REDUCE was pushed
+        std::int64_t chunks;  // that remain to be updated, from the end
+    };
+    std::deque<Reduced> reduced;
+    std::int64_t passed = 0;  // bytes of gradient of all tasks so far
+    std::int64_t ahead = 0;   // bytes of gradient reduced and not updated
+    auto bytes = [&](std::int32_t i, std::int64_t chunk) {
+        return elements_of(tensors[i], chunk) * tensors[i].gradient_bytes;
+    };
     auto update_oldest = [&] {
-        push_update(ahead.front());
-        ahead_bytes -= bytes(ahead.front());
-        ahead.pop_front();
+        Reduced& oldest = reduced.front();
+        // The end first: of what was read once, a cache holds the end, however much or little it holds.
+        const std::int64_t chunk = --oldest.chunks;
+        tasks.push_back({TaskKind::update, oldest.tensor, chunk});
+        ahead -= bytes(oldest.tensor, chunk);
+        if (oldest.chunks == 0) reduced.pop_front();
     };
 
-    const auto count = static_cast<std::int32_t>(tensors.size());
-    if (limits.clip) {
-        for (std::int32_t i = 0; i < count; ++i) push_reduce(i);
-        first_update = static_cast<std::int64_t>(tasks.size());
-        for (std::int32_t i = count; i-- > 0;) push_update(i);
-        return;
-    }
-    for (std::int32_t i = 0; i < count; ++i) {
+    for (std::int32_t i = 0; i < static_cast<std::int32_t>(tensors.size()); ++i) {
         const Tensor& tensor = tensors[i];
         if (tensor.chunks == 1) {
             tasks.push_back({TaskKind::whole, i, 0});
+            passed += bytes(i, 0);
         } else if (!tensor.regularize) {
-            push_update(i);
+            for (std::int64_t chunk = tensor.chunks; chunk-- > 0;) tasks.push_back({TaskKind::update, i, chunk});
+            passed += tensor.elements * tensor.gradient_bytes;
         } else {
-            while (!ahead.empty() && ahead_bytes + bytes(i) > limits.window_bytes) update_oldest();
-            push_reduce(i);
-            ahead.push_back(i);
-            ahead_bytes += bytes(i);
+            for (std::int64_t chunk = 0; chunk < tensor.chunks; ++chunk) {
+                tasks.push_back({TaskKind::reduce, i, chunk});
+                passed += bytes(i, chunk);
+                ahead += bytes(i, chunk);
+                if (chunk + 1 == tensor.chunks) reduced.push_back({i, passed, tensor.chunks});
+                while (ahead > limits.window_bytes && !reduced.empty() &&
+                       passed - reduced.front().at >= limits.lead_bytes)
+                    update_oldest();
+            }
         }
     }
-    while (!ahead.empty()) update_oldest();
+    while (!reduced.empty()) update_oldest();
+}
+
+void Plan::order_around_the_norm() {
+    const auto count = static_cast<std::int32_t>(tensors.size());
+    for (std::int32_t i = 0; i < count; ++i)
+        for (std::int64_t chunk = 0; chunk < tensors[i].chunks; ++chunk) tasks.push_back({TaskKind::reduce, i, chunk});
+    first_update = static_cast<std::int64_t>(tasks.size());
+    for (std::int32_t i = count; i-- > 0;)
+        for (std::int64_t chunk = tensors[i].chunks; chunk-- > 0;) tasks.push_back({TaskKind::update, i, chunk});
 }
 
 std::int64_t Plan::elements_of(const Tensor& tensor, std::int64_t chunk) const {
     return std::min(limits.chunk_elements, tensor.elements - chunk * limits.chunk_elements);
-}
-
-void Plan::push_reduce(std::int32_t i) {
-    for (std::int64_t chunk = 0; chunk < tensors[i].chunks; ++chunk) tasks.push_back({TaskKind::reduce, i, chunk});
-}
-
-void Plan::push_update(std::int32_t i) {
-    // The end first: of what was read once, a cache holds the end, however much or little it holds.
-    for (std::int64_t chunk = tensors[i].chunks; chunk-- > 0;) tasks.push_back({TaskKind::update, i, chunk});
 }
 
 }  // namespace agr

@@ -31,6 +31,10 @@ struct Plan {
         // How many bytes of gradient REDUCE may run ahead of UPDATE: a share of the cache, in which UPDATE finds them
         // again.
         std::int64_t window_bytes;
+        // How many bytes of gradient other tasks have, where there are any, between a tensor's last REDUCE and its
+        // first UPDATE: at least what is in progress at once, so that nobody who draws that UPDATE has to wait for the
+        // abs-sum.
+        std::int64_t lead_bytes;
         // Clip by the global norm: every gradient is reduced before the first update.
         bool clip;
     };
@@ -50,8 +54,8 @@ struct Plan {
     std::int64_t elements_of(const Tensor& tensor, std::int64_t chunk) const;
 
 private:
-    void push_reduce(std::int32_t tensor);
-    void push_update(std::int32_t tensor);
+    void order_in_a_window();
+    void order_around_the_norm();
 };
 
 }  // namespace agr

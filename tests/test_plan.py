@@ -27,9 +27,22 @@ def test_a_tensor_that_is_not_regularized_is_only_updated():
 
 
 def test_reductions_run_ahead_of_updates_by_a_window():
-    kinds = [(kind, tensor) for kind, tensor, chunk in tasks([(20, 4, True)] * 4, chunk_elements=10, window_bytes=160)]
-    r, u = [("reduce", i) for i in range(4)], [("update", i) for i in range(4)]
-    assert kinds[::2] == [r[0], r[1], u[0], r[2], u[1], r[3], u[2], u[3]]
+    made = tasks([(20, 4, True)] * 4, chunk_elements=10, window_bytes=160)
+    r, u = [[("reduce", i) for i in range(4)], [("update", i) for i in range(4)]]
+    ahead = [r[0], r[0], r[1], r[1]]  # as many bytes as the window has; then each reduction is followed by an update
+    expected = [*ahead, r[2], u[0], r[2], u[0], r[3], u[1], r[3], u[1], u[2], u[2], u[3], u[3]]
+    assert [(kind, tensor) for kind, tensor, _ in made] == expected
+
+
+def test_other_tasks_stand_between_a_tensors_last_reduction_and_its_first_update():
+    def between(lead):
+        made = tasks([(50, 4, True), (9, 4, True), (50, 4, True)], chunk_elements=10, window_bytes=40, lead_bytes=lead)
+        return made[made.index(("reduce", 0, 4)) + 1 : made.index(("update", 0, 4))]
+
+    assert between(0) == []
+    assert between(36) == [("whole", 1, 0), ("reduce", 2, 0)]
+    assert between(37) == [("whole", 1, 0), ("reduce", 2, 0)]
+    assert between(77) == [("whole", 1, 0), ("reduce", 2, 0), ("reduce", 2, 1)]
 
 
 def test_a_tensor_is_updated_from_its_end_which_a_cache_still_holds():
@@ -49,7 +62,7 @@ def test_the_window_is_a_share_of_the_cache_and_a_chunk_a_share_of_the_window():
     assert 0 < plan.chunk_elements * 4 <= plan.window_bytes
 
 
-@pytest.mark.parametrize("limits", [{"chunk_elements": 0}, {"window_bytes": -1}])
+@pytest.mark.parametrize("limits", [{"chunk_elements": 0}, {"window_bytes": -1}, {"lead_bytes": -1}])
 def test_limits_that_make_no_sense_are_refused(limits):
-    with pytest.raises(ValueError, match=str(next(iter(limits.values())))):
+    with pytest.raises(ValueError, match=f"not {next(iter(limits.values()))}"):
         _C.Plan([], **limits)

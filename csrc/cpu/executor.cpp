@@ -36,7 +36,7 @@ Plan::Limits default_limits(bool clip) {
     last_level = sysconf(_SC_LEVEL3_CACHE_SIZE);
 #endif
     if (last_level <= 0) last_level = 16 << 20;
-    return {chunk_elements, last_level / 16, clip};
+    return {chunk_elements, last_level / 16, 0, clip};
 }
 
 Executor::Executor(Plan plan, std::vector<Tensor> tensors)

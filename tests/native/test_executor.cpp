@@ -89,7 +89,7 @@ Model random_model(Rule rule) {
     Model model(rule);
     model.clip = up_to(2) == 0;
     const std::int64_t chunk = 1 + up_to(300);
-    model.limits = {chunk, up_to(4000), model.clip};
+    model.limits = {chunk, up_to(4000), up_to(2000), model.clip};
     const double weight_decay = 0.1, no_prox = static_cast<double>(up_to(1));
     model.group = {{1e-2, 0.9, 0.99, 1e-8, weight_decay},
                    {1e-2, 0.98, 0.92, 0.99, 1e-8, weight_decay, no_prox},
@@ -238,7 +238,7 @@ void test_models(int rounds, const char* what) {
 // time.
 Model large_model() {
     Model model(Rule::adan);
-    model.limits = {509, 40000, false};
+    model.limits = {509, 40000, 0, false};
     model.group = {{}, {1e-2, 0.98, 0.92, 0.99, 1e-8, 0.1, 0}, 0, 1};
     std::mt19937_64 same_bits(7);
     for (std::int64_t elements : {1, 64, 70000, 0, 200003, 509, 510, 31, 90001, 5, 150000}) {
@@ -306,7 +306,7 @@ void test_regularize() {
         row.types = {type, type, type};
         row.span.parameter = gradient.bytes.get();
         row.span.elements = 1003;
-        cpu::Executor executor(Plan({{1003, bytes_of(type), true}}, {100, 1000, false}), {row});
+        cpu::Executor executor(Plan({{1003, bytes_of(type), true}}, {100, 1000, 0, false}), {row});
         const void* address = gradient.bytes.get();
         executor.update(&address, {{{}, {}, 0, 1}}, 1, 2);
         for (int i = 0; i < 1003; ++i) {
@@ -321,7 +321,7 @@ void test_regularize() {
 void test_mistakes() {
     bool refused = false;
     try {
-        cpu::Executor(Plan({{1, 4, true}}, {1, 0, false}), {});
+        cpu::Executor(Plan({{1, 4, true}}, {1, 0, 0, false}), {});
     } catch (const std::invalid_argument&) {
         refused = true;
     }
@@ -330,7 +330,7 @@ void test_mistakes() {
     try {
         cpu::Tensor row{};
         row.types = {Type::float64, Type::float16, Type::float64};
-        cpu::Executor(Plan({{1, 2, true}}, {1, 0, false}), {row});
+        cpu::Executor(Plan({{1, 2, true}}, {1, 0, 0, false}), {row});
     } catch (const std::invalid_argument&) {
         refused = true;
     }
