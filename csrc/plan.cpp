@@ -40,7 +40,7 @@ void Plan::order_in_a_window() {
     };
     std::deque<Reduced> reduced;
     std::int64_t passed = 0;  // bytes of gradient of all tasks so far
-    std::int64_t ahead = 0;   // bytes of gradient reduced and not updated
+    std::int64_t ahead = 0;   // bytes of gradient of whole tensors that are reduced, and not updated
     auto bytes = [&](std::int32_t i, std::int64_t chunk) {
         return elements_of(tensors[i], chunk) * tensors[i].gradient_bytes;
     };
@@ -65,8 +65,10 @@ void Plan::order_in_a_window() {
             for (std::int64_t chunk = 0; chunk < tensor.chunks; ++chunk) {
                 tasks.push_back({TaskKind::reduce, i, chunk});
                 passed += bytes(i, chunk);
-                ahead += bytes(i, chunk);
-                if (chunk + 1 == tensor.chunks) reduced.push_back({i, passed, tensor.chunks});
+                if (chunk + 1 == tensor.chunks) {
+                    reduced.push_back({i, passed, tensor.chunks});
+                    ahead += tensor.elements * tensor.gradient_bytes;
+                }
                 while (ahead > limits.window_bytes && !reduced.empty() &&
                        passed - reduced.front().at >= limits.lead_bytes)
                     update_oldest();

@@ -28,8 +28,8 @@ struct Plan {
 
     struct Limits {
         std::int64_t chunk_elements;
-        // How many bytes of gradient REDUCE may run ahead of UPDATE: a share of the cache, in which UPDATE finds them
-        // again.
+        // How many bytes of gradient, of tensors of which all is reduced, wait for their UPDATE: a share of the cache,
+        // in which it finds them again. They are what is left to do while the sum of the next tensor comes together.
         std::int64_t window_bytes;
         // How many bytes of gradient other tasks have, where there are any, between a tensor's last REDUCE and its
         // first UPDATE: at least what is in progress at once, so that nobody who draws that UPDATE has to wait for the
