@@ -1,6 +1,6 @@
 """The parameter shapes of the model sets: real models written as generators, and COUNTxELEMENTS.
 
-Order and shapes are those of `model.parameters()` of Hugging Face's GPT-2 (124M) and of torchvision's
+Order and shapes are those of `model.parameters()` of Hugging Face's GPT-2 (124M) and Llama-3.2-1B and of torchvision's
 resnet50 and vit_b_16.
 """
 
@@ -73,13 +73,37 @@ def vit_b_16(
     yield from ((width,), (width,), (classes, width), (classes,))
 
 
+def llama(
+    width: int = 2048,
+    layers: int = 16,
+    vocabulary: int = 128256,
+    heads: int = 32,
+    key_value_heads: int = 8,
+    intermediate: int = 8192,
+) -> Iterator[Shape]:
+    """Llama-3.2-1B: tied embeddings, no biases, norms of weights alone; matrices are stored (out, in)."""
+    key_value = key_value_heads * (width // heads)
+    yield (vocabulary, width)
+    for _ in range(layers):
+        yield from ((width, width), (key_value, width), (key_value, width), (width, width))  # q, k, v, o
+        yield from ((intermediate, width), (intermediate, width), (width, intermediate))  # gate, up, down
+        yield from ((width,), (width,))  # the norms before attention and before the MLP, registered after both
+    yield (width,)
+
+
 MODELS: dict[str, tuple[str, Callable[[], Iterator[Shape]]]] = {
     "gpt2": ("GPT-2 124M", gpt2),
     "resnet50": ("ResNet-50", resnet50),
     "vit-b-16": ("ViT-B/16", vit_b_16),
+    "llama-3.2-1b": ("Llama-3.2-1B", llama),
 }
-DEFAULT_SETS = (*MODELS, "321x64", "321x4096")
-ALLOWED_SETS = f"{', '.join(MODELS)}, or COUNTxELEMENTS such as 321x64"
+# Parameters, gradients and all contenders' state would take 200 GB of a machine's memory: to be asked for by name.
+LARGE_MODELS = ("llama-3.2-1b",)
+_USUAL_MODELS = tuple(name for name in MODELS if name not in LARGE_MODELS)
+DEFAULT_SETS = (*_USUAL_MODELS, "321x64", "321x4096")
+ALLOWED_SETS = (
+    f"{', '.join(_USUAL_MODELS)}, or COUNTxELEMENTS such as 321x64; and where there is memory {', '.join(LARGE_MODELS)}"
+)
 
 
 def model_set(name: str) -> ModelSet:

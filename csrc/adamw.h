@@ -22,14 +22,14 @@ struct AdamWNumbers {
     T step_size;  // lr / (1 - b1^t)
 
     // `t` counts the steps of the parameter from 1.
-    static AdamWNumbers of(const AdamWOptions& o, double t) {
+    static AGR_INLINE AdamWNumbers of(const AdamWOptions& o, double t) {
         return {static_cast<T>(1 - o.lr * o.weight_decay),
                 static_cast<T>(1 - o.beta1),
                 static_cast<T>(o.beta2),
                 static_cast<T>(1 - o.beta2),
-                static_cast<T>(1 / std::sqrt(1 - std::pow(o.beta2, t))),
+                static_cast<T>(1 / square_root(1 - power(o.beta2, t))),
                 static_cast<T>(o.eps),
-                static_cast<T>(o.lr / (1 - std::pow(o.beta1, t)))};
+                static_cast<T>(o.lr / (1 - power(o.beta1, t)))};
     }
 };
 

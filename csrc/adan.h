@@ -26,7 +26,7 @@ struct AdanNumbers {
     bool first;  // the parameter's first step, where the difference to the previous gradient is 0
 
     // `t` counts the steps of the group from 1.
-    static AdanNumbers of(const AdanOptions& o, double t, bool first) {
+    static AGR_INLINE AdanNumbers of(const AdanOptions& o, double t, bool first) {
         const double decay = o.lr * o.weight_decay;
         const double kept = o.no_prox != 0 ? 1 - decay : 1 / (1 + decay);
         const double lr = o.no_prox != 0 ? o.lr : o.lr / (1 + decay);
@@ -36,11 +36,11 @@ struct AdanNumbers {
                 static_cast<T>(1 - o.beta2),
                 static_cast<T>(o.beta3),
                 static_cast<T>(1 - o.beta3),
-                static_cast<T>(1 / std::sqrt(1 - std::pow(o.beta3, t))),
+                static_cast<T>(1 / square_root(1 - power(o.beta3, t))),
                 static_cast<T>(o.eps),
                 static_cast<T>(kept),
-                static_cast<T>(lr / (1 - std::pow(o.beta1, t))),
-                static_cast<T>(lr * o.beta2 / (1 - std::pow(o.beta2, t))),
+                static_cast<T>(lr / (1 - power(o.beta1, t))),
+                static_cast<T>(lr * o.beta2 / (1 - power(o.beta2, t))),
                 first};
     }
 };

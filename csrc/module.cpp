@@ -62,10 +62,10 @@ public:
     // `tensors`: (rule, group, parameter, gradient, states, step or None, fresh) of each. Python keeps them alive, and
     // the Watch notices when they move.
     CpuExecutor(const Plan& plan, const py::list& tensors) {
-        std::vector<cpu::Tensor> rows;
+        std::vector<Tensor> rows;
         for (py::handle item : tensors) {
             const auto row = py::cast<py::tuple>(item);
-            cpu::Tensor tensor{};
+            Tensor tensor{};
             tensor.rule = rule_named(py::cast<std::string>(row[0]));
             tensor.group = py::cast<std::int32_t>(row[1]);
             groups_ = std::max(groups_, static_cast<std::size_t>(tensor.group) + 1);
@@ -109,7 +109,7 @@ public:
     void update(const GradientTable& gradients, const py::list& groups, double clip, int threads,
                 const py::list& counted, const py::set& fresh, const py::list& stepped) {
         if (groups.size() < groups_) throw std::invalid_argument("numbers are missing for some groups");
-        std::vector<cpu::Group> numbers;
+        std::vector<Group> numbers;
         numbers.reserve(groups.size());
         for (py::handle item : groups) numbers.push_back(group_of(item));
         {
@@ -126,7 +126,7 @@ private:
     std::size_t groups_ = 0;  // that tensors refer to
     bool adan_ = false;
 
-    cpu::Group group_of(py::handle item) const {
+    Group group_of(py::handle item) const {
         const auto tuple = py::cast<py::tuple>(item);
         const std::size_t size = adan_ ? 9 : 6;
         if (tuple.size() != size) throw std::invalid_argument("a group has " + std::to_string(size) + " numbers");
@@ -142,12 +142,12 @@ private:
 
 // psi of each gradient, in place. Each is dense: its elements fill the memory that they lie in.
 void regularize(const py::list& gradients, int threads) {
-    std::vector<cpu::Tensor> tensors;
+    std::vector<Tensor> tensors;
     std::vector<Plan::Tensor> planned;
     std::vector<const void*> addresses;
     for (py::handle item : gradients) {
         const TensorView gradient = on_cpu(item, "gradient");
-        cpu::Tensor tensor{};
+        Tensor tensor{};
         tensor.rule = Rule::regularize;
         tensor.types = {*gradient.type, *gradient.type, *gradient.type};
         tensor.span.parameter = gradient.data;

@@ -50,6 +50,16 @@ AGR_INLINE double magnitude(double x) { return fabs(x); }
 AGR_INLINE float square_root(float x) { return sqrtf(x); }
 AGR_INLINE double square_root(double x) { return sqrt(x); }
 
+// x to the power of a count of steps, by squaring: a few roundings of double, and on a GPU a tenth of pow's registers.
+AGR_INLINE double power(double x, double count) {
+    double result = 1;
+    for (auto n = static_cast<std::uint64_t>(count); n != 0; n >>= 1) {
+        if (n & 1) result *= x;
+        x *= x;
+    }
+    return result;
+}
+
 #if !defined(__CUDACC__)
 // Of vectors, lane by lane; the compilers turn these loops into one instruction.
 template <class V, int lanes = sizeof(V) / sizeof(V{}[0])>

@@ -11,16 +11,22 @@ namespace agr {
 Plan::Plan(std::vector<Tensor> given, Limits given_limits) : limits(given_limits), tensors(std::move(given)) {
     if (limits.chunk_elements < 1)
         throw std::invalid_argument("a chunk has at least 1 element, not " + std::to_string(limits.chunk_elements));
+    constexpr std::int64_t most = std::numeric_limits<std::int32_t>::max();
+    if (limits.chunk_elements > most)
+        throw std::invalid_argument("a chunk has at most 2^31 - 1 elements, not " +
+                                    std::to_string(limits.chunk_elements));
     if (limits.window_bytes < 0)
         throw std::invalid_argument("a window has at least 0 bytes, not " + std::to_string(limits.window_bytes));
     if (limits.lead_bytes < 0)
         throw std::invalid_argument("a lead has at least 0 bytes, not " + std::to_string(limits.lead_bytes));
-    if (tensors.size() > static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max()))
+    if (tensors.size() > static_cast<std::size_t>(most))
         throw std::invalid_argument("a plan takes at most 2^31 - 1 tensors, not " + std::to_string(tensors.size()));
     for (Tensor& tensor : tensors) {
         if (tensor.elements < 0)
             throw std::invalid_argument("a tensor has at least 0 elements, not " + std::to_string(tensor.elements));
         tensor.chunks = tensor.elements / limits.chunk_elements + (tensor.elements % limits.chunk_elements != 0);
+        if (tensor.chunks > most)
+            throw std::invalid_argument("a tensor has at most 2^31 - 1 chunks, not " + std::to_string(tensor.chunks));
         tensor.first_chunk = chunks;
         chunks += tensor.chunks;
     }
@@ -48,7 +54,8 @@ void Plan::order_in_a_window() {
         Reduced& oldest = reduced.front();
         // The end first: of what was read once, a cache holds the end, however much or little it holds.
         const std::int64_t chunk = --oldest.chunks;
-        tasks.push_back({TaskKind::update, oldest.tensor, chunk});
+        push(TaskKind::update, oldest.tensor, chunk);
+        passed += bytes(oldest.tensor, chunk);
         ahead -= bytes(oldest.tensor, chunk);
         if (oldest.chunks == 0) reduced.pop_front();
     };
@@ -56,14 +63,14 @@ void Plan::order_in_a_window() {
     for (std::int32_t i = 0; i < static_cast<std::int32_t>(tensors.size()); ++i) {
         const Tensor& tensor = tensors[i];
         if (tensor.chunks == 1) {
-            tasks.push_back({TaskKind::whole, i, 0});
+            push(TaskKind::whole, i, 0);
             passed += bytes(i, 0);
         } else if (!tensor.regularize) {
-            for (std::int64_t chunk = tensor.chunks; chunk-- > 0;) tasks.push_back({TaskKind::update, i, chunk});
+            for (std::int64_t chunk = tensor.chunks; chunk-- > 0;) push(TaskKind::update, i, chunk);
             passed += tensor.elements * tensor.gradient_bytes;
         } else {
             for (std::int64_t chunk = 0; chunk < tensor.chunks; ++chunk) {
-                tasks.push_back({TaskKind::reduce, i, chunk});
+                push(TaskKind::reduce, i, chunk);
                 passed += bytes(i, chunk);
                 if (chunk + 1 == tensor.chunks) {
                     reduced.push_back({i, passed, tensor.chunks});
@@ -81,10 +88,15 @@ void Plan::order_in_a_window() {
 void Plan::order_around_the_norm() {
     const auto count = static_cast<std::int32_t>(tensors.size());
     for (std::int32_t i = 0; i < count; ++i)
-        for (std::int64_t chunk = 0; chunk < tensors[i].chunks; ++chunk) tasks.push_back({TaskKind::reduce, i, chunk});
+        for (std::int64_t chunk = 0; chunk < tensors[i].chunks; ++chunk) push(TaskKind::reduce, i, chunk);
     first_update = static_cast<std::int64_t>(tasks.size());
     for (std::int32_t i = count; i-- > 0;)
-        for (std::int64_t chunk = tensors[i].chunks; chunk-- > 0;) tasks.push_back({TaskKind::update, i, chunk});
+        for (std::int64_t chunk = tensors[i].chunks; chunk-- > 0;) push(TaskKind::update, i, chunk);
+}
+
+void Plan::push(TaskKind kind, std::int32_t tensor, std::int64_t chunk) {
+    const std::int64_t elements = elements_of(tensors[tensor], chunk);
+    tasks.push_back({kind, tensor, static_cast<std::int32_t>(chunk), static_cast<std::int32_t>(elements)});
 }
 
 std::int64_t Plan::elements_of(const Tensor& tensor, std::int64_t chunk) const {

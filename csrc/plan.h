@@ -13,7 +13,8 @@ enum class TaskKind : std::uint8_t { reduce, update, whole };
 struct Task {
     TaskKind kind;
     std::int32_t tensor;
-    std::int64_t chunk;  // counted within the tensor
+    std::int32_t chunk;     // counted within the tensor
+    std::int32_t elements;  // of the chunk
 };
 
 struct Plan {
@@ -54,6 +55,7 @@ struct Plan {
     std::int64_t elements_of(const Tensor& tensor, std::int64_t chunk) const;
 
 private:
+    void push(TaskKind kind, std::int32_t tensor, std::int64_t chunk);
     void order_in_a_window();
     void order_around_the_norm();
 };

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "adamw.h"
+#include "adan.h"
 #include "numeric.h"
 
 namespace agr {
@@ -41,6 +43,30 @@ struct Span {
         span.elements = count;
         return span;
     }
+};
+
+// One tensor of a step, as it is described once for a plan.
+struct Tensor {
+    Span span;  // its gradient is given anew with every step
+    Types types;
+    Rule rule;
+    std::int32_t group;
+    float* step;  // the parameter's step count, which a step reads and raises; null for Adan, where the group has it
+    bool fresh;   // no step has been made with this state yet (Adan)
+};
+
+// What a group says in one step.
+struct Group {
+    AdamWOptions adamw;  // for its rule, the options; the other rule's are not read
+    AdanOptions adan;
+    double t;     // Adan's step count, from 1
+    double sign;  // -1 for maximize, else 1
+};
+
+// What is known of a gradient, or of a part of it, before its update.
+struct Sums {
+    double magnitudes = 0;
+    double squares = 0;
 };
 
 }  // namespace agr

@@ -18,24 +18,6 @@
 
 namespace agr::cpu {
 
-// One tensor of a step, as Python describes it once for a plan.
-struct Tensor {
-    Span span;  // its gradient is given anew with every step
-    Types types;
-    Rule rule;
-    std::int32_t group;
-    float* step;  // the parameter's step count, which a step reads and raises; null for Adan, where the group has it
-    bool fresh;   // no step has been made with this state yet (Adan)
-};
-
-// What a group says in one step.
-struct Group {
-    AdamWOptions adamw;  // for its rule, the options; the other rule's are not read
-    AdanOptions adan;
-    double t;     // Adan's step count, from 1
-    double sign;  // -1 for maximize, else 1
-};
-
 class Executor {
 public:
     // `tensors` in the order of the plan's. Throws std::invalid_argument where no kernel is compiled for a tensor's

@@ -15,11 +15,6 @@ struct NumbersOf {
     typename R::template Numbers<double> twice;
 };
 
-struct Sums {
-    double magnitudes = 0;
-    double squares = 0;
-};
-
 // `numbers` points to the NumbersOf the rule, `sum` to the tensor's abs-sum, or is null where the gradient is not
 // regularized. Every element of the gradient is multiplied by `scale`.
 using Update = void (*)(const Span& span, const void* numbers, const double* sum, double scale);

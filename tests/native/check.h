@@ -1,6 +1,7 @@
 // What the parts of the test program share: checks, random numbers, random tensors.
 #pragma once
 
+#include <algorithm>
 #include <cinttypes>
 #include <cstdint>
 #include <cstdio>
@@ -29,7 +30,14 @@ inline std::int64_t up_to(std::int64_t most) {
 }
 
 // Of sizes at which chunks and vectors end.
-std::vector<agr::Plan::Tensor> random_tensors(std::int64_t chunk);
+inline std::vector<agr::Plan::Tensor> random_tensors(std::int64_t chunk) {
+    std::vector<agr::Plan::Tensor> tensors(up_to(12));
+    for (auto& tensor : tensors) {
+        const std::int64_t sizes[] = {0, 1, chunk - 1, chunk, chunk + 1, up_to(7 * chunk), 3 * chunk};
+        tensor = {std::max<std::int64_t>(0, sizes[up_to(6)]), up_to(1) ? 4 : 2, up_to(3) != 0};
+    }
+    return tensors;
+}
 
 void test_numbers();
 void test_plans();

@@ -8,15 +8,6 @@
 
 using namespace agr;
 
-std::vector<Plan::Tensor> random_tensors(std::int64_t chunk) {
-    std::vector<Plan::Tensor> tensors(up_to(12));
-    for (auto& tensor : tensors) {
-        const std::int64_t sizes[] = {0, 1, chunk - 1, chunk, chunk + 1, up_to(7 * chunk), 3 * chunk};
-        tensor = {std::max<std::int64_t>(0, sizes[up_to(6)]), up_to(1) ? 4 : 2, up_to(3) != 0};
-    }
-    return tensors;
-}
-
 void test_plans() {
     for (int round = 0; round < 300; ++round) {
         const std::int64_t chunk = 1 + up_to(40);

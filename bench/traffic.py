@@ -1,0 +1,313 @@
+"""Predict DRAM's bytes an element on a GPU, by replaying schedules through a model of its cache. Needs no GPU.
+
+AGR needs a tensor's abs-sum before its first element can be updated, so that every gradient is read twice. What the
+schedule is for is that the second read finds the gradient in the cache. This says how often it does, what share of
+DRAM's bandwidth a step can reach therefore, and how long blocks wait for an abs-sum. bench/cache_model.py says what is
+modelled and what is not.
+
+On a GPU, ncu's dram__bytes_read.sum and dram__bytes_write.sum over the elements are what "read" and "written" predict.
+A share of 0.5 of the cache stands for GPUs whose cache is two partitions, each of which may hold a copy of a line
+(A100, H100, H200).
+
+Writes traffic-DTYPE-TAG.json into the output folder. Exit code 0, or 2 for bad arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from itertools import product
+from math import prod
+from pathlib import Path
+
+import torch
+
+from agr_cuda import _C
+from bench import machine, options, shapes
+from bench.cache_model import Machine, Tensor, Traffic, replay
+from bench.contenders import ACCESSES
+from bench.shapes import ModelSet
+from bench.terminal import Console, Table, console
+
+H200 = Machine()
+CHUNK = 8192  # elements
+WINDOW_SHARE = 0.25  # of the cache
+# The sweep's windows as shares of the cache, and leads as shares of what all blocks reduce at once.
+SWEPT_WINDOWS = (0.0625, 0.125, 0.25, 0.5, 0.75)
+SWEPT_LEADS = (0.0, 0.25, 0.5, 1.0, 1.5)
+SWEPT_RULE = "AdamW"  # where a second read costs most
+SWEPT_PIECES = 100_000
+PIECES = 1_200_000
+SAME = 0.001  # reaches that differ by less are equally good: then the smaller window and lead are preferred
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How a plan is cut and ordered."""
+
+    chunk_elements: int
+    window_bytes: int
+    lead_bytes: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One replay: what was asked, and what came out."""
+
+    model: ModelSet
+    rule: str
+    share: float  # of the cache
+    limits: Limits
+    on_chip_bytes: int
+    traffic: Traffic
+
+    def record(self) -> dict[str, object]:
+        """Return it ready for JSON."""
+        found = self.traffic
+        derived = {name: getattr(found, name) for name in ("read", "written", "total", "ceiling", "reach", "hit_share")}
+        asked = {"rule": self.rule, "share": self.share, "on_chip_bytes": self.on_chip_bytes}
+        return {"set": self.model.name} | asked | asdict(self.limits) | asdict(found) | derived
+
+
+def _set(text: str) -> ModelSet:
+    try:
+        return shapes.model_set(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's options."""
+    natural, positive = options.natural_int, options.positive_int
+    names = " ".join(shapes.MODELS)
+    parser.add_argument(
+        "--sets",
+        nargs="+",
+        metavar="SET",
+        type=_set,
+        default=[shapes.model_set(name) for name in shapes.MODELS],
+        help=f"model sets: {names}, or COUNTxELEMENTS such as 321x4096 (default: {names})",
+    )
+    window = "gradient that REDUCE runs ahead of UPDATE (default: a quarter of --l2)"
+    lead = "gradient of other tasks between a tensor's last REDUCE and first UPDATE (default: a chunk for each block)"
+    on_chip = (
+        "also keep this much of the end of every gradient above the window in shared memory, and say what that saves"
+    )
+    sizes = {
+        "l2": (positive, int(H200.cache_bytes), "BYTES", "the cache's nominal size (default: %(default)s, an H200's)"),
+        "blocks": (positive, H200.blocks, "COUNT", "blocks that run at once (default: %(default)s)"),
+        "chunk": (positive, CHUNK, "ELEMENTS", "elements of a chunk (default: %(default)s)"),
+        "window": (natural, None, "BYTES", window),
+        "lead": (natural, None, "BYTES", lead),
+        "on-chip": (natural, 0, "BYTES", f"{on_chip}; an H200 has room for 27033600 (default: 0)"),
+    }
+    for name, (kind, default, metavar, text) in sizes.items():
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=text)
+    parser.add_argument(
+        "--share",
+        nargs="+",
+        type=options.positive_float,
+        default=[1.0, 0.5],
+        metavar="SHARE",
+        help="effective shares of the cache's nominal size, each gets its rows (default: 1.0 0.5)",
+    )
+    parser.add_argument(
+        "--no-hints", action="store_true", help="the cache keeps what was used last, whatever a task asks it to keep"
+    )
+    parser.add_argument("--sweep", action="store_true", help="also try windows and leads, and say which are best")
+    parser.add_argument(
+        "--dtype",
+        choices=options.DTYPES,
+        default="float32",
+        help="storage type of parameters, gradients and state (default: float32)",
+    )
+    out = Path("runs/bench")
+    parser.add_argument("--out", type=Path, default=out, metavar="FOLDER", help=f"folder for JSON (default: {out})")
+    parser.add_argument(
+        "--tag",
+        type=options.file_tag,
+        default=datetime.now().strftime("%Y%m%d-%H%M%S"),
+        metavar="TEXT",
+        help="end of the output file's name; an equal one overwrites (default: date and time)",
+    )
+
+
+class Predictor:
+    """The settings of one run, and a replay for any model, rule and limits."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.itemsize = options.DTYPES[args.dtype].itemsize
+        self.wave = args.blocks * args.chunk * self.itemsize  # bytes of gradient that all blocks reduce at once
+        window = int(WINDOW_SHARE * args.l2) if args.window is None else args.window
+        self.limits = Limits(args.chunk, window, self.wave if args.lead is None else args.lead)
+
+    def predict(
+        self, model: ModelSet, rule: str, share: float, limits: Limits, on_chip: int, pieces: int = PIECES
+    ) -> Prediction:
+        """Make the plan and replay it."""
+        tensors: list[Tensor] = [(prod(shape), self.itemsize, True) for shape in model.shapes]
+        plan = _C.Plan(
+            tensors,
+            chunk_elements=limits.chunk_elements,
+            window_bytes=limits.window_bytes,
+            lead_bytes=limits.lead_bytes,
+        )
+        cache = share * self.args.l2
+        on = Machine(cache, self.args.blocks, on_chip, limits.window_bytes, not self.args.no_hints)
+        streams = (ACCESSES[rule] - 1) // 2  # all but the gradient are read and written
+        return Prediction(
+            model, rule, share, limits, on_chip, replay(tensors, plan.tasks, plan.chunk_elements, streams, on, pieces)
+        )
+
+    def figures(self, model: ModelSet) -> list[Prediction]:
+        """Return every rule at every share, without and then with what is kept on chip."""
+        kept = (0, self.args.on_chip) if self.args.on_chip else (0,)
+        asked = product(ACCESSES, self.args.share, kept)
+        return [self.predict(model, rule, share, self.limits, on_chip) for rule, share, on_chip in asked]
+
+    def sweep(self, model: ModelSet, share: float) -> list[Prediction]:
+        """Return every window with every lead, the smaller first."""
+        windows = [int(part * self.args.l2) for part in SWEPT_WINDOWS]
+        leads = [int(part * self.wave) for part in SWEPT_LEADS]
+        tried = [Limits(self.args.chunk, *pair) for pair in product(windows, leads)]
+        kept = self.args.on_chip
+        return [self.predict(model, SWEPT_RULE, share, limits, kept, SWEPT_PIECES) for limits in tried]
+
+
+def mebibytes(size: float) -> str:
+    """Return a size with two digits after the point at most."""
+    return f"{size / 2**20:.2f}".rstrip("0").rstrip(".") + " MiB"
+
+
+def percent(share: float) -> str:
+    """Return a share with one digit after the point."""
+    return f"{100 * share:.1f}%"
+
+
+def figures_table(predictions: Sequence[Prediction], title: str) -> Table:
+    """Return a row a prediction; what is kept on chip is compared with the row before."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("model", "rule"):
+        table.add_column(heading, no_wrap=True)
+    with_kept = any(prediction.on_chip_bytes for prediction in predictions)
+    columns = ["cache", *(["on chip"] if with_kept else []), "ideal", "read", "written", "total"]
+    for heading in (*columns, *(["saved"] if with_kept else []), "ceiling", "hits", "waited", "idle"):
+        table.add_column(heading, justify="right")
+    before: Prediction | None = None
+    for prediction in predictions:
+        found = prediction.traffic
+        kept, saved = [mebibytes(prediction.on_chip_bytes)], [""]
+        if prediction.on_chip_bytes and before:
+            saved = [f"{before.traffic.total - found.total:.2f}"]
+        table.add_row(
+            prediction.model.title,
+            prediction.rule,
+            f"{prediction.share:g}",
+            *(kept if with_kept else []),
+            f"{found.ideal_bytes / found.elements:g}",
+            *(f"{figure:.2f}" for figure in (found.read, found.written, found.total)),
+            *(saved if with_kept else []),
+            *map(percent, (found.ceiling, found.hit_share, found.waited, found.idle)),
+        )
+        before = prediction
+    return table
+
+
+def best_of(reaches: Sequence[float]) -> int:
+    """Return the index of the first that is not below the highest by more than SAME."""
+    return next(place for place, reach in enumerate(reaches) if reach >= max(reaches) - SAME)
+
+
+def sweep_table(predictions: Sequence[Prediction]) -> Table:
+    """Return windows down, leads across: reach, and in brackets bytes an element and the share of time waited."""
+    first = predictions[0]
+    best = best_of([prediction.traffic.reach for prediction in predictions])
+    title = f"{first.model.title}, {first.rule}, share {first.share:g} of the cache: window down, lead across"
+    table = Table(title=title, title_justify="left")
+    table.add_column("", justify="right")
+    leads = list(dict.fromkeys(prediction.limits.lead_bytes for prediction in predictions))
+    for lead in leads:
+        table.add_column(mebibytes(lead), justify="right")
+    for begin in range(0, len(predictions), len(leads)):
+        cells = []
+        for place in range(begin, begin + len(leads)):
+            found = predictions[place].traffic
+            text = f"{percent(found.reach)} ({found.total:.2f}, {percent(found.waited)})"
+            cells.append(f"[bold]{text}[/]" if place == best else text)
+        table.add_row(mebibytes(predictions[begin].limits.window_bytes), *cells)
+    return table
+
+
+def choice(label: str, limits: Limits, reach: float) -> str:
+    """Return a line on the best limits."""
+    where = f"window {mebibytes(limits.window_bytes)}, lead {mebibytes(limits.lead_bytes)}"
+    return f"{label}: {where}: reaches {percent(reach)}"
+
+
+def print_sweep(terminal: Console, predictor: Predictor) -> list[Prediction]:
+    """Try windows and leads on every model, and print which are best for each and for all together."""
+    tried: list[Prediction] = []
+    choices: list[str] = []
+    models, shares = predictor.args.sets, predictor.args.share
+    for model, share in product(models, shares):
+        terminal.print(f"Sweeping {model.title}, share {share:g} ...", highlight=False)
+        found = predictor.sweep(model, share)
+        tried += found
+        terminal.print(sweep_table(found))
+        reaches = [prediction.traffic.reach for prediction in found]
+        best = best_of(reaches)
+        choices.append(choice(f"{model.title}, share {share:g}", found[best].limits, reaches[best]))
+    count = len(SWEPT_WINDOWS) * len(SWEPT_LEADS)
+    runs = [tried[begin : begin + count] for begin in range(0, len(tried), count)]
+    means = [sum(run[place].traffic.reach for run in runs) / len(runs) for place in range(count)]
+    best = best_of(means)
+    choices.append(choice("All, on average", runs[0][best].limits, means[best]))
+    for line in choices:
+        terminal.print(line, highlight=False)
+    return tried
+
+
+LEGEND = """\
+ideal, read, written, total: bytes an element, total by DRAM; ceiling: the ideal as a share of the total.
+hits: share of the second reads of gradients that DRAM is spared.
+waited, idle: shares of the blocks' time spent waiting for an abs-sum, and after the last ticket was drawn.
+reach (sweep): the ceiling times the share of time not waited, which is what is left where nothing hides the waiting."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the predictions and write them as JSON."""
+    terminal = console()
+    predictor = Predictor(args)
+    limits = predictor.limits
+    title = (
+        f"Predicted traffic, {args.dtype}: cache {mebibytes(args.l2)}, {args.blocks} blocks, chunks of {args.chunk:,}, "
+        f"window {mebibytes(limits.window_bytes)}, lead {mebibytes(limits.lead_bytes)}"
+    )
+    found = [prediction for model in args.sets for prediction in predictor.figures(model)]
+    terminal.print(figures_table(found, title))
+    terminal.print(LEGEND, highlight=False)
+    swept = print_sweep(terminal, predictor) if args.sweep else []
+
+    settings = {
+        "dtype": args.dtype,
+        "l2_bytes": args.l2,
+        "blocks": args.blocks,
+        "hints": not args.no_hints,
+        "tag": args.tag,
+    }
+    document = {
+        "format": 1,
+        "machine": machine.describe(torch.device("cpu")),
+        "settings": settings,
+        "predictions": [prediction.record() for prediction in found],
+        "sweep": [prediction.record() for prediction in swept],
+    }
+    path: Path = args.out / f"traffic-{args.dtype}-{args.tag}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    terminal.print(f"Wrote {path}", highlight=False, soft_wrap=True)
+    return 0

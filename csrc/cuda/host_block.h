@@ -1,0 +1,165 @@
+// The host's side of intrinsics.h: a thread of a block is a std::thread. Included by it alone.
+//
+// A program that runs kernels this way may make blocks stall at random wherever they touch what another thread can see
+// (`HostBlock::stalls`): interleavings that a machine with few cores would hardly show by itself.
+#pragma once
+
+#include <pthread.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#define AGR_DEVICE inline
+
+#if !defined(AGR_WARP_THREADS)
+#define AGR_WARP_THREADS 4
+#endif
+
+namespace agr::cuda {
+
+constexpr int warp_threads = AGR_WARP_THREADS;
+
+class HostBarrier {
+public:
+    explicit HostBarrier(int threads) { pthread_barrier_init(&barrier_, nullptr, static_cast<unsigned>(threads)); }
+    ~HostBarrier() { pthread_barrier_destroy(&barrier_); }
+    HostBarrier(const HostBarrier&) = delete;
+    HostBarrier& operator=(const HostBarrier&) = delete;
+
+    void wait() { pthread_barrier_wait(&barrier_); }
+
+private:
+    pthread_barrier_t barrier_;
+};
+
+struct HostBlock {
+    struct Warp {
+        HostBarrier barrier{warp_threads};
+        double values[warp_threads];
+        bool flags[warp_threads];
+    };
+    HostBarrier barrier{block_threads};
+    Warp warps[block_threads / warp_threads];
+
+    static inline std::atomic<bool> stalls{false};
+};
+
+struct HostThread {
+    int index = 0, blocks = 1;
+    HostBlock* block = nullptr;
+    std::minstd_rand random;
+};
+inline thread_local HostThread host_thread;
+
+inline void stall() {
+    if (!HostBlock::stalls.load(std::memory_order_relaxed)) return;
+    const auto chance = host_thread.random() % 16;
+    if (chance == 0)
+        std::this_thread::sleep_for(std::chrono::microseconds(host_thread.random() % 300));
+    else if (chance < 4)
+        std::this_thread::yield();
+}
+
+// Runs `work` as every thread of `blocks` blocks, and returns when all have returned from it. `Shared` is what a
+// block's threads have in common; its content is not initialized, as on the device.
+template <class Shared, class Work>
+void run_blocks(int blocks, unsigned seed, const Work& work) {
+    std::vector<std::thread> threads;
+    std::vector<std::unique_ptr<HostBlock>> meeting_places;
+    std::vector<std::unique_ptr<Shared>> memories;
+    for (int block = 0; block < blocks; ++block) {
+        meeting_places.push_back(std::make_unique<HostBlock>());
+        memories.emplace_back(new Shared);
+        std::memset(static_cast<void*>(memories.back().get()), 0xa5, sizeof(Shared));
+    }
+    for (int block = 0; block < blocks; ++block)
+        for (int thread = 0; thread < block_threads; ++thread)
+            threads.emplace_back([&, block, thread] {
+                host_thread = {thread, blocks, meeting_places[block].get(),
+                               std::minstd_rand(seed + 977u * static_cast<unsigned>(block * block_threads + thread))};
+                work(*memories[block]);
+            });
+    for (std::thread& thread : threads) thread.join();
+}
+
+inline int thread_index() { return host_thread.index; }
+inline int block_count() { return host_thread.blocks; }
+
+inline void block_barrier() {
+    stall();
+    if (block_threads > 1) host_thread.block->barrier.wait();
+}
+
+inline HostBlock::Warp& this_warp() { return host_thread.block->warps[host_thread.index / warp_threads]; }
+
+inline void warp_barrier() {
+    if (warp_threads > 1) this_warp().barrier.wait();
+}
+
+inline double shuffle_down(double value, int distance) {
+    const int lane = host_thread.index % warp_threads;
+    this_warp().values[lane] = value;
+    warp_barrier();
+    const double result = lane + distance < warp_threads ? this_warp().values[lane + distance] : value;
+    warp_barrier();
+    return result;
+}
+
+inline bool any_of_warp(bool mine) {
+    this_warp().flags[host_thread.index % warp_threads] = mine;
+    warp_barrier();
+    bool any = false;
+    for (bool flag : this_warp().flags) any |= flag;
+    warp_barrier();
+    return any;
+}
+
+inline std::uint64_t draw(std::uint64_t* counter) {
+    stall();
+    return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
+}
+inline std::uint32_t arrive(std::uint32_t* counter) {
+    stall();
+    const std::uint32_t before = __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL);
+    stall();
+    return before;
+}
+inline void store_release(std::uint32_t* flag, std::uint32_t value) {
+    stall();
+    __atomic_store_n(flag, value, __ATOMIC_RELEASE);
+}
+inline std::uint32_t load_acquire(const std::uint32_t* flag) {
+    stall();
+    return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
+}
+
+inline void pause() { std::this_thread::yield(); }
+
+enum class Stay { briefly, long_enough };
+
+template <Stay, int words>
+inline void load_words(const void* from, std::uint32_t (&w)[words]) {
+    std::memcpy(w, __builtin_assume_aligned(from, sizeof(w)), sizeof(w));
+}
+template <int words>
+inline void store_words(void* to, const std::uint32_t (&w)[words]) {
+    std::memcpy(__builtin_assume_aligned(to, sizeof(w)), w, sizeof(w));
+}
+
+inline void fetch(const void*) {}
+
+inline std::uint32_t rounded_pair(bfloat16, float low, float high) {
+    return rounded_bfloat16<std::uint32_t>(low) | rounded_bfloat16<std::uint32_t>(high) << 16;
+}
+inline std::uint32_t rounded_pair(float16, float low, float high) {
+    return rounded_float16<std::uint32_t>(low) | rounded_float16<std::uint32_t>(high) << 16;
+}
+inline float widened(bfloat16 x) { return widened_bfloat16<float>(std::uint32_t{x.bits}); }
+inline float widened(float16 x) { return widened_float16<float>(std::uint32_t{x.bits}); }
+
+}  // namespace agr::cuda

@@ -1,0 +1,112 @@
+// The launcher of the CUDA runtime.
+#include "launcher.h"
+
+#include <cuda_runtime_api.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace agr::cuda {
+
+const void* send_kernel();
+
+namespace {
+
+void check(cudaError_t error, const std::string& what) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // reported here, and not by whoever asks next
+    throw std::runtime_error(std::string(cudaGetErrorName(error)) + " (" + cudaGetErrorString(error) + ") while " +
+                             what);
+}
+
+std::string on(int device) { return " on cuda:" + std::to_string(device); }
+
+// Makes a device the current one for a while.
+class Current {
+public:
+    explicit Current(int device) {
+        check(cudaGetDevice(&before_), "asking for the current device");
+        if (device != before_) {
+            check(cudaSetDevice(device), "making cuda:" + std::to_string(device) + " the current device");
+            changed_ = true;
+        }
+    }
+    ~Current() {
+        if (changed_) cudaSetDevice(before_);
+    }
+    Current(const Current&) = delete;
+    Current& operator=(const Current&) = delete;
+
+private:
+    int before_ = 0;
+    bool changed_ = false;
+};
+
+const void* function_of(const Kernel& kernel) {
+    const bool adan = kernel.family == Family::adan;
+    switch (kernel.types.parameter) {
+        case Type::float32:
+            return (adan ? adan_float32 : adamw_float32)(kernel.types);
+        case Type::bfloat16:
+            return (adan ? adan_bfloat16 : adamw_bfloat16)(kernel.types);
+        case Type::float16:
+            return (adan ? adan_float16 : adamw_float16)(kernel.types);
+        case Type::float64:
+            return (adan ? adan_float64 : adamw_float64)(kernel.types);
+    }
+    return nullptr;
+}
+
+class CudaLauncher : public Launcher {
+public:
+    Device device(int index) override {
+        int multiprocessors = 0, cache_bytes = 0;
+        check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index),
+              "asking for the multiprocessors of cuda:" + std::to_string(index));
+        check(cudaDeviceGetAttribute(&cache_bytes, cudaDevAttrL2CacheSize, index),
+              "asking for the cache of cuda:" + std::to_string(index));
+        return {multiprocessors, cache_bytes};
+    }
+
+    int resident_blocks(const Kernel& kernel, int device) override {
+        const Current current(device);
+        int blocks = 0;
+        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function_of(kernel), block_threads, 0),
+              "loading the update kernel" + on(device));
+        return blocks;
+    }
+
+    void step(const Kernel& kernel, const Arguments& arguments, int blocks, int device, void* stream) override {
+        const Current current(device);
+        void* parameters[] = {const_cast<Arguments*>(&arguments)};
+        launch(function_of(kernel), blocks, parameters, stream, "launching an optimizer step" + on(device));
+    }
+
+    bool captures(void* stream) override {
+        cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+        check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status), "asking whether a graph is captured");
+        return status != cudaStreamCaptureStatusNone;
+    }
+
+    void send(const Parcel& parcel, int device, void* stream) override {
+        const Current current(device);
+        void* parameters[] = {const_cast<Parcel*>(&parcel)};
+        launch(send_kernel(), 1, parameters, stream, "sending an optimizer step's addresses" + on(device));
+    }
+
+private:
+    static void launch(const void* function, int blocks, void** parameters, void* stream, const std::string& what) {
+        check(cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(block_threads), parameters, 0,
+                               static_cast<cudaStream_t>(stream)),
+              what);
+    }
+};
+
+}  // namespace
+
+Launcher* cuda_launcher() {
+    static CudaLauncher only;
+    return &only;
+}
+
+}  // namespace agr::cuda

@@ -1,0 +1,50 @@
+#include "host_launcher.h"
+
+#include <cstring>
+#include <stdexcept>
+
+#include "../../csrc/cuda/block.h"
+
+namespace agr::cuda {
+namespace {
+
+template <class Rules, class P, class G, class S>
+void run(const Arguments& arguments, int blocks, unsigned seed) {
+    using OneBlock = Block<Rules, P, G, S>;
+    run_blocks<typename OneBlock::Shared>(
+        blocks, seed, [&](typename OneBlock::Shared& shared) { OneBlock(arguments, shared).run(); });
+}
+
+template <class Rules>
+void run(const Types& types, const Arguments& arguments, int blocks, unsigned seed) {
+    const bool same = types.gradient == types.parameter;
+    switch (types.parameter) {
+        case Type::float32:
+            return run<Rules, float, float, float>(arguments, blocks, seed);
+        case Type::bfloat16:
+            return same ? run<Rules, bfloat16, bfloat16, bfloat16>(arguments, blocks, seed)
+                        : run<Rules, bfloat16, float, bfloat16>(arguments, blocks, seed);
+        case Type::float16:
+            return same ? run<Rules, float16, float16, float16>(arguments, blocks, seed)
+                        : run<Rules, float16, float, float16>(arguments, blocks, seed);
+        case Type::float64:
+            return run<Rules, double, double, double>(arguments, blocks, seed);
+    }
+}
+
+}  // namespace
+
+void HostLauncher::step(const Kernel& kernel, const Arguments& arguments, int blocks, int, void*) {
+    ++steps;
+    if (kernel.family == Family::adan)
+        run<AdanRules>(kernel.types, arguments, blocks, ++seed);
+    else
+        run<AdamWRules>(kernel.types, arguments, blocks, ++seed);
+}
+
+void HostLauncher::send(const Parcel& parcel, int, void*) {
+    ++sends;
+    std::memcpy(parcel.to, parcel.content, static_cast<std::size_t>(parcel.bytes));
+}
+
+}  // namespace agr::cuda

@@ -1,0 +1,27 @@
+// A launcher that runs the kernels' own source on threads of the host.
+#pragma once
+
+#include <cstdint>
+
+#include "../../csrc/cuda/launcher.h"
+
+namespace agr::cuda {
+
+class HostLauncher : public Launcher {
+public:
+    // Of the device that it stands for.
+    Device properties{3, 1 << 20};
+    int blocks_each = 1;
+    bool capturing = false;
+    // How often each was asked for.
+    std::int64_t steps = 0, sends = 0;
+    unsigned seed = 1;  // of the stalls
+
+    Device device(int) override { return properties; }
+    int resident_blocks(const Kernel&, int) override { return blocks_each; }
+    bool captures(void*) override { return capturing; }
+    void step(const Kernel& kernel, const Arguments& arguments, int blocks, int device, void* stream) override;
+    void send(const Parcel& parcel, int device, void* stream) override;
+};
+
+}  // namespace agr::cuda
