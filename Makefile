@@ -1,18 +1,22 @@
-# The commands of this repository; `make` lists them. Everything happens in the virtual environment .venv.
+# The commands of this repository; `make` lists them. Everything happens in the virtual environment .venv,
+# but for the GPU's report.
 
 PYTHON ?= python3
 VENV ?= .venv
 # What everything is developed and tested with. Before anything that depends on torch, so that nothing fetches another one.
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
-CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 # Options of the demonstration: make demo DEMO="--steps 50"
 DEMO ?=
+# Where the GPU's report goes, and which of its stages are run: make gpu-report STAGES="build step"
+OUT ?= runs/gpu-report
+STAGES ?=
 # Options of pytest: make test PYTEST="-k plan"
 PYTEST ?=
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench gpu-report clean
 
 help:
 	@echo 'make demo    train a small language model with AdamW, AGR-AdamW, Adan and AGR-Adan (3 minutes)'
@@ -20,6 +24,7 @@ help:
 	@echo 'make lint    ruff, mypy, clang-format, shellcheck'
 	@echo 'make format  what lint can mend by itself'
 	@echo 'make bench   time a step beside other optimizers'
+	@echo 'make gpu-report   on a machine with a GPU: build, test, check, time, profile and tune (8 minutes)'
 	@echo 'make clean   remove what is built, and .venv'
 
 demo: $(VENV)/examples.stamp
@@ -42,6 +47,10 @@ format: $(VENV)/development.stamp
 
 bench: $(VENV)/development.stamp
 	$(BIN)/python -m bench step
+
+# With the Python that is there: a machine with a GPU has its own PyTorch, and perhaps no network for another.
+gpu-report:
+	$(PYTHON) -m bench.gpu_report --out "$(OUT)" $(if $(STAGES),--stages $(STAGES))
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info agr_cuda/_C*.so

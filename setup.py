@@ -1,10 +1,13 @@
 """Builds the native core, agr_cuda._C, with ninja.
 
 It needs a C++17 compiler, pybind11 and ninja, and neither PyTorch nor its headers: addresses are read off the tensors
-when the program runs, so that one build serves every PyTorch version. What cannot be built here is left out, and a line
-says so.
+when the program runs, so that one build serves every PyTorch version. With nvcc the CUDA backend is built too, with the
+CUDA runtime linked statically; without, it is left out, and a line says so.
 
-Environment: CXX names the C++ compiler, CXXFLAGS adds to its options.
+Environment: CXX names the C++ compiler, CXXFLAGS adds to its options; CUDA_HOME is where nvcc is, if not on PATH;
+AGR_CUDA_ARCHS lists the architectures to compile for, "90" or "80;90;100". Without it these are the GPUs of this
+machine, or, if it has none, all of DEFAULT_ARCHITECTURES. For the newest of them PTX is added, which later GPUs compile
+when they load it.
 """
 
 import os
@@ -25,8 +28,12 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 
-CORE = ["plan.cpp", "cpu/executor.cpp", "cpu/pool.cpp", "cpu/instruction_set.cpp"]
-PYTHON = ["module.cpp", "python/tensor_reader.cpp", "python/watch.cpp"]
+CORE = ["plan.cpp", "cpu/executor.cpp", "cpu/pool.cpp", "cpu/instruction_set.cpp", "cuda/executor.cpp"]
+PYTHON = [
+    "module.cpp",
+    *("python/tensor_reader.cpp", "python/watch.cpp", "python/rows.cpp"),
+    *("python/cpu_executor.cpp", "python/cuda_executor.cpp"),
+]
 
 # cpu/kernels.cpp is compiled once for each of these; cpu/instruction_set.cpp chooses among them when the program runs.
 INSTRUCTION_SETS = {"portable": ""}
@@ -46,13 +53,48 @@ CXXFLAGS = [
 KERNEL_CXXFLAGS = ["-Wno-psabi", "-Wno-maybe-uninitialized"]
 
 
-def left_out() -> str:
-    """Return why this build leaves out the CUDA backend."""
+NO_NVCC = "nvcc was not found when agr-cuda was built: put it on PATH or set CUDA_HOME, and install again"
+
+DEFAULT_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
+OLDEST_ARCHITECTURE = 80  # with bfloat16 conversions and cache policies
+
+# cuda/kernels.cu is compiled once for each of these rules and types, so that compilations run side by side.
+CUDA_RULES = {"adamw": "AdamWRules", "adan": "AdanRules"}
+CUDA_TYPES = {"float32": "float", "bfloat16": "agr::bfloat16", "float16": "agr::float16", "float64": "double"}
+
+NVCCFLAGS = [
+    *("-std=c++17", "-O3", "-lineinfo", "-Xfatbin=-compress-all", "-Xcompiler=-fPIC,-fvisibility=hidden"),
+    # Division and square root of float32 to two units in the last place, of the full range: inf, NaN and denormal
+    # numbers are what they are without these. -use_fast_math would not leave them so.
+    *("-prec-div=false", "-prec-sqrt=false", "-ftz=false"),
+]
+
+
+def find_nvcc() -> str | None:
+    """Return where nvcc is, or None."""
     cuda_home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc") or (cuda_home and shutil.which(os.path.join(cuda_home, "bin", "nvcc")))
-    if nvcc:
-        return "its kernels are not part of this version of agr-cuda"
-    return "nvcc was not found when agr-cuda was built: put it on PATH or set CUDA_HOME, and install again"
+    return shutil.which("nvcc") or (shutil.which(os.path.join(cuda_home, "bin", "nvcc")) if cuda_home else None)
+
+
+def architectures() -> list[str]:
+    """Return the architectures to compile for, the oldest first."""
+    asked = os.environ.get("AGR_CUDA_ARCHS", "").replace(",", ";").replace(" ", ";")
+    found = [name.strip().replace(".", "") for name in asked.split(";") if name.strip()]
+    for name in found:
+        if not name.rstrip("af").isdigit() or int(name.rstrip("af")) < OLDEST_ARCHITECTURE:
+            sys.exit(
+                f"AGR_CUDA_ARCHS names the architecture {name!r}; allowed are numbers from {OLDEST_ARCHITECTURE} on, "
+                'such as "90" or "80;90"'
+            )
+    if not found:
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        try:
+            said = subprocess.run(query, capture_output=True, text=True, timeout=60).stdout
+        except (OSError, subprocess.TimeoutExpired):
+            said = ""
+        found = [line.strip().replace(".", "") for line in said.splitlines()]
+        found = [name for name in found if name.isdigit() and int(name) >= OLDEST_ARCHITECTURE]
+    return sorted(set(found or DEFAULT_ARCHITECTURES), key=lambda name: int(name.rstrip("af")))
 
 
 class BuildWithNinja(build_ext):
@@ -64,25 +106,29 @@ class BuildWithNinja(build_ext):
         folder = Path(self.build_temp).resolve()
         for made in (folder, target.parent):
             made.mkdir(parents=True, exist_ok=True)
-        reason = left_out()
-        print(
-            f"agr-cuda: building the CPU backend ({', '.join(INSTRUCTION_SETS)}); left out: cuda, because {reason}",
-            file=sys.stderr,
-        )
+        nvcc = find_nvcc()
+        chosen = architectures() if nvcc else []
+        cpu = f"agr-cuda: building the CPU backend ({', '.join(INSTRUCTION_SETS)})"
+        if nvcc:
+            print(f"{cpu} and the CUDA backend ({', '.join(chosen)}, PTX of {chosen[-1]})", file=sys.stderr)
+        else:
+            print(f"{cpu}; left out: cuda, because {NO_NVCC}", file=sys.stderr)
         with (folder / "build.ninja").open("w") as file:
-            self.write_rules(Writer(file, width=120), target, reason)
+            self.write_rules(Writer(file, width=120), target, nvcc, chosen)
         jobs = ["-j", str(self.parallel)] if isinstance(self.parallel, int) else []
         subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder, *jobs], check=True)
 
-    def write_rules(self, build: Writer, target: Path, reason: str) -> None:
-        """Write what is made of what."""
+    def write_rules(self, build: Writer, target: Path, nvcc: str | None, chosen: list[str]) -> None:
+        """Write what is made of what. `chosen` are the architectures for `nvcc`."""
         includes = [sysconfig.get_path("include"), sysconfig.get_path("platinclude"), pybind11.get_include()]
         flags = [*CXXFLAGS, *(f"-isystem {shlex.quote(path)}" for path in dict.fromkeys(includes))]
         shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
         build.variable("cxx", os.environ.get("CXX", "c++"))
         build.variable("cxxflags", " ".join([*flags, os.environ.get("CXXFLAGS", "")]))
         build.rule("cxx", "$cxx -MD -MF $out.d $cxxflags $flags -c $in -o $out", depfile="$out.d", deps="gcc")
-        build.rule("link", f"$cxx {shared} -pthread $in -o $out")
+        # nvcc knows where the CUDA runtime is, which it links statically.
+        link = "$nvcc -shared --cudart=static -Xcompiler=-pthread" if nvcc else f"$cxx {shared} -pthread"
+        build.rule("link", f"{link} $in -o $out")
 
         objects = []
 
@@ -92,12 +138,39 @@ class BuildWithNinja(build_ext):
 
         for source in CORE:
             compile_source(source, source.replace("/", "_"))
+        reason = "" if nvcc else NO_NVCC
+        about_cuda = "-DAGR_LEFT_OUT=" + shlex.quote(f'"{reason}"')
+        if nvcc:
+            about_cuda += " -DAGR_CUDA_ARCHITECTURES=" + shlex.quote(f'"{" ".join(chosen)}"')
         for source in PYTHON:
-            compile_source(source, source.replace("/", "_"), "-DAGR_LEFT_OUT=" + shlex.quote(f'"{reason}"'))
+            compile_source(source, source.replace("/", "_"), about_cuda)
         for name, options in INSTRUCTION_SETS.items():
             kernel_flags = [options, f"-DAGR_KERNELS={name}_kernels", *KERNEL_CXXFLAGS]
             compile_source("cpu/kernels.cpp", f"kernels_{name}", " ".join(kernel_flags))
+        if nvcc:
+            objects.extend(self.write_kernels(build, nvcc, chosen))
         build.build(escape_path(str(target)), "link", objects)
+
+    def write_kernels(self, build: Writer, nvcc: str, chosen: list[str]) -> list[str]:
+        """Write how nvcc compiles what. Returns the objects."""
+        code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in chosen]
+        code.append(f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}")
+        host_compiler = os.environ.get("CXX")
+        build.variable("nvcc", shlex.quote(nvcc) + (f" -ccbin {shlex.quote(host_compiler)}" if host_compiler else ""))
+        build.variable("nvccflags", " ".join([*NVCCFLAGS, *code]))
+        build.rule("nvcc", "$nvcc -MD -MF $out.d $nvccflags $flags -c $in -o $out", depfile="$out.d", deps="gcc")
+        objects = []
+        for source, name in (("cuda/launcher.cpp", "cuda_launcher.o"), ("cuda/send.cu", "cuda_send.o")):
+            objects.append(name)
+            build.build(name, "nvcc", escape_path(str(CSRC / source)))
+        for rule, rules in CUDA_RULES.items():
+            for type_name, stored in CUDA_TYPES.items():
+                macros = {"RULES": rules, "STORED": stored, "TYPE": type_name, "KERNEL": f"{rule}_{type_name}"}
+                flags = " ".join(f"-DAGR_{name}={value}" for name, value in macros.items())
+                objects.append(f"cuda_{rule}_{type_name}.o")
+                source = escape_path(str(CSRC / "cuda/kernels.cu"))
+                build.build(objects[-1], "nvcc", source, variables={"flags": flags})
+        return objects
 
 
 setup(ext_modules=[Extension("agr_cuda._C", [])], cmdclass={"build_ext": BuildWithNinja})

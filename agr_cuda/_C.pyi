@@ -6,10 +6,14 @@ from typing import Any
 from torch import Tensor
 
 left_out: str
+cuda_architectures: str
 
 def instruction_set() -> str: ...
 def uses_exchange_api() -> bool: ...
 def use_exchange_api(wanted: bool) -> None: ...
+def use_launcher(which: object) -> None: ...
+def cuda_launches() -> tuple[int, int]: ...
+def cuda_limits(rule: str, parameter: Tensor, gradient: Tensor, device: int) -> tuple[int, int, int, int, int]: ...
 def regularize(gradients: list[Tensor], threads: int) -> None: ...
 
 class Plan:
@@ -61,3 +65,35 @@ class CpuExecutor:
         fresh: set[int],
         stepped: list[int],
     ) -> None: ...
+
+class CudaExecutor:
+    def __init__(
+        self,
+        plan: Plan,
+        tensors: list[tuple[str, int, Tensor, Tensor, tuple[Tensor, ...], Tensor | None, bool]],
+        groups: int,
+        device: int,
+        blocks: int,
+    ) -> None: ...
+    @property
+    def table_bytes(self) -> int: ...
+    def write_table(self, tensor: Tensor) -> None: ...
+    def attach(self, tensor: Tensor) -> None: ...
+    def begun(self, tensor: Tensor) -> list[bool]: ...
+    def launch(
+        self,
+        gradients: GradientTable,
+        groups: list[tuple[float | Tensor, ...]],
+        counts: bool,
+        max_grad_norm: float,
+        clip_eps: float,
+        clip: Tensor | None,
+        squares: Tensor | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        phase: str,
+        stream: int,
+        counted: list[dict[str, Any]],
+        fresh: set[int],
+        stepped: list[int],
+    ) -> bool: ...

@@ -10,6 +10,7 @@ import torch
 import agr_cuda
 
 from . import backends
+from .native import native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64)
 
@@ -23,9 +24,11 @@ def versions() -> list[tuple[str, str]]:
         ("machine", f"{platform.machine()}, {torch.get_num_threads()} threads"),
     ]
     if backends.why_missing("cpu") is None:
-        native = backends.native()
-        reads = "DLPack's exchange interface" if native.uses_exchange_api() else "Python methods (slower)"
-        rows += [("cpu kernels", native.instruction_set()), ("tensors read by", reads)]
+        core = native()
+        reads = "DLPack's exchange interface" if core.uses_exchange_api() else "Python methods (slower)"
+        rows += [("cpu kernels", core.instruction_set()), ("tensors read by", reads)]
+        if core.cuda_architectures:
+            rows.append(("cuda kernels", f"compute capability {core.cuda_architectures}, and later ones"))
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         rows.append((f"cuda:{index}", f"{properties.name}, compute capability {properties.major}.{properties.minor}"))

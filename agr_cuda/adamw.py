@@ -89,17 +89,17 @@ class AdamW(AGROptimizer):
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
-    def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+    def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
         beta1, beta2 = map(number, group["betas"])
         sign = -1.0 if group["maximize"] else 1.0
-        return number(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], sign
+        return group["lr"], beta1, beta2, group["eps"], group["weight_decay"], sign
 
     def _missing_state(self, binding: Binding) -> dict[str, Tensor]:
         made = super()._missing_state(binding)
-        # A step count is one float32, on the CPU unless a graph shall capture it. torch.optim.AdamW makes it so, or
-        # with other options on another device, and its older releases saved a plain number.
-        capturable = self.param_groups[binding.group]["capturable"]
-        device = binding.parameter.device if capturable else torch.device("cpu")
+        # A step count is one float32, on the device where a graph shall capture it or a launch counts for itself (as
+        # with torch.optim.AdamW's fused operation), else on the CPU. torch's older releases saved a plain number.
+        there = self.param_groups[binding.group]["capturable"] or binding.backend == "cuda"
+        device = binding.parameter.device if there else torch.device("cpu")
         step = binding.state.get("step", 0.0)
         wanted = torch.float32
         if not isinstance(step, Tensor) or step.dtype != wanted or step.device != device or step.dim() != 0:

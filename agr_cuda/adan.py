@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .cuda import Scaling
 from .optimizer import AGROptimizer
 from .options import number
+from .schedule import Schedule
 
 
 class Adan(AGROptimizer):
@@ -41,7 +45,8 @@ class Adan(AGROptimizer):
         fused: True refuses the reference backend.
         agr: regularize the gradient. False gives sail-sg's Adan. A tensor of one element never trains with it.
         maximize: negate the gradient.
-        capturable: accepted for symmetry with AdamW; step counts are kept in the parameter groups.
+        capturable: keep the group's step count on the device of the cuda backend, so that a step can be captured in a
+            graph. Mixed precision, which decides there whether a step is made, does so by itself.
         backend: "cuda", "triton", "cpu" or "reference" for all parameters; None chooses for each.
 
     Raises:
@@ -95,28 +100,62 @@ class Adan(AGROptimizer):
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad")
 
-    def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+    def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
         beta1, beta2, beta3 = map(number, group["betas"])
         no_prox = 1.0 if group["no_prox"] else 0.0
         sign = -1.0 if group["maximize"] else 1.0
-        step = group["step"] + 1
-        return (
-            float(group["lr"]),
-            beta1,
-            beta2,
-            beta3,
-            group["eps"],
-            group["weight_decay"],
-            no_prox,
-            sign,
-            step,
-        )
+        lr, steps = group["lr"], group["step"]
+        return lr, beta1, beta2, beta3, group["eps"], group["weight_decay"], no_prox, sign, steps
+
+    def _count_on_devices(self, schedule: Schedule, scaling: Scaling) -> None:
+        devices = {launch.device for launch in schedule.cuda}
+        for launch in schedule.cuda:
+            for index in {binding.group for binding in launch.bindings}:
+                group = self.param_groups[index]
+                step = group["step"]
+                if isinstance(step, Tensor):
+                    fits = step.dtype == torch.float32 and step.dim() == 0 and step.device in devices
+                else:
+                    fits = not group["capturable"] and scaling.found_inf is None
+                if not fits:
+                    group["step"] = torch.full((), number(step), dtype=torch.float32, device=launch.device)
+
+    def _counted_by_host(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if not isinstance(group["step"], Tensor)]
+
+    # What is saved of a parameter with whose state no step has been made yet (the first may have been skipped) lacks
+    # "neg_pre_grad": that is what marks the next step as its first.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as torch.optim.Optimizer.state_dict does, with step counts as plain numbers."""
+        with self._lock:
+            self._settle()
+            saved = super().state_dict()
+        for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
+            if isinstance(packed.get("step"), Tensor):
+                packed["step"] = int(packed["step"].item())
+            for parameter, index in zip(group["params"], packed["params"], strict=True):
+                if id(parameter) in self._fresh and index in saved["state"]:
+                    saved["state"][index] = _without_previous_gradient(saved["state"][index])
+        return saved
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            self._settle()
+            saved = super().__getstate__()
+            state = defaultdict(dict, saved["state"])
+            for parameter in [p for p in state if id(p) in self._fresh]:
+                state[parameter] = _without_previous_gradient(state[parameter])
+        return {**saved, "state": state}
 
     @torch.no_grad()
     def restart_opt(self) -> None:
         """Begin anew: step counts and averages become zero, and the next step counts as every parameter's first."""
         for group in self.param_groups:
-            group["step"] = 0
+            if isinstance(group["step"], Tensor):
+                group["step"].zero_()  # in place: a captured graph counts there
+            else:
+                group["step"] = 0
             for parameter in group["params"]:
                 state = self.state.get(parameter, {})
                 state.pop(
@@ -124,3 +163,7 @@ class Adan(AGROptimizer):
                 )  # made anew at the parameter's next step, which its absence marks as the first
                 for value in state.values():
                     value.zero_()
+
+
+def _without_previous_gradient(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if key != "neg_pre_grad"}

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
+from . import cuda
+from . import native as core
 from .binding import is_dense, is_plain
-
-_native: ModuleType | None
-try:
-    from . import _C as _native
-except ImportError as error:
-    _native = None
-    _native_error = str(error)
 
 #: Every backend, the preferred first.
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
-#: The types that the CPU kernels are compiled for.
-CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def native() -> ModuleType:
-    """Return the native core, agr_cuda._C."""
-    if _native is None:
-        raise RuntimeError(f"agr_cuda's native core does not load: {_native_error}")
-    return _native
+#: The types that the native kernels are compiled for.
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def why_missing(backend: str) -> str | None:
@@ -36,9 +22,10 @@ def why_missing(backend: str) -> str | None:
         return None
     if backend == "triton":
         return "its kernels are not part of this version of agr-cuda"
-    if _native is None:
-        return f"agr_cuda's native core does not load ({_native_error}): install agr-cuda with a C++ compiler at hand"
-    return str(_native.left_out) if backend == "cuda" else None
+    missing = core.why_missing()
+    if missing is None and backend == "cuda":
+        missing = cuda.why_missing()
+    return missing
 
 
 def available_backends() -> list[str]:
@@ -65,25 +52,29 @@ def why_not(backend: str, parameter: Tensor, gradient: Tensor | None = None) -> 
     """Return why `backend`, which is there, does not take `parameter` (with `gradient`), or None if it does."""
     if backend == "reference":
         return None
-    if backend == "cpu":
-        if not is_plain(parameter):
-            return f"the cpu backend takes plain tensors, not {type(parameter).__name__}"
-        if parameter.device.type != "cpu":
-            return f"the cpu backend takes parameters on the CPU, not on {parameter.device}"
-        if parameter.dtype not in CPU_DTYPES:
-            return f"the cpu backend takes {', '.join(map(str, CPU_DTYPES))}, not {parameter.dtype}"
-        if not is_dense(parameter):
-            return f"the cpu backend takes dense parameters, not strides {parameter.stride()}"
-        if gradient is not None and not is_plain(gradient):
-            return f"the cpu backend takes gradients that are plain tensors, not {type(gradient).__name__}"
-        if gradient is not None and gradient.dtype != parameter.dtype:
-            sixteen_bits = parameter.dtype in (torch.bfloat16, torch.float16)
-            if not (sixteen_bits and gradient.dtype == torch.float32):
-                return f"the cpu backend takes no {gradient.dtype} gradients of {parameter.dtype} parameters"
-        return None
-    raise AssertionError(backend)
+    device_type = "cpu" if backend == "cpu" else cuda.device_type()
+    where = "the CPU" if device_type == "cpu" else "an NVIDIA GPU"
+    if not is_plain(parameter):
+        return f"the {backend} backend takes plain tensors, not {type(parameter).__name__}"
+    if parameter.device.type != device_type:
+        return f"the {backend} backend takes parameters on {where}, not on {parameter.device}"
+    if device_type == "cuda" and (reason := cuda.why_not_on(parameter.device.index or 0)) is not None:
+        return reason
+    if parameter.dtype not in NATIVE_DTYPES:
+        return f"the {backend} backend takes {', '.join(map(str, NATIVE_DTYPES))}, not {parameter.dtype}"
+    if not is_dense(parameter):
+        return f"the {backend} backend takes dense parameters, not strides {parameter.stride()}"
+    if gradient is not None and not is_plain(gradient):
+        return f"the {backend} backend takes gradients that are plain tensors, not {type(gradient).__name__}"
+    if gradient is not None and gradient.dtype != parameter.dtype:
+        sixteen_bits = parameter.dtype in (torch.bfloat16, torch.float16)
+        if not (sixteen_bits and gradient.dtype == torch.float32):
+            return f"the {backend} backend takes no {gradient.dtype} gradients of {parameter.dtype} parameters"
+    return None
 
 
 def choose(parameter: Tensor, gradient: Tensor | None = None) -> str:
     """Return the first available backend that takes `parameter`."""
-    return next(b for b in available_backends() if why_not(b, parameter, gradient) is None)
+    # A rehearsal takes what it is asked to, and nothing else away from the cpu backend.
+    names = (b for b in available_backends() if not (b == "cuda" and cuda.rehearsing()))
+    return next(b for b in names if why_not(b, parameter, gradient) is None)

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .backends import native
 from .binding import Binding
+from .native import native
+from .options import number
 
 
 class CpuLaunch:
@@ -42,7 +44,7 @@ class CpuLaunch:
 
     def update(
         self,
-        numbers: Sequence[tuple[float, ...]],
+        numbers: Sequence[tuple[Any, ...]],
         clip: float,
         counted: Sequence[dict[str, Any]],
         fresh: set[int],
@@ -53,4 +55,5 @@ class CpuLaunch:
         Then, where no signal handler can come between, count the step of the groups `counted`, and take what was
         `stepped` out of the set `fresh`.
         """
-        self._executor.update(self.gradients, numbers, clip, torch.get_num_threads(), counted, fresh, stepped)
+        on_host = [tuple(number(x) if isinstance(x, Tensor) else x for x in group) for group in numbers]
+        self._executor.update(self.gradients, on_host, clip, torch.get_num_threads(), counted, fresh, stepped)

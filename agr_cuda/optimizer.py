@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from .backends import check_backend
 from .binding import Binding, same_layout
+from .cuda import CudaLaunch, Scaling, on_device, rehearsing
 from .options import check_betas, check_nonnegative, number
 from .schedule import Schedule, check_tensors, choose_backend, missing_state
 
@@ -35,11 +36,15 @@ class AGROptimizer(torch.optim.Optimizer):
     #: The group options that decide which kernels run and on what, as against the numbers that they run with.
     _structure: tuple[str, ...]
 
+    #: torch.amp.GradScaler hands its scale and what it found to step(), instead of waiting for the device.
+    _step_supports_amp_scaling = True
+
     _schedule: Schedule | None
     _checked: list[Any] | None  # the numbers that were last found in range
     _fresh: set[int]  # id of parameters whose state is made, and no step yet made with it
     _lock: threading.RLock  # held from the look at the parameters to the end of their update
     _warned: bool  # of tensors of one element
+    _captured: list[Tensor]  # what launches captured into graphs read and write
 
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], max_grad_norm: float | None, backend: str | None
@@ -60,8 +65,8 @@ class AGROptimizer(torch.optim.Optimizer):
         """Return the keys of the state tensors that have the parameter's shape, in the order of the rule."""
         raise NotImplementedError
 
-    def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
-        """Return the group's numbers in the order in which the native core takes them."""
+    def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """Return the group's numbers, some perhaps tensors, in the order in which the native core takes them."""
         raise NotImplementedError
 
     def _missing_state(self, binding: Binding) -> dict[str, Tensor]:
@@ -118,6 +123,7 @@ class AGROptimizer(torch.optim.Optimizer):
         self._checked = None
         self._fresh = set()
         self._warned = getattr(self, "_warned", False)
+        self._captured = getattr(self, "_captured", [])
         self._lock = getattr(self, "_lock", None) or threading.RLock()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -172,7 +178,7 @@ class AGROptimizer(torch.optim.Optimizer):
             self._check_numbers()
             schedule = self._current_schedule()
             try:
-                self._run(schedule)
+                self._run(schedule, Scaling.asked_of(self))
             finally:
                 schedule.release()
         return loss
@@ -196,6 +202,7 @@ class AGROptimizer(torch.optim.Optimizer):
                 check_tensors(b.place, b.parameter, b.state, b.keys)
             if not any(self._missing_state(b) for b in schedule.referred):
                 return schedule
+        self._settle()
         self._schedule = None
         bindings = self._bind_all()
         clip = bool(self.max_grad_norm)
@@ -204,6 +211,16 @@ class AGROptimizer(torch.optim.Optimizer):
             raise RuntimeError("parameters, gradients or state were changed by another thread during step()")
         self._schedule = schedule
         return schedule
+
+    def _settle(self) -> None:
+        """Ask the devices which states a step has been made with, where the host does not know."""
+        schedule = self._schedule
+        for launch in [] if schedule is None else schedule.cuda:
+            if launch.unsettled:
+                for binding, begun in zip(launch.bindings, launch.begun(), strict=True):
+                    if begun:
+                        self._fresh.discard(id(binding.parameter))
+                launch.unsettled = False
 
     def _bind_all(self) -> list[Binding]:
         """Check every parameter that has a gradient, then make the state that is missing."""
@@ -258,26 +275,54 @@ class AGROptimizer(torch.optim.Optimizer):
                 stacklevel=6,  # the caller of step(), which torch.optim.Optimizer wraps
             )
 
-    def _run(self, schedule: Schedule) -> None:
+    def _run(self, schedule: Schedule, scaling: Scaling) -> None:
+        if scaling.found_inf is not None and schedule.on_host and number(scaling.found_inf) != 0:
+            return
+        if schedule.cuda:
+            self._check_capture()
+            self._count_on_devices(schedule, scaling)
         if schedule.relaid:
             with torch.no_grad():
                 for binding in schedule.relaid:
                     assert binding.relaid is not None
                     assert binding.parameter.grad is not None
                     binding.relaid.copy_(binding.parameter.grad)
-        clip = self._clip_coefficient(schedule) if self.max_grad_norm else 1.0
-        counted = self.param_groups if self._rule == "adan" else []
-        stepped = [id(binding.parameter) for binding in schedule.bindings] if self._fresh else []
         # Whatever may fail comes before the first update.
-        if schedule.cpu is not None:
-            numbers = [self._numbers(group) for group in self.param_groups]
-            native_clip = number(clip)
+        numbers = [self._numbers(group) for group in self.param_groups]
+        on_devices = [[self._on_device(group, launch) for group in numbers] for launch in schedule.cuda]
+        clip: Any = 1.0
+        alone = len(schedule.cuda) == 1 and not schedule.on_host  # then the launch takes the norm itself
+        if self.max_grad_norm and not alone:
+            clip = self._clip_coefficient(schedule, on_devices, scaling)
+        if schedule.on_host:
+            on_host = clip if scaling.grad_scale is None else clip / number(scaling.grad_scale)
+            native_clip = number(on_host)
         if schedule.reference is not None:
-            schedule.reference.update(self.param_groups, clip)
+            schedule.reference.update(self.param_groups, on_host)
+        counted = self._counted_by_host()
+        # What is noted last is noted by the native call that makes the last update, in the same breath. A launch that
+        # may make no step leaves it to the device to note that.
+        unknown = scaling.found_inf is not None and not schedule.on_host
+        stepped = [id(b.parameter) for b in schedule.bindings] if self._fresh and not unknown else []
+        for i, launch in enumerate(schedule.cuda):
+            last = schedule.cpu is None and i + 1 == len(schedule.cuda)
+            launch.update(
+                on_devices[i],
+                self._counts(schedule, i),
+                float(self.max_grad_norm or 0) if alone else 0.0,
+                self.param_groups[0]["eps"],
+                clip.to(launch.device, torch.float64) if isinstance(clip, Tensor) else None,
+                scaling,
+                counted if last else [],
+                self._fresh,
+                stepped if last else [],
+            )
+            launch.unsettled = launch.unsettled or (unknown and bool(self._fresh))
+            if launch.captured:
+                self._keep_for_graphs(launch)
         if schedule.cpu is not None:
-            # Last, because it notes what was done in the same breath as it does it.
             schedule.cpu.update(numbers, native_clip, counted, self._fresh, stepped)
-        else:
+        elif not schedule.cuda:
             for group in counted:
                 group["step"] += 1
             self._fresh.difference_update(stepped)
@@ -288,17 +333,64 @@ class AGROptimizer(torch.optim.Optimizer):
             for binding in schedule.bindings:
                 binding.fresh = False
 
-    def _clip_coefficient(self, schedule: Schedule) -> Any:
-        """Return min(1, max_grad_norm / (norm + eps)), NaN for a norm of NaN; a tensor if the reference has a part."""
+    def _on_device(self, numbers: tuple[Any, ...], launch: CudaLaunch) -> tuple[Any, ...]:
+        return tuple(on_device(x, launch.device) if isinstance(x, Tensor) else x for x in numbers)
+
+    def _clip_coefficient(
+        self, schedule: Schedule, on_devices: list[list[tuple[Any, ...]]], scaling: Scaling
+    ) -> float | Tensor:
+        """Return min(1, max_grad_norm / (norm + eps)), NaN for a norm of NaN, where the norm is of unscaled gradients.
+
+        It is a tensor if the reference or a GPU has a part in it, so that the host need not wait for it.
+        """
         squares: Any = 0.0
+        for launch, numbers in zip(schedule.cuda, on_devices, strict=True):
+            of_launch = launch.reduce(numbers, scaling)
+            squares = squares + (of_launch if isinstance(squares, float) else of_launch.to(squares.device))
         if schedule.cpu is not None:
-            squares += schedule.cpu.square_sum()
+            squares = squares + schedule.cpu.square_sum()
         if schedule.reference is not None:
-            squares = squares + schedule.reference.square_sum(self.param_groups)
-        divisor = squares**0.5 + self.param_groups[0]["eps"]
-        if not isinstance(divisor, Tensor) and divisor == 0:
-            return 1.0
-        coefficient = self.max_grad_norm / divisor
-        if isinstance(coefficient, Tensor):
-            return coefficient.clamp(max=1.0)
-        return 1.0 if coefficient > 1.0 else coefficient
+            of_reference = schedule.reference.square_sum(self.param_groups)
+            if isinstance(squares, Tensor) and isinstance(of_reference, Tensor):
+                of_reference = of_reference.to(squares.device)
+            squares = squares + of_reference
+        norm = squares**0.5
+        if scaling.grad_scale is not None:
+            scale = scaling.grad_scale
+            norm = norm / (scale.to(norm.device) if isinstance(norm, Tensor) else number(scale))
+        divisor = norm + self.param_groups[0]["eps"]
+        most = float(self.max_grad_norm or 0.0)
+        if isinstance(divisor, Tensor):
+            return torch.where(divisor == 0, 1.0, most / divisor).clamp(max=1.0)
+        quotient = most / divisor if divisor != 0 else 1.0
+        return 1.0 if quotient > 1.0 else quotient
+
+    # Graphs, and step counts on devices.
+
+    def _check_capture(self) -> None:
+        """Raise RuntimeError if a graph is being captured with step counts or numbers that it would repeat."""
+        if all(group["capturable"] for group in self.param_groups) or rehearsing():
+            return
+        if torch.cuda.is_current_stream_capturing():
+            index = next(i for i, group in enumerate(self.param_groups) if not group["capturable"])
+            raise RuntimeError(
+                f"step() is being captured in a CUDA graph, and group {index} has capturable=False; it must be True"
+            )
+
+    def _count_on_devices(self, schedule: Schedule, scaling: Scaling) -> None:
+        """Put step counts of groups on a device where the host cannot know them."""
+
+    def _counted_by_host(self) -> list[dict[str, Any]]:
+        """Return the groups whose step count is a number."""
+        return []
+
+    def _counts(self, schedule: Schedule, launch: int) -> bool:
+        """Return whether a launch raises the step counts that groups have on its device: the last one there does."""
+        devices = [launch.device for launch in schedule.cuda]
+        return devices[launch] not in devices[launch + 1 :]
+
+    def _keep_for_graphs(self, launch: CudaLaunch) -> None:
+        """Keep what a captured launch reads and writes for as long as the optimizer lives, since the graph may."""
+        for tensor in (launch.table, launch.squares, *(b.relaid for b in launch.bindings)):
+            if tensor is not None and not any(tensor is kept for kept in self._captured):
+                self._captured.append(tensor)

@@ -151,7 +151,9 @@ class ReferenceLaunch:
             differentiable = bool(groups[binding.group].get("differentiable", False))
             with torch.set_grad_enabled(differentiable):
                 magnitude = (grad if differentiable else grad.detach()).abs()
-                squares = magnitude.to(compute_dtype(magnitude.dtype)).square().sum()
+                # In float64, where the device has it: squares of large gradients exceed float32.
+                wide = compute_dtype(magnitude.dtype) if magnitude.device.type == "mps" else torch.float64
+                squares = magnitude.to(wide).square().sum()
                 total = squares if isinstance(total, float) else total + squares.to(total.device)
         return total
 
@@ -211,7 +213,7 @@ class ReferenceLaunch:
         t = self._step_count(binding, group)
         options = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
         if isinstance(group["lr"], Tensor):  # of one element, of whatever shape
-            options["lr"] = group["lr"].reshape(())
+            options["lr"] = group["lr"].reshape(()).to(torch.promote_types(group["lr"].dtype, now[0].real.dtype))
         if self.rule == "adan":
             first = binding.fresh or t == 1
             after = adan(now[0], g, now[1], now[2], now[3], now[4], t, first, **options, no_prox=group["no_prox"])
@@ -227,7 +229,7 @@ class ReferenceLaunch:
         dtype = compute_dtype(parameters[0].dtype)
         g = [p.grad.to(dtype) for p in parameters if p.grad is not None]
         if isinstance(clip, Tensor):
-            clip = clip.detach().to(parameters[0].device)
+            clip = clip.detach().to(device=parameters[0].device, dtype=dtype)
         if isinstance(clip, Tensor) or clip != 1 or group["maximize"]:
             g = list(torch._foreach_mul(g, -clip if group["maximize"] else clip))
         if group["agr"]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import backends, reference
 from .binding import is_dense
+from .native import native
 
 
 def regularize_gradients_(parameters: Tensor | Iterable[Tensor]) -> None:
@@ -37,9 +38,9 @@ def regularize_gradients_(parameters: Tensor | Iterable[Tensor]) -> None:
     on_cpu: list[Tensor] = []
     others: list[Tensor] = []
     for gradient in gradients.values():
-        native = "cpu" in backends.available_backends() and backends.why_not("cpu", gradient) is None
-        (on_cpu if native and is_dense(gradient) else others).append(gradient)
+        taken = "cpu" in backends.available_backends() and backends.why_not("cpu", gradient) is None
+        (on_cpu if taken and is_dense(gradient) else others).append(gradient)
     if on_cpu:
-        backends.native().regularize(on_cpu, torch.get_num_threads())
+        native().regularize(on_cpu, torch.get_num_threads())
         torch.autograd.graph.increment_version(on_cpu)
     reference.regularize(others)

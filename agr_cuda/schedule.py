@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from . import backends
 from .backends import choose, why_not
 from .binding import Binding, is_plain, same_layout
 from .cpu import CpuLaunch
+from .cuda import CudaLaunch
+from .native import native
 from .reference import ReferenceLaunch
 
 
@@ -32,21 +35,38 @@ class Schedule:
         self.bindings = bindings
         self.referred = [b for b in bindings if b.backend == "reference"]
         on_cpu = [b for b in bindings if b.backend == "cpu"]
+        on_cuda = defaultdict(list)
+        for b in bindings:
+            if b.backend == "cuda":
+                on_cuda[b.parameter.device, b.parameter.dtype, b.gradient.dtype].append(b)
         #: Bindings whose gradient has another memory layout than the parameter.
         self.relaid = [b for b in bindings if b.relaid is not None]
         #: Parameters that are written without PyTorch's knowledge.
-        self.written = [b.parameter for b in on_cpu]
+        self.written = [b.parameter for b in bindings if b.backend != "reference"]
         self.reference = ReferenceLaunch(rule, self.referred) if self.referred else None
         self.cpu = CpuLaunch(rule, on_cpu, clip) if on_cpu else None
+        self.cuda = [CudaLaunch(rule, together, len(groups), clip) for together in on_cuda.values()]
         self._watch = None
         if backends.why_missing("cpu") is None:
-            self._watch = backends.native().Watch(groups, state)
+            self._watch = native().Watch(groups, state)
             for binding in self.referred:
                 self._watch.add_untabled(binding.index)
-            for slot, binding in enumerate(on_cpu):
-                assert self.cpu is not None
-                keys = [*binding.keys, "step"] if "step" in binding.state else [*binding.keys]
-                self._watch.add(binding.index, keys, self.cpu.gradients, slot, binding.relaid)
+            if self.cpu is not None:
+                self._look_after(on_cpu, self.cpu.gradients)
+            for launch in self.cuda:
+                self._look_after(launch.bindings, launch.gradients)
+
+    def _look_after(self, bindings: Sequence[Binding], gradients: Any) -> None:
+        """Watch what a launch was made for, and read its gradients' addresses into its table."""
+        assert self._watch is not None
+        for slot, binding in enumerate(bindings):
+            keys = [*binding.keys, "step"] if "step" in binding.state else [*binding.keys]
+            self._watch.add(binding.index, keys, gradients, slot, binding.relaid)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the host has to know the numbers of a step: not all of it happens in launches on GPUs."""
+        return not self.cuda or self.cpu is not None or self.reference is not None
 
     @property
     def backends(self) -> list[str]:
@@ -109,8 +129,8 @@ def choose_backend(
     if asked is not None and reason is not None:
         raise RuntimeError(f"backend={asked!r} does not take {place}: {reason}")
     if group["fused"] and backend == "reference":
-        native = [name for name in backends.available_backends() if name != "reference"]
-        reasons = [reason] if reason else [why_not(name, parameter, gradient) for name in native]
+        others = [name for name in backends.available_backends() if name != "reference"]
+        reasons = [reason] if reason else [why_not(name, parameter, gradient) for name in others]
         because = "; ".join(r for r in reasons if r) or "no other backend is there"
         raise RuntimeError(f"fused=True refuses the reference backend, which alone takes {place}: {because}")
     return backend

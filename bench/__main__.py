@@ -10,9 +10,9 @@ import argparse
 import sys
 from types import ModuleType
 
-from bench import step
+from bench import overhead, step, traffic
 
-COMMANDS: dict[str, ModuleType] = {"step": step}
+COMMANDS: dict[str, ModuleType] = {"step": step, "overhead": overhead, "traffic": traffic}
 
 
 def build_parser() -> argparse.ArgumentParser:

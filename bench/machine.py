@@ -102,6 +102,19 @@ def our_backends() -> list[str]:
         return []
 
 
+def gpu(device: torch.device) -> dict[str, object] | None:
+    """Return what of a GPU the figures depend on; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": getattr(properties, "L2_cache_size", None),
+        "memory_bytes": properties.total_memory,
+    }
+
+
 def describe(device: torch.device) -> dict[str, object]:
     """Return machine, versions and date of a run, ready for JSON."""
     return {
@@ -111,6 +124,7 @@ def describe(device: torch.device) -> dict[str, object]:
         "load_average": load_average(),
         "device": str(device),
         "device_name": device_name(device),
+        "gpu": gpu(device),
         "cuda": torch.version.cuda,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from bench.results import Row, SetResult
 from bench.stats import Summary
 from bench.targets import Target
+from bench.terminal import Table, Text
 
-PLAIN_WIDTH = 130  # columns where the output is no terminal
 VERDICT_STYLES = {"met": "green", "missed": "red", "not measured": "dim"}
-
-
-def console() -> Console:
-    """Return a console for standard output, wide enough for the tables where that is a file or a pipe."""
-    return Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
 
 
 def duration(seconds: float) -> str:
@@ -95,10 +85,9 @@ def targets_table(targets: Sequence[Target]) -> Table:
     table.add_column("by the fastest", justify="right")
     table.add_column("verdict")
     for target in targets:
-        limit = f"{'>=' if target.at_least else '<='} {target.show(target.limit)}"
         style = next(style for word, style in VERDICT_STYLES.items() if target.verdict.startswith(word))
         measured, fastest = target.show(target.measured), target.show(target.at_fastest)
-        table.add_row(target.text, limit, measured, fastest, Text(target.verdict, style))
+        table.add_row(target.text, target.shown_limit, measured, fastest, Text(target.verdict, style))
     return table
 
 
@@ -117,4 +106,6 @@ def legend(with_host: bool) -> str:
         "GB/s: bytes that the rule must move (float32: AdamW 28, Adan 44 an element) over the median time.",
         copied,
     ]
+    if with_host:
+        lines.append("  A set that fits into the GPU's cache is measured in it, and any contender can exceed 100%.")
     return "\n".join(lines)

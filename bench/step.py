@@ -15,14 +15,13 @@ Writes step-DEVICE-DTYPE-TAG.json and .png into the output folder, anew after ea
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from bench import chart, contenders, machine, measure, options, report, results, shapes, targets
+from bench import chart, contenders, machine, measure, options, report, results, shapes, targets, terminal
 from bench.contenders import YARDSTICK, Contender
 from bench.measure import CopyProbe, Lane, Timing
 from bench.results import Row, SetResult
@@ -65,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         type=_argument(contenders.contender),
         default=list(contenders.ALL),
-        help=f"rows, of {', '.join(contenders.BY_NAME)}; {YARDSTICK} is always added (default: all)",
+        help=f"rows, of {', '.join(contenders.BY_NAME)}; {YARDSTICK} is always added, and those that are for a GPU "
+        "alone are left out elsewhere (default: all)",
     )
     parser.add_argument(
         "--rounds",
@@ -124,7 +124,9 @@ class Bench:
         self.clock = measure.clock_for(self.device)
         self.probe = CopyProbe(self.device, args.copy_mebibytes or COPY_MEBIBYTES[self.device.type])
         chosen = {entry.name for entry in args.contenders} | {YARDSTICK}
-        self.contenders = [entry for entry in contenders.ALL if entry.name in chosen]
+        self.contenders = [
+            entry for entry in contenders.ALL if entry.name in chosen and self.device.type in entry.devices
+        ]
 
     def measure_set(self, model: ModelSet, log: Callable[[str], object]) -> SetResult:
         """Time every contender on one model set."""
@@ -221,7 +223,7 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
-    console = report.console()
+    console = terminal.console()
     bench = Bench(args)
     description = machine.describe(args.device)
     settings = {
@@ -249,7 +251,7 @@ def run(args: argparse.Namespace) -> int:
     for model in args.sets:
         found.append(bench.measure_set(model, lambda text: console.print(text, highlight=False)))
         judged = targets.judge(found, args.device.type) if args.dtype == "float32" else []
-        records = [dataclasses.asdict(target) | {"verdict": target.verdict} for target in judged]
+        records = [target.record() for target in judged]
         results.write_json(args.out / f"{stem}.json", description, settings, found, records)
         chart.write_chart(args.out / f"{stem}.png", found, subtitle, on_gpu)
         console.print(report.results_table(found[-1], on_gpu))

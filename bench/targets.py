@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from bench.contenders import YARDSTICK
 from bench.results import SetResult, compare
@@ -38,6 +38,16 @@ class Target:
         if self.at_fastest is not None and self.met_by(self.at_fastest) != met:
             note = f", but {'missed' if met else 'met'} by the fastest steps"
         return ("met" if met else "missed") + note + (", on a busy machine" if self.disturbed else "")
+
+    @property
+    def shown_limit(self) -> str:
+        """The limit as tables show it."""
+        return f"{'>=' if self.at_least else '<='} {self.show(self.limit)}"
+
+    def record(self) -> dict[str, object]:
+        """Return the target ready for JSON, with what tables show of it."""
+        shown = {"limit": self.shown_limit, "measured": self.show(self.measured)}
+        return asdict(self) | {"verdict": self.verdict, "shown": shown}
 
     def show(self, value: float | None) -> str:
         """Return the value with this target's unit."""

@@ -9,18 +9,23 @@ from collections.abc import Iterator
 # small operations are then a hundred times slower. Read when torch is loaded, so it comes before that.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import emulated
 import pytest
 import torch
 from helpers import METHODS, Method
 
 import agr_cuda
+import agr_cuda.cuda
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COMPLEX = (torch.complex64, torch.complex128)
 
 
 def device_of(backend: str) -> torch.device:
-    """Where a backend's parameters are. Triton without a GPU is its interpreter, which works on the CPU."""
+    """Where a backend's parameters are.
+
+    Without a GPU, cuda runs its kernels' source on threads of the host, and triton is its interpreter: on the CPU.
+    """
     on_gpu = backend in ("cuda", "triton") and torch.accelerator.is_available()
     return torch.accelerator.current_accelerator() if on_gpu else torch.device("cpu")
 
@@ -36,8 +41,9 @@ def takes(backend: str, dtype: torch.dtype) -> bool:
 
 
 def large_size(backend: str) -> int:
-    """Elements of the largest tensor: many chunks for every backend. Triton's interpreter is given fewer."""
-    return 100_003 if backend == "triton" and device_of(backend).type == "cpu" else 3_000_017
+    """Elements of the largest tensor: many chunks for every backend. Those in an emulation are given fewer."""
+    emulated = backend in ("cuda", "triton") and device_of(backend).type == "cpu"
+    return 100_003 if emulated else 3_000_017
 
 
 def thread_counts(backend: str) -> tuple[int, ...]:
@@ -50,6 +56,10 @@ def thread_counts(backend: str) -> tuple[int, ...]:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(2)
+    if agr_cuda.cuda.why_missing() is not None:
+        emulation = agr_cuda.cuda.rehearsal(emulated.launcher())
+        emulation.__enter__()
+        config.add_cleanup(lambda: emulation.__exit__(None, None, None))
     config.addinivalue_line("filterwarnings", "ignore:.*agr=False:UserWarning")  # one-element tensors; tested once
 
 

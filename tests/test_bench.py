@@ -4,8 +4,12 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
+import importlib.util
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -19,7 +23,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench is a package of the repository that is not installed
 
-from bench import chart, contenders, measure, report, results, shapes, stats, targets
+from bench import chart, contenders, measure, overhead, plain, report, results, shapes, stats, targets
 from bench.__main__ import main
 from bench.contenders import ALL, BY_NAME, YARDSTICK, Contender
 from bench.measure import Lane, Timing
@@ -168,8 +172,13 @@ def test_private_gradients_are_restored_and_the_shared_ones_left_alone() -> None
 @pytest.mark.usefixtures("threads")
 @pytest.mark.filterwarnings("ignore:Parameter `foreach` is deprecated:DeprecationWarning")  # optimi's
 @pytest.mark.parametrize("contender", ALL, ids=lambda contender: contender.name)
-def test_contenders_train_and_write_gradients_only_where_declared(contender: Contender) -> None:
+def test_contenders_train_and_write_gradients_only_where_declared(
+    contender: Contender, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.set_num_threads(1)
+    monkeypatch.setattr(
+        torch, "compile", lambda function: function
+    )  # which takes half a minute, and changes nothing here
     workload = Workload(((8, 4), (64,)), torch.device("cpu"), torch.float32)
     try:
         step = contenders.build(contender, list(workload.parameters), 1e-8)
@@ -201,7 +210,7 @@ def test_the_reference_rows_are_plain_foreach_operations(name: str) -> None:
 def test_batches_fit_the_budget_and_keep_targets_sides_together() -> None:
     gpt2 = 4 * 124_439_808
     assert [len(batch) for batch in contenders.batches(ALL, gpt2, 64 * 2**30)] == [len(ALL)]
-    for gibibytes, count in ((20, 2), (16, 3), (10, 4)):
+    for gibibytes, count in ((20, 2), (16, 3), (10, 5)):
         budget = gibibytes * 2**30
         batches = contenders.batches(ALL, gpt2, budget)
         assert len(batches) == count
@@ -297,6 +306,124 @@ def test_the_table_of_a_gpu_shows_host_times_and_the_chart_is_drawn(tmp_path: Pa
     assert (tmp_path / "new" / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_target_is_recorded_with_what_tables_show_of_it() -> None:
+    record = targets.Target("share", 0.9, 0.951, at_least=True, unit="%").record()
+    assert record["shown"] == {"limit": ">= 90.0%", "measured": "95.1%"}
+    assert record["verdict"] == "met"
+    assert record["measured"] == 0.951
+
+
+# Without rich
+
+
+def test_without_rich_tables_are_plain_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("rich", "rich.console", "rich.table", "rich.text"):
+        monkeypatch.setitem(sys.modules, name, None)
+    specification = importlib.util.find_spec("bench.terminal")
+    assert specification
+    assert specification.loader
+    terminal = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(terminal)
+    assert terminal.Table is plain.Table
+
+    table = terminal.Table(title="Times", caption="All of them.", title_justify="left")
+    table.add_column("contender", no_wrap=True)
+    table.add_column("step", justify="right")
+    table.add_row("[bold]ours[/]", "9 us", style="bold")
+    table.add_row("a longer name", "1.25 ms")
+    table.add_row("missing")
+    console = terminal.console()
+    console.print(table)
+    console.print("[red]A warning.", highlight=False)
+    console.print("[red] is a color.", markup=False)
+    assert capsys.readouterr().out.splitlines() == [
+        "Times",
+        "contender         step",
+        "-------------  -------",
+        "ours              9 us",
+        "a longer name  1.25 ms",
+        "missing",
+        "All of them.",
+        "A warning.",
+        "[red] is a color.",
+    ]
+
+
+# The host's time
+
+
+@pytest.fixture
+def rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cpu backend in the place of the cuda one."""
+
+    def ours(rule: str) -> overhead.Entry:
+        build = contenders.BY_NAME[f"agr-{rule.lower()}"].build
+        return overhead.Entry(f"agr_cuda {rule}", lambda parameters: build(parameters, 1e-8), ours=True)
+
+    monkeypatch.setattr(overhead, "ours", ours)
+    monkeypatch.setattr(overhead, "rehearsal", contextlib.nullcontext)
+
+
+def overhead_args(folder: Path, *more: str) -> list[str]:
+    always = ["overhead", "--device", "cpu", "--steps", "6", "--block", "3", "--out", str(folder), "--tag", "tiny"]
+    return [*always, *more]
+
+
+@pytest.mark.usefixtures("threads", "rehearsed")
+def test_overhead_measures_every_optimizer_with_kept_and_with_new_gradients(tmp_path: Path) -> None:
+    fused = torch._fused_adamw_
+    assert main(overhead_args(tmp_path)) == 0
+    assert torch._fused_adamw_ is fused
+    document = json.loads((tmp_path / "overhead-cpu-tiny.json").read_text())
+    assert document["rehearsed"]
+    labels = {row["label"] for row in document["rows"]}
+    assert {(row["label"], row["gradients"]) for row in document["rows"]} == {
+        (label, gradients) for label in labels for gradients in ("kept", "new")
+    }
+    assert {"agr_cuda AdamW", "agr_cuda Adan", "torch AdamW, fused, its operation left out"} < labels
+    for row in document["rows"]:
+        assert row["host_s"]["count"] == 6
+        assert row["ratio"]["count"] == 2, "one for each block"
+        if row["label"] == "torch AdamW, fused, its operation left out":
+            assert row["ratio"]["median"] == 1.0
+    assert len(document["targets"]) == 8
+    assert all(target["verdict"] for target in document["targets"])
+
+
+@pytest.mark.usefixtures("threads", "rehearsed")
+def test_overhead_judges_only_what_the_targets_are_stated_for(tmp_path: Path) -> None:
+    assert main(overhead_args(tmp_path, "--tensors", "4")) == 0
+    assert json.loads((tmp_path / "overhead-cpu-tiny.json").read_text())["targets"] == []
+
+
+@pytest.mark.usefixtures("threads")
+def test_overhead_says_that_the_cuda_backend_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "agr_cuda.cuda", None)
+    assert main(overhead_args(tmp_path)) == 2
+    assert "rehearsal is missing" in capsys.readouterr().out
+
+
+def test_new_gradients_are_new_tensors_and_kept_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[torch.Tensor]] = []
+
+    def build(parameters: contenders.Parameters) -> contenders.Step:
+        return lambda: seen.append([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+    args = argparse.Namespace(device=torch.device("cpu"), dtype="float32", tensors=3, elements=4)
+    for new in (False, True):
+        seen.clear()
+        overhead.Track(overhead.Entry("any", build), new, args).run(2)
+        assert len(seen) == overhead.UNTIMED + 2
+        for earlier, later in itertools.pairwise(seen):
+            assert len(later) == 3
+            assert all((a is b) != new for a, b in zip(earlier, later, strict=True))
+            assert all(map(torch.equal, earlier, later))
+
+
 # The command line
 
 
@@ -325,7 +452,9 @@ def test_step_writes_every_contender_and_a_chart(tmp_path: Path) -> None:
     for entry in document["sets"]:  # type: ignore[attr-defined]
         assert entry["parameters_finite"]
         assert entry["copy"]["median"] > 0
-        assert [row["name"] for row in entry["rows"]] == [contender.name for contender in ALL]
+        on_cpu = [contender.name for contender in ALL if "cpu" in contender.devices]
+        assert [row["name"] for row in entry["rows"]] == on_cpu
+        assert "three-lines-compiled" not in on_cpu
         for row in entry["rows"]:
             if row["status"] == "measured":
                 figures = row["figures"]

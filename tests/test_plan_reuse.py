@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import agr_cuda
-from agr_cuda import backends
+from agr_cuda.native import native
 
 OPTIMIZERS = [agr_cuda.AdamW, agr_cuda.Adan]
 
@@ -20,10 +20,9 @@ def make(request):
 @pytest.fixture(params=[True, False], ids=["exchange-api", "python-methods"], autouse=True)
 def read_tensors(request):
     """Tensors are read through DLPack's exchange interface, or as in PyTorch releases that lack it."""
-    native = backends.native()
-    native.use_exchange_api(request.param)
+    native().use_exchange_api(request.param)
     yield
-    native.use_exchange_api(True)
+    native().use_exchange_api(True)
 
 
 def parameters(*shapes):

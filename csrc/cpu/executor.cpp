@@ -121,7 +121,8 @@ void Executor::run_task(const Task& task, const void* gradient) {
     Progress& progress = progress_[task.tensor];
     Span whole = tensor.span;
     whole.gradient = gradient;
-    const Span chunk = whole.part(tensor.types, states_of(tensor.rule), task.chunk * plan_.limits.chunk_elements, task.elements);
+    const Span chunk =
+        whole.part(tensor.types, states_of(tensor.rule), task.chunk * plan_.limits.chunk_elements, task.elements);
     switch (task.kind) {
         case TaskKind::reduce: {
             const Sums* partial = &partial_[planned.first_chunk];

@@ -138,10 +138,9 @@ std::vector<unsigned char> Executor::group_bytes(const std::vector<DeviceGroup>&
 
 void Executor::send(std::int64_t offset, const unsigned char* bytes, std::int64_t count,
                     std::vector<unsigned char>& sent, void* stream) {
+    const bool known = static_cast<std::int64_t>(sent.size()) == count && std::equal(sent.begin(), sent.end(), bytes);
     // A captured launch sends what it needs each time it is replayed, so that from the first capture on nobody knows
     // what the table holds.
-    captured_ = captured_ || launcher_->captures(stream);
-    const bool known = static_cast<std::int64_t>(sent.size()) == count && std::equal(sent.begin(), sent.end(), bytes);
     if (known && !captured_) return;
     for (std::int64_t from = 0; from < count; from += Parcel::capacity) {
         Parcel parcel;
@@ -162,6 +161,8 @@ void Executor::launch(const void* const* gradients, const std::vector<DeviceGrou
     const auto group_count = static_cast<std::int64_t>(of_groups.size());
     const auto gradient_count = static_cast<std::int64_t>(tensors_.size() * sizeof(void*));
     const auto* of_gradients = reinterpret_cast<const unsigned char*>(gradients);
+
+    captured_ = captured_ || launcher_->captures(stream);
 
     Arguments& a = arguments_;
     // Groups first: their numbers change in every step with a schedule, addresses seldom.

@@ -39,7 +39,7 @@ public:
     // Throws std::invalid_argument where no kernel is compiled for their types.
     Executor(Plan plan, std::vector<Tensor> tensors, int groups, int device, int blocks, Launcher& launcher);
 
-    // The table as it is to lie in the device's memory, aligned to 256 bytes, at an address that is then attached. It
+    // The table as it is to lie in the device's memory, aligned to 16 bytes, at an address that is then attached. It
     // has to stay there while launches are in progress.
     std::vector<unsigned char> table() const;
     void attach(void* address);
@@ -50,8 +50,8 @@ public:
     // Of every tensor, whether a step has been made with its state; from the table as it is on the device.
     std::vector<bool> begun(const unsigned char* table) const;
 
-    const Kernel& kernel() const { return kernel_; }
-    std::size_t groups() const { return groups_; }
+    // Whether a launch was captured into a graph, which may write to the table at any time from then on.
+    bool captured() const { return captured_; }
 
 private:
     // Where the parts of the table are, from its start.

@@ -1,0 +1,106 @@
+"""What the summary tells of the files that the GPU report's stages leave."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from bench.gpu_runner import Digest
+
+SHOWN_FAILURES = 5  # of tests
+SHOWN_SETTINGS = 8  # the fastest of the tunables' sweep
+
+
+def junit(path: Path) -> Digest:
+    """Read pytest's report."""
+    cases = list(ElementTree.parse(path).getroot().iter("testcase"))
+    bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    names = [f"{case.get('classname')}::{case.get('name')}" for case in bad]
+    counts = {"passed": len(cases) - len(bad) - skipped, "failed": len(bad), "skipped": skipped}
+    line = ", ".join(f"{count} {word}" for word, count in counts.items())
+    more = [f"... and {len(names) - SHOWN_FAILURES} more"] if len(names) > SHOWN_FAILURES else []
+    problem = "" if counts["passed"] else "no test ran"
+    return Digest([line, *names[:SHOWN_FAILURES], *more], {**counts, "failures": names}, problem)
+
+
+def stopped_tests(output: str) -> Digest:
+    """Count what `pytest -v` printed before it was stopped."""
+    results = re.findall(r"^(?=.*::).*\b(PASSED|FAILED|ERROR|SKIPPED)\b.*$", output, re.MULTILINE)
+    counts = {word.lower(): results.count(word) for word in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
+    line = ", ".join(f"{count} {word}" for word, count in counts.items())
+    return Digest([f"so far {line}"], counts, "pytest wrote no report")
+
+
+def read_all(folder: Path, pattern: str) -> dict[str, Any]:
+    """Return the JSON documents of that name, those of float32 first, as the summary shows them."""
+    paths = sorted(folder.glob(pattern), key=lambda path: ("float32" not in path.name, path.name))
+    return {path.stem: json.loads(path.read_text()) for path in paths}
+
+
+def medians(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a step benchmark's figures without its samples."""
+    return {
+        entry["name"]: {
+            "copy_bytes_per_second": entry["copy"]["median"],
+            "rows": {
+                row["name"]: {
+                    "step_s": row["figures"]["step_s"]["median"],
+                    "host_s": row["figures"]["host_s"]["median"],
+                    "ratio": row["figures"]["ratio"]["median"],
+                    "share_of_copy": row["figures"]["share_of_copy"],
+                    "kernels": row["figures"]["kernels"],
+                }
+                if row["figures"]
+                else {"status": row["status"], "reason": row["reason"]}
+                for row in entry["rows"]
+            },
+        }
+        for entry in document["sets"]
+    }
+
+
+def step_table(document: Mapping[str, Any]) -> list[str]:
+    """Return a Markdown table: a contender a row, a set a column."""
+    sets = document["sets"]
+    headings = [f"{entry['name']} ({entry['copy']['median'] / 1e12:.2f} TB/s)" for entry in sets]
+    lines = [f"| {document['settings']['dtype']} | " + " | ".join(headings) + " |", "| --- " * (1 + len(sets)) + "|"]
+    for place, row in enumerate(sets[0]["rows"]):
+        cells = []
+        for entry in sets:
+            figures = entry["rows"][place]["figures"]
+            if figures is None:
+                cells.append(entry["rows"][place]["status"])
+                continue
+            time, ratio = figures["step_s"]["median"] * 1e6, figures["ratio"]["median"]
+            cells.append(f"{time:.0f} us {ratio:.2f}x {100 * figures['share_of_copy']:.0f}%")
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    reasons = [
+        f"{row['name']}, {entry['name']}: {row['reason']}" for entry in sets for row in entry["rows"] if row["reason"]
+    ]
+    return [*lines, "", *reasons]
+
+
+def overhead_lines(document: Mapping[str, Any]) -> list[str]:
+    """Return a line an optimizer."""
+    lines = []
+    for row in document["rows"]:
+        time, ratio = row["host_s"]["median"] * 1e6, row["ratio"]["median"]
+        lines.append(f"- {row['label']}, {row['gradients']} gradients: {time:.1f} us, {ratio:.3f}x of torch's fused")
+    return lines
+
+
+def tune_tables(sweep: Sequence[Mapping[str, Any]], together: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a Markdown table of the fastest settings, and one of the best values together if they were tried."""
+    default = [entry for entry in sweep[SHOWN_SETTINGS:] if entry["setting"] == "default"]
+    lines: list[str] = []
+    for title, entries in (("one setting", [*sweep[:SHOWN_SETTINGS], *default]), ("together", together)):
+        if entries:
+            sets = list(entries[0]["sets"])
+            lines += ["", f"| {title} | {' | '.join(sets)} | average |", "| --- " * (2 + len(sets)) + "|"]
+            lines += [f"| {e['setting']} | {' | '.join(e['sets'].values())} | {e['average']:.3f}x |" for e in entries]
+    return lines[1:]

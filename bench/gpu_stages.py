@@ -1,0 +1,260 @@
+"""The stages of the GPU report: what each one runs, and what of its output the summary tells.
+
+Everything runs in processes of its own, with the Python that runs the report. Nothing here changes a setting of the
+GPU: it is measured as it is found, ncu included, which would otherwise hold its clocks at their base.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from bench import gpu_digest, gpu_profile
+from bench.gpu_runner import Command, Digest, Run, Skip, Stage
+
+TAG = "gpu-report"
+SETS = ("gpt2", "resnet50", "vit-b-16", "llama-3.2-1b", "321x64", "321x4096")
+CONTENDERS = (
+    *("agr-adamw", "agr-adamw-off", "torch-adamw-fused", "torch-adamw-foreach", "three-lines", "three-lines-compiled"),
+    *("agr-adan", "agr-adan-off", "reference-adan"),
+)
+PREDICTED_SETS = ("gpt2", "vit-b-16", "llama-3.2-1b")
+KERNEL = "agr_step"  # in the name of what makes the step
+KERNELS = "agr_"  # in the names of all kernels of the cuda backend
+# Tests that a GPU makes a difference to: those of its backends, by the names in their parameters, and its own file.
+TESTS = "(cuda or triton or test_gpu) and not (native or packaging or gpu_report)"
+MOST_FAILURES = 25  # of tests, before the rest is left
+QUERY = "name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
+
+VERSIONS = """
+import json, platform, sys
+from importlib import metadata
+packages = "torch triton numpy pytest pytest-xdist hypothesis transformers timm matplotlib rich".split()
+found = {"python": platform.python_version(), "executable": sys.executable}
+for package in packages:
+    try:
+        found[package] = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        found[package] = None
+print(json.dumps(found))
+"""
+HAS_CUDA_BACKEND = "import agr_cuda, sys; sys.exit('cuda' not in agr_cuda.available_backends())"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a report is made."""
+
+    root: Path  # the repository
+    work: Path  # for the files of the stages
+    capability: tuple[int, int]  # of the GPU
+
+
+def python(*words: str, limit: float | None = None, **environment: str) -> Command:
+    """Return a command of the Python that runs this."""
+    # Python's own output would wait in a buffer for the end of a process that may be stopped before it.
+    return Command((sys.executable, *words), {"PYTHONUNBUFFERED": "1", **environment}, limit)
+
+
+def tool(name: str) -> str:
+    """Return the path of a program; Skip where it is not there."""
+    path = shutil.which(name)
+    if path is None:
+        raise Skip(f"{name} is not on PATH")
+    return path
+
+
+def no_digest(runs: Sequence[Run]) -> Digest:
+    """Read nothing: the exit codes say everything."""
+    return Digest()
+
+
+def machine(place: Place) -> Stage:
+    """Tell where the figures come from: GPU, driver, compiler, versions."""
+
+    def commands() -> list[Command]:
+        queries = {"nvidia-smi": (f"--query-gpu={QUERY}", "--format=csv,noheader"), "nvcc": ("--version",)}
+        found = [Command((path, *words)) for name, words in queries.items() if (path := shutil.which(name))]
+        return [*found, python("-c", VERSIONS)]
+
+    def digest(runs: Sequence[Run]) -> Digest:
+        output = {Path(run.command.words[0]).name: run.output.strip() for run in runs[:-1]}
+        versions = json.loads(runs[-1].output.strip().splitlines()[-1])
+        release = re.search(r"release ([\d.]+)", output.get("nvcc", ""))
+        versions["nvcc"] = release[1] if release else None
+        shown = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "triton", "nvcc"))
+        query = output.get("nvidia-smi", "")
+        values = dict(zip(QUERY.split(","), query.splitlines()[0].split(", "), strict=False)) if query else {}
+        driver = values.get("driver_version", "not told")
+        return Digest([f"driver {driver}, {shown}"], {"versions": versions, "nvidia_smi": values})
+
+    return Stage("machine", 10, commands, digest)
+
+
+def build(place: Place) -> Stage:
+    """Install the package from source, for this GPU alone."""
+
+    def commands() -> list[Command]:
+        options = ("--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check")
+        architecture = "{}{}".format(*place.capability)
+        return [
+            python("-m", "pip", "install", "-v", *options, "--editable", str(place.root), AGR_CUDA_ARCHS=architecture),
+            python("-m", "agr_cuda"),
+            python("-c", HAS_CUDA_BACKEND),
+        ]
+
+    def digest(runs: Sequence[Run]) -> Digest:
+        problem = "the cuda backend is not there" if runs[-1].code else ""
+        spills = [line.strip() for line in runs[0].output.splitlines() if re.search(r"[1-9]\d* bytes spill", line)]
+        lines = [f"installed in {runs[0].seconds:.0f} s", *spills[:3]]
+        return Digest(lines, {"install_s": runs[0].seconds, "spills": spills}, problem)
+
+    return Stage("build", 60, commands, digest)
+
+
+def tests(place: Place) -> Stage:
+    """Run the tests of the GPU's backends."""
+    report = place.work / "tests.xml"
+
+    def commands() -> list[Command]:
+        options = ["-v", "-k", TESTS, "--maxfail", str(MOST_FAILURES), "--junitxml", str(report)]
+        # More processes would wait for one GPU, and each takes half a gigabyte of its memory.
+        parallel = ["-n", "8"] if find_spec("xdist") else []
+        # A kernel that never ends takes its process with it, and xdist carries on with another one.
+        hang = ["--timeout", "40", "--timeout-method", "thread"] if parallel and find_spec("pytest_timeout") else []
+        return [python("-m", "pytest", *options, *parallel, *hang, "-p", "no:cacheprovider")]
+
+    def digest(runs: Sequence[Run]) -> Digest:
+        return gpu_digest.junit(report) if report.exists() else gpu_digest.stopped_tests(runs[-1].output)
+
+    return Stage("tests", 90, commands, digest)
+
+
+def sanitizer(place: Place) -> Stage:
+    """Look for bad accesses, and for races in shared memory."""
+    tools = ("memcheck", "racecheck")
+    summary = re.compile(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", re.MULTILINE)
+
+    def commands() -> list[Command]:
+        program = tool("compute-sanitizer")
+        # PyTorch's own kernels and calls are not what is looked at; its cache of memory would hide accesses that leave
+        # a tensor, and padding keeps two tensors from lying side by side.
+        options = ["--kernel-name", f"kns={KERNELS}", "--report-api-errors", "no", "--error-exitcode", "9"]
+        exercise = python("-m", "bench.gpu_exercise", "check", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        return [
+            Command((program, "--tool", name, *options, *padding, *exercise.words), exercise.environment, 40.0)
+            for name, padding in (("memcheck", ["--padding", "32"]), ("racecheck", []))
+        ]
+
+    def digest(runs: Sequence[Run]) -> Digest:
+        found = {name: summary.findall(run.output) for name, run in zip(tools, runs, strict=True)}
+        lines = [f"{name}: {'; '.join(texts) or 'no summary'}" for name, texts in found.items()]
+        wrong = [line for run in runs for line in run.output.splitlines() if line.startswith("WRONG")]
+        problem = "" if all(found.values()) else "a tool did not come to its summary"
+        return Digest([*lines, *wrong[:5]], {"summaries": found, "wrong": wrong}, problem)
+
+    return Stage("sanitizer", 55, commands, digest)
+
+
+def step(place: Place) -> Stage:
+    """Time steps beside other optimizers."""
+
+    def commands() -> list[Command]:
+        def benchmark(dtype: str, seconds: int, sets: Sequence[str]) -> Command:
+            options = ("--device", "cuda", "--dtype", dtype, "--seconds", str(seconds), "--rounds", "400")
+            return python(
+                *("-m", "bench", "step", *options, "--contenders", *CONTENDERS, "--sets", *sets),
+                *("--out", str(place.work), "--tag", TAG),
+            )
+
+        return [benchmark("float32", 5, SETS), benchmark("bfloat16", 4, SETS[:1])]
+
+    def digest(runs: Sequence[Run]) -> Digest:
+        documents = gpu_digest.read_all(place.work, f"step-cuda-*-{TAG}.json")
+        lines = [line for document in documents.values() for line in gpu_digest.step_table(document)]
+        targets = [target for document in documents.values() for target in document["targets"]]
+        sets = {name: gpu_digest.medians(document) for name, document in documents.items()}
+        return Digest(lines, {"targets": targets, "sets": sets})
+
+    return Stage("step", 110, commands, digest)
+
+
+def overhead(place: Place) -> Stage:
+    """Time the host's part of a step."""
+
+    def commands() -> list[Command]:
+        options = ("--device", "cuda", "--steps", "400", "--out", str(place.work), "--tag", TAG)
+        return [python("-m", "bench", "overhead", *options)]
+
+    def digest(runs: Sequence[Run]) -> Digest:
+        document = json.loads((place.work / f"overhead-cuda-{TAG}.json").read_text())
+        return Digest(gpu_digest.overhead_lines(document), {"targets": document["targets"]})
+
+    return Stage("overhead", 20, commands, digest)
+
+
+def traffic(place: Place) -> Stage:
+    """Predict what the profile measures."""
+
+    def commands() -> list[Command]:
+        def predict(dtype: str, sets: Sequence[str]) -> Command:
+            options = ("--dtype", dtype, "--out", str(place.work), "--tag", TAG)
+            return python("-m", "bench", "traffic", "--sets", *sets, *options)
+
+        return [predict("float32", PREDICTED_SETS), predict("bfloat16", PREDICTED_SETS[:1])]
+
+    return Stage("traffic", 25, commands, no_digest)
+
+
+def profile(place: Place) -> Stage:
+    """Count DRAM's bytes."""
+    cases, table = place.work / "profile-cases.json", place.work / "profile.csv"
+    report = place.work / f"{KERNEL}-gpt2.ncu-rep"
+
+    def commands() -> list[Command]:
+        ncu = tool("ncu")
+        always = (ncu, "--clock-control", "none", "--profile-from-start", "off", "--kernel-name", f"regex:{KERNEL}")
+        metrics = ("--metrics", ",".join(gpu_profile.METRICS))
+        as_csv = ("--csv", "--page", "raw", "--print-units", "base", "--print-metric-name", "name")
+        exercise = python("-m", "bench.gpu_exercise", "profile", str(cases))
+        one = python("-m", "bench.gpu_exercise", "profile", str(place.work / "one-case.json"), "--only", "0")
+        environment = exercise.environment
+        return [
+            Command((*always, *metrics, *as_csv, "--log-file", str(table), *exercise.words), environment, 40.0),
+            Command((*always, "--set", "full", "--force-overwrite", "--export", str(report), *one.words), environment),
+            Command((ncu, "--import", str(report), "--page", "details")),
+        ]
+
+    def digest(runs: Sequence[Run]) -> Digest:
+        found = gpu_profile.kernels(table.read_text().splitlines())
+        predictions = gpu_profile.predictions(place.work)
+        records = gpu_profile.compare(json.loads(cases.read_text()), found, predictions)
+        return Digest(gpu_profile.table(records), {"steps": records})
+
+    return Stage("profile", 55, commands, digest)
+
+
+def tune(place: Place) -> Stage:
+    """Sweep the launch's tunables."""
+    path = place.work / "tune.json"
+
+    def commands() -> list[Command]:
+        return [python("-m", "bench.gpu_tune", "--device", "cuda", "--seconds", "5", "--out", str(path))]
+
+    def digest(runs: Sequence[Run]) -> Digest:
+        document = json.loads(path.read_text())
+        sweep, together = document["sweep"]["ranking"], document["together"]["ranking"]
+        return Digest(gpu_digest.tune_tables(sweep, together), {"sweep": sweep, "together": together})
+
+    return Stage("tune", 45, commands, digest)
+
+
+STAGES: dict[str, Callable[[Place], Stage]] = {
+    made.__name__: made for made in (machine, build, tests, sanitizer, step, overhead, traffic, profile, tune)
+}

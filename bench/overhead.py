@@ -1,0 +1,249 @@
+"""Time what step() costs the host: many small tensors, agr_cuda's optimizers beside torch's fused and foreach AdamW.
+
+On a GPU, steps are launched for real, each on an idle device, and timed until step() returns. Without one, agr_cuda's
+launches are rehearsed (the cuda backend does everything but the launch itself, on tensors on the CPU), torch's fused
+AdamW runs without its fused operation, so that what is left of it is less than what it costs on a GPU, and foreach runs
+its operations on the CPU.
+
+Every optimizer is measured twice: with the same gradients all the time, and with new ones for every step, made by
+backward() outside the clock, as zero_grad() and backward() make them in training. Optimizers take turns in blocks of
+steps; a block's first steps are not timed, so that the caches hold what they hold in a loop.
+
+Writes overhead-DEVICE-TAG.json into the output folder. Exit code 0, or 2 where agr_cuda's cuda backend is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from statistics import median
+from typing import Any
+
+import torch
+
+from bench import contenders, machine, measure, options, report, terminal
+from bench.contenders import BY_NAME, YARDSTICK, Parameters, Step
+from bench.stats import Summary, paired_ratios, summarize
+from bench.targets import Target
+
+UNTIMED = 5  # steps at the beginning of a block
+MOST_HOST_US = 100.0
+MOST_OF_FUSED = 0.25
+EPS = 1e-8
+Around = Callable[[], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An optimizer that is measured."""
+
+    label: str
+    build: Callable[[Parameters], Step]
+    ours: bool = False
+    yardstick: bool = False
+    around: Around = nullcontext  # a block of its steps
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of an optimizer with one kind of gradients."""
+
+    label: str
+    gradients: str  # "kept" or "new"
+    ours: bool
+    host_s: Summary  # a step
+    ratio: Summary  # of blocks' medians, to the yardstick's with the same kind of gradients
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's options."""
+    for name, default, what in (
+        ("tensors", 321, "tensors"),
+        ("elements", 64, "elements of a tensor"),
+        ("steps", 2000, "timed steps of each optimizer with each kind of gradients"),
+        ("block", 50, "timed steps in a row"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            type=options.positive_int,
+            default=default,
+            metavar="COUNT",
+            help=f"{what} (default: {default})",
+        )
+    options.add_arguments(parser)
+
+
+def ours(rule: str) -> Entry:
+    """Return agr_cuda's optimizer of that rule on the cuda backend."""
+
+    def build(parameters: Parameters) -> Step:
+        make = getattr(import_module("agr_cuda"), rule)
+        step: Step = make(parameters, lr=contenders.LEARNING_RATE, backend="cuda").step
+        return step
+
+    return Entry(f"agr_cuda {rule}", build, ours=True)
+
+
+def torchs(name: str, note: str = "", around: Around = nullcontext, yardstick: bool = False) -> Entry:
+    """Return one of the step benchmark's contenders."""
+    contender = BY_NAME[name]
+
+    def build(parameters: Parameters) -> Step:
+        return contenders.build(contender, parameters, EPS)
+
+    return Entry(contender.label + note, build, yardstick=yardstick, around=around)
+
+
+@contextmanager
+def without_fused_operation() -> Iterator[None]:
+    """Replace the operation that does torch's fused AdamW's work by nothing."""
+    operation: Any = torch._fused_adamw_
+    namespace: Any = torch
+    namespace._fused_adamw_ = lambda *tensors, **numbers: None
+    try:
+        yield
+    finally:
+        namespace._fused_adamw_ = operation
+
+
+def entries(on_gpu: bool) -> list[Entry]:
+    """Return the optimizers, the yardstick among them."""
+    if on_gpu:
+        peers = [torchs(YARDSTICK, yardstick=True)]
+    else:
+        peers = [
+            torchs(YARDSTICK, ", its operation left out", without_fused_operation, yardstick=True),
+            torchs(YARDSTICK, ", on the CPU"),
+        ]
+    return [ours("AdamW"), ours("Adan"), *peers, torchs("torch-adamw-foreach", "" if on_gpu else ", on the CPU")]
+
+
+class Track:
+    """An optimizer with parameters and gradients of its own."""
+
+    def __init__(self, entry: Entry, new_gradients: bool, args: argparse.Namespace) -> None:
+        self.entry, self.new_gradients = entry, new_gradients
+        like: dict[str, Any] = {"device": args.device, "dtype": options.DTYPES[args.dtype]}
+        self.parameters = [torch.nn.Parameter(torch.randn(args.elements, **like)) for _ in range(args.tensors)]
+        self.source = torch.randn(args.tensors * args.elements, **like)
+        self.on_gpu = args.device.type == "cuda"
+        self.blocks: list[list[float]] = []
+        self.backward()
+        self.step = entry.build(self.parameters)
+
+    def backward(self) -> None:
+        """Make new gradients as zero_grad() and a backward pass do: tensors that Python has not seen yet."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        torch.autograd.backward(torch.cat([*self.parameters]), self.source)
+
+    def run(self, steps: int) -> None:
+        """Take a block of steps."""
+        times = []
+        with self.entry.around():
+            for _ in range(UNTIMED + steps):
+                if self.new_gradients:
+                    self.backward()
+                if self.on_gpu:
+                    torch.cuda.synchronize()
+                begin = time.perf_counter()
+                self.step()
+                times.append(time.perf_counter() - begin)
+        self.blocks.append(times[UNTIMED:])
+
+
+def measure_all(args: argparse.Namespace) -> list[Row]:
+    """Measure every optimizer with both kinds of gradients."""
+    on_gpu = args.device.type == "cuda"
+    tracks = [Track(entry, new, args) for entry in entries(on_gpu) for new in (False, True)]
+    with measure.collector_off():
+        for _ in range(max(1, round(args.steps / args.block))):
+            for track in tracks:
+                track.run(args.block)
+    rows = []
+    for track in tracks:
+        unit = next(t for t in tracks if t.entry.yardstick and t.new_gradients == track.new_gradients)
+        ratio = paired_ratios([median(block) for block in track.blocks], [median(block) for block in unit.blocks])
+        host_s = summarize([seconds for block in track.blocks for seconds in block])
+        rows.append(Row(track.entry.label, "new" if track.new_gradients else "kept", track.entry.ours, host_s, ratio))
+    return rows
+
+
+def judge(rows: list[Row], on_gpu: bool) -> list[Target]:
+    """Return the design's targets for the host's time. They are stated for 321 small float32 tensors."""
+    where = "" if on_gpu else ", rehearsed"
+    targets = []
+    for row in (row for row in rows if row.ours):
+        text = f"{row.label}, {row.gradients} gradients{where}: host time of step()"
+        fastest = row.host_s.smallest * 1e6
+        targets.append(Target(text, MOST_HOST_US, row.host_s.median * 1e6, fastest, unit="us"))
+        targets.append(Target(f"{text} against torch's fused AdamW", MOST_OF_FUSED, row.ratio.median))
+    return targets
+
+
+def table(rows: list[Row], title: str) -> terminal.Table:
+    """Return a row a measurement."""
+    made = terminal.Table(title=f"Host time of step(): {title}", title_justify="left")
+    made.add_column("optimizer", no_wrap=True)
+    made.add_column("gradients")
+    for heading in ("step()", "quartiles", "fastest", "steps", "of torch's fused"):
+        made.add_column(heading, justify="right")
+    for row in rows:
+        figures = (row.host_s.median, row.host_s.smallest)
+        shown, fastest = map(report.duration, figures)
+        cells = (shown, report.span(row.host_s), fastest, str(row.host_s.count), report.times(row.ratio.median))
+        made.add_row(row.label, row.gradients, *cells, style="bold" if row.ours else None)
+    return made
+
+
+def rehearsal() -> AbstractContextManager[object] | None:
+    """Return what makes the cuda backend take tensors on the CPU and leave out launches; None if it is not there."""
+    try:
+        made: AbstractContextManager[object] = import_module("agr_cuda.cuda").rehearsal()
+    except (ImportError, AttributeError):
+        return None
+    return made
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark. Returns 2 where agr_cuda's cuda backend is missing, else 0."""
+    # More would wait by spinning for work that there is none of, and take the host's core where there are few.
+    torch.set_num_threads(args.threads or 1)
+    console = terminal.console()
+    on_gpu = args.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(args.device)
+    around = nullcontext() if on_gpu else rehearsal()
+    if around is None:
+        console.print("agr_cuda.cuda.rehearsal is missing: this version of agr_cuda has no cuda backend to measure.")
+        return 2
+    if on_gpu and "cuda" not in machine.our_backends():
+        console.print("agr_cuda's cuda backend is not there: python -m agr_cuda says why.")
+        return 2
+    description = machine.describe(args.device)
+    with around:
+        rows = measure_all(args)
+    title = f"{description['device_name']}, torch {torch.__version__}: {args.tensors} tensors of {args.elements}"
+    console.print(table(rows, title))
+    stated = (args.tensors, args.elements, args.dtype) == (321, 64, "float32")
+    judged = judge(rows, on_gpu) if stated else []
+    if judged:
+        console.print(report.targets_table(judged))
+    document = {
+        "format": 1,
+        "machine": description,
+        "settings": {key: getattr(args, key) for key in ("tensors", "elements", "steps", "block", "dtype", "tag")},
+        "rehearsed": not on_gpu,
+        "rows": [asdict(row) for row in rows],
+        "targets": [target.record() for target in judged],
+    }
+    path = args.out / f"overhead-{args.device.type}-{args.tag}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,21 @@
+"""Console, tables and texts of the terminal: rich's, or plain ones where rich is not installed."""
+
+from __future__ import annotations
+
+import sys
+
+try:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+except ModuleNotFoundError:  # on a machine that was set up for training alone, say
+    from bench.plain import Console, Table, Text  # type: ignore[assignment]
+
+__all__ = ["Console", "Table", "Text", "console"]
+
+PLAIN_WIDTH = 130  # columns where the output is no terminal
+
+
+def console() -> Console:
+    """Return a console for standard output, wide enough for the tables where that is a file or a pipe."""
+    return Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)

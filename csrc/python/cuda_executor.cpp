@@ -1,0 +1,220 @@
+// agr_cuda._C.CudaExecutor, and the launchers that may stand in for the CUDA runtime's.
+#include "../cuda/executor.h"
+
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "bindings.h"
+#include "rows.h"
+#include "watch.h"
+
+namespace py = pybind11;
+
+namespace agr::python {
+namespace {
+
+// Launches nothing, so that what a step costs the host can be measured without a GPU.
+class Rehearsal : public cuda::Launcher {
+public:
+    Device device(int) override { return {132, 50 << 20}; }
+    int resident_blocks(const cuda::Kernel&, int) override { return 4; }
+    bool captures(void*) override { return false; }
+    void step(const cuda::Kernel&, const cuda::Arguments&, int, int, void*) override {}
+    void send(const cuda::Parcel&, int, void*) override {}
+};
+
+// Hands every call on, and counts those that put work on a stream: a test's proof of how few they are.
+class Counting : public cuda::Launcher {
+public:
+    cuda::Launcher* to = nullptr;
+    bool stands_in = false;  // for the CUDA runtime's, on tensors in the host's memory
+    std::int64_t steps = 0, sends = 0;
+
+    Device device(int index) override { return real().device(index); }
+    int resident_blocks(const cuda::Kernel& kernel, int device) override {
+        return real().resident_blocks(kernel, device);
+    }
+    bool captures(void* stream) override { return real().captures(stream); }
+    void step(const cuda::Kernel& kernel, const cuda::Arguments& arguments, int blocks, int device,
+              void* stream) override {
+        real().step(kernel, arguments, blocks, device, stream);
+        ++steps;
+    }
+    void send(const cuda::Parcel& parcel, int device, void* stream) override {
+        real().send(parcel, device, stream);
+        ++sends;
+    }
+
+private:
+    cuda::Launcher& real() const {
+        if (to == nullptr) throw std::runtime_error(std::string("the CUDA backend is not there: ") + AGR_LEFT_OUT);
+        return *to;
+    }
+};
+
+Counting& launcher() {
+    static Counting* only = new Counting;
+    return *only;
+}
+
+cuda::Launcher* real_launcher() {
+#if defined(AGR_CUDA_ARCHITECTURES)
+    return cuda::cuda_launcher();
+#else
+    return nullptr;
+#endif
+}
+
+// None for the CUDA runtime's, "nothing" for one that launches nothing, or a capsule with a Launcher of a test.
+void use_launcher(const py::object& which) {
+    static Rehearsal rehearsal;
+    launcher().stands_in = !which.is_none();
+    if (which.is_none())
+        launcher().to = real_launcher();
+    else if (py::isinstance<py::capsule>(which))
+        launcher().to = static_cast<cuda::Launcher*>(PyCapsule_GetPointer(which.ptr(), "agr_cuda.Launcher"));
+    else if (py::cast<std::string>(which) == "nothing")
+        launcher().to = &rehearsal;
+    else
+        throw std::invalid_argument("a launcher is None, 'nothing' or a capsule");
+}
+
+DeviceType device_type() { return launcher().stands_in ? cpu_device : cuda_device; }
+
+class CudaExecutor {
+public:
+    CudaExecutor(const Plan& plan, const py::list& tensors, int groups, int device, int blocks)
+        : device_(device), groups_(static_cast<std::size_t>(groups)) {
+        Rows rows = rows_of(tensors, device_type(), device);
+        if (rows.groups > groups_) throw std::invalid_argument("a tensor's group is not among the groups");
+        adan_ = rows.adan;
+        executor_ = std::make_unique<cuda::Executor>(plan, std::move(rows.tensors), groups, device, blocks, launcher());
+        table_ = executor_->table();
+    }
+
+    std::size_t table_bytes() const { return table_.size(); }
+
+    // Into the memory of a tensor on the CPU; once, since it is not kept.
+    void write_table(const py::handle& tensor) {
+        std::memcpy(in_memory(tensor, table_.size()).data, table_.data(), table_.size());
+        table_ = {};
+    }
+
+    void attach(const py::handle& tensor) { executor_->attach(reader().read_or_throw(tensor, "table").data); }
+
+    std::vector<bool> begun(const py::handle& tensor) const {
+        return executor_->begun(static_cast<const unsigned char*>(in_memory(tensor, 0).data));
+    }
+
+    // Whether the stream's work is being captured. `phase`: "all", "reduce" or "update".
+    bool launch(const GradientTable& gradients, const py::list& groups, bool counts, double max_grad_norm,
+                double clip_eps, const py::object& clip, const py::object& squares, const py::object& grad_scale,
+                const py::object& found_inf, const std::string& phase, std::uintptr_t stream, const py::list& counted,
+                const py::set& fresh, const py::list& stepped) {
+        std::vector<cuda::DeviceGroup> numbers;
+        numbers.reserve(groups.size());
+        for (py::handle item : groups) {
+            const GroupNumbers group = group_of(item, adan_);
+            cuda::DeviceGroup on_device_too{group.group, nullptr, Type::float32, nullptr, counts};
+            if (group.lr != nullptr) {
+                const TensorView lr = one(group.lr, "lr");
+                on_device_too.lr = lr.data;
+                on_device_too.lr_type = *lr.type;
+            }
+            if (group.steps != nullptr)
+                on_device_too.count = static_cast<float*>(one(group.steps, "step", Type::float32).data);
+            numbers.push_back(on_device_too);
+        }
+        cuda::Settings settings;
+        settings.max_grad_norm = max_grad_norm;
+        settings.clip_eps = clip_eps;
+        settings.clip = static_cast<const double*>(address(clip, "clip", Type::float64));
+        settings.squares = static_cast<double*>(address(squares, "squares", Type::float64));
+        settings.grad_scale = static_cast<const float*>(address(grad_scale, "grad_scale", Type::float32));
+        settings.found_inf = static_cast<const float*>(address(found_inf, "found_inf", Type::float32));
+        const auto which = phase == "reduce"   ? cuda::Phase::reduce
+                           : phase == "update" ? cuda::Phase::update
+                                               : cuda::Phase::all;
+        {
+            py::gil_scoped_release unlocked;
+            executor_->launch(gradients.addresses.data(), numbers, settings, which, reinterpret_cast<void*>(stream));
+        }
+        Notes{counted, fresh, stepped}.write();
+        return executor_->captured();
+    }
+
+private:
+    std::unique_ptr<cuda::Executor> executor_;
+    std::vector<unsigned char> table_;
+    int device_;
+    std::size_t groups_;
+    bool adan_ = false;
+
+    static TensorView in_memory(const py::handle& tensor, std::size_t bytes) {
+        const TensorView view = reader().read_or_throw(tensor, "table");
+        if (view.device_type != cpu_device || static_cast<std::size_t>(view.elements()) < bytes)
+            throw std::invalid_argument("a table is read and written in memory that is large enough");
+        return view;
+    }
+
+    TensorView one(py::handle tensor, const char* role, std::optional<Type> type = std::nullopt) const {
+        const TensorView view = on_device(tensor, role, device_type(), device_);
+        if (view.elements() != 1 || (type && view.type != type))
+            throw std::invalid_argument(std::string(role) + " has another type or size than the kernel reads");
+        return view;
+    }
+
+    void* address(const py::object& tensor, const char* role, Type type) const {
+        return tensor.is_none() ? nullptr : one(tensor, role, type).data;
+    }
+};
+
+// (chunk_elements, window_bytes, lead_bytes, blocks of a multiprocessor, multiprocessors) of a launch for these
+// tensors.
+std::tuple<std::int64_t, std::int64_t, std::int64_t, int, int> cuda_limits(const std::string& rule,
+                                                                           const py::handle& parameter,
+                                                                           const py::handle& gradient, int device) {
+    const Type type = *on_device(parameter, "parameter", device_type(), device).type;
+    const Types types{type, *on_device(gradient, "gradient", device_type(), device).type, type};
+    const cuda::Kernel kernel{rule == "adan" ? cuda::Family::adan : cuda::Family::adamw, types};
+    const cuda::Launcher::Device properties = launcher().device(device);
+    const int resident = launcher().resident_blocks(kernel, device);
+    const Plan::Limits limits = cuda::default_limits(types, properties, resident, false);
+    return {limits.chunk_elements, limits.window_bytes, limits.lead_bytes, resident, properties.multiprocessors};
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& m) {
+#if defined(AGR_CUDA_ARCHITECTURES)
+    m.attr("cuda_architectures") = AGR_CUDA_ARCHITECTURES;
+#else
+    m.attr("cuda_architectures") = "";
+#endif
+    m.attr("left_out") = AGR_LEFT_OUT;
+    use_launcher(py::none());
+    m.def("use_launcher", &use_launcher, py::arg("which"));
+    // How many steps were launched, and how many parcels sent, since the process began.
+    m.def("cuda_launches", [] { return std::make_tuple(launcher().steps, launcher().sends); });
+    m.def("cuda_limits", &cuda_limits, py::arg("rule"), py::arg("parameter"), py::arg("gradient"), py::arg("device"));
+
+    py::class_<CudaExecutor>(m, "CudaExecutor")
+        .def(py::init<const Plan&, const py::list&, int, int, int>(), py::arg("plan"), py::arg("tensors"),
+             py::arg("groups"), py::arg("device"), py::arg("blocks"))
+        .def_property_readonly("table_bytes", &CudaExecutor::table_bytes)
+        .def("write_table", &CudaExecutor::write_table, py::arg("tensor"))
+        .def("attach", &CudaExecutor::attach, py::arg("tensor"))
+        .def("begun", &CudaExecutor::begun, py::arg("tensor"))
+        .def("launch", &CudaExecutor::launch, py::arg("gradients"), py::arg("groups"), py::arg("counts"),
+             py::arg("max_grad_norm"), py::arg("clip_eps"), py::arg("clip"), py::arg("squares"), py::arg("grad_scale"),
+             py::arg("found_inf"), py::arg("phase"), py::arg("stream"), py::arg("counted"), py::arg("fresh"),
+             py::arg("stepped"));
+}
+
+}  // namespace agr::python

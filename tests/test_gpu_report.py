@@ -1,0 +1,565 @@
+"""The GPU report: its runner, its readers and its files, on commands and outputs that need no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu_digest, gpu_exercise, gpu_profile, gpu_report, gpu_runner, gpu_stages, gpu_summary, gpu_tune
+from bench.__main__ import build_parser
+from bench.gpu_runner import Command, Digest, Outcome, Run, Skip, Stage
+from bench.stats import Summary
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def script(text: str, limit: float | None = None) -> Command:
+    """A command that runs a few lines of Python, and starts quickly."""
+    return Command((sys.executable, "-S", "-u", "-c", text), limit=limit)
+
+
+def stage(name: str, *commands: Command, seconds: float = 10.0, digest: object = None) -> Stage:
+    read = digest if callable(digest) else lambda runs: Digest()
+    return Stage(name, seconds, lambda: commands, read)
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "log.txt"
+
+
+# The runner
+
+
+def test_a_stage_that_succeeds_has_its_lines_and_leaves_its_output_in_the_log(log: Path) -> None:
+    def digest(runs: Sequence[Run]) -> Digest:
+        return Digest([run.output.strip() for run in runs], {"count": len(runs)})
+
+    commands = script("print('one')"), script("import os; print(os.environ['WORD'])")
+    commands = commands[0], Command(commands[1].words, {"WORD": "two"})
+    outcome = gpu_runner.run_stage(stage("good", *commands, digest=digest), 10, log)
+    assert (outcome.name, outcome.status, outcome.reason) == ("good", "ok", "")
+    assert outcome.lines == ["one", "two"]
+    assert outcome.figures == {"count": 2}
+    assert "good\n" in log.read_text()
+    assert "\none\n" in log.read_text()
+
+
+def test_a_failing_command_fails_its_stage_and_the_others_still_run(log: Path) -> None:
+    fails = script("import sys; print('out'); print('why', file=sys.stderr); sys.exit(3)")
+    outcome = gpu_runner.run_stage(stage("bad", fails, script("print('after')")), 10, log)
+    assert outcome.status == "failed"
+    assert outcome.reason == f"{Path(sys.executable).name} ended with exit code 3"
+    assert outcome.tail == ["out", "why"]
+    assert "after" in log.read_text()
+
+
+def test_a_problem_names_the_command_and_not_the_output_that_it_owes(log: Path) -> None:
+    def owes(runs: Sequence[Run]) -> Digest:
+        raise FileNotFoundError("figures.json")
+
+    command = Command((sys.executable, "-m", "json.tool", "no-such-file"))
+    outcome = gpu_runner.run_stage(stage("owing", command, digest=owes), 10, log)
+    assert outcome.reason == f"{Path(sys.executable).name} -m json.tool no-such-file ended with exit code 2"
+
+
+def test_a_command_at_its_limit_is_interrupted_and_can_write_what_it_has(log: Path) -> None:
+    text = """
+import time
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("half of it")
+"""
+    begin = time.monotonic()
+    outcome = gpu_runner.run_stage(stage("slow", script(text)), 0.8, log)
+    assert time.monotonic() - begin < 5
+    assert outcome.status == "failed"
+    assert "was stopped after" in outcome.reason
+    assert outcome.tail == ["half of it"]
+
+
+def test_what_ignores_the_interrupt_is_killed_with_all_it_started(log: Path, tmp_path: Path) -> None:
+    text = f"""
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+open({str(tmp_path / "child")!r}, "w").write(str(child.pid))
+time.sleep(60)
+"""
+    run = gpu_runner.run_command(script(text), 1.0, log)
+    assert run.code is None
+    assert 0.9 < run.seconds < 5
+    child = int((tmp_path / "child").read_text())
+    end = time.monotonic() + 5
+    while running(child):
+        assert time.monotonic() < end, "the child outlived its parent"
+        time.sleep(0.02)
+
+
+def running(process: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_program_that_is_not_there_fails_its_stage(log: Path) -> None:
+    outcome = gpu_runner.run_stage(stage("none", Command(("no-such-program",))), 10, log)
+    assert (outcome.status, outcome.reason) == ("failed", "no-such-program ended with exit code 127")
+    assert "No such file" in outcome.tail[0]
+
+
+def test_a_stage_may_be_skipped_and_a_strange_output_fails_its_own_stage_alone(log: Path) -> None:
+    def skip() -> list[Command]:
+        raise Skip("ncu is not on PATH")
+
+    def strange(runs: Sequence[Run]) -> Digest:
+        raise KeyError("sets")
+
+    outcomes: list[Outcome] = []
+    stages = [
+        Stage("skipped", 1, skip, lambda runs: Digest()),
+        stage("strange", script(""), digest=strange),
+        stage("wrong", script(""), digest=lambda runs: Digest(problem="nothing was measured")),
+        stage("last", script("")),
+    ]
+    assert gpu_runner.run_stages(stages, log, outcomes.append) == outcomes
+    assert [(outcome.status, outcome.reason) for outcome in outcomes] == [
+        ("skipped", "ncu is not on PATH"),
+        ("failed", "its output could not be read: KeyError: 'sets'"),
+        ("failed", "nothing was measured"),
+        ("ok", ""),
+    ]
+
+
+def test_time_that_a_stage_leaves_goes_to_the_next_and_none_is_borrowed(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+    clock = [100.0]
+
+    def run_stage(stage: Stage, limit: float, log: Path) -> Outcome:
+        limits.append(limit)
+        clock[0] += {"quick": 2.0, "long": 13.0, "last": 1.0}[stage.name]
+        return Outcome(stage.name, "ok", 0.0)
+
+    monkeypatch.setattr(gpu_runner, "run_stage", run_stage)
+    monkeypatch.setattr(gpu_runner.time, "monotonic", lambda: clock[0])
+    stages = [stage(name, seconds=seconds) for name, seconds in (("quick", 10), ("long", 5), ("last", 3))]
+    gpu_runner.run_stages(stages, log, lambda outcome: None)
+    assert limits == [10.0, 13.0, 3.0]
+
+
+def test_without_time_left_a_command_is_not_begun(log: Path) -> None:
+    outcome = gpu_runner.run_stage(stage("late", script("print('begun')")), 0.0, log)
+    assert outcome.status == "failed"
+    assert "no time was left" in outcome.reason
+    assert "begun" not in log.read_text()
+
+
+# The stages
+
+
+def place(work: Path) -> gpu_stages.Place:
+    return gpu_stages.Place(ROOT, work, (9, 0))
+
+
+def all_commands(work: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Sequence[Command]]:
+    """The commands of all stages, as on a machine that has every tool."""
+    monkeypatch.setattr(gpu_stages.shutil, "which", lambda name: f"/tools/{name}")
+    return {name: make(place(work)).commands() for name, make in gpu_stages.STAGES.items()}
+
+
+def test_all_stages_together_take_less_than_eight_minutes(tmp_path: Path) -> None:
+    assert sum(make(place(tmp_path)).seconds for make in gpu_stages.STAGES.values()) <= 475
+
+
+def test_the_stages_ask_benchmarks_for_what_they_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    commands = all_commands(tmp_path, monkeypatch)
+    parsed: list[argparse.Namespace] = []
+    for command in (command for entries in commands.values() for command in entries):
+        words = list(command.words)
+        if "bench" in words:
+            parsed.append(build_parser().parse_args(words[words.index("bench") + 1 :]))
+        elif "bench.gpu_tune" in words:
+            parsed.append(gpu_tune.build_parser().parse_args(words[words.index("bench.gpu_tune") + 1 :]))
+        elif "bench.gpu_exercise" in words:
+            parsed.append(gpu_exercise.build_parser().parse_args(words[words.index("bench.gpu_exercise") + 1 :]))
+    assert len(parsed) == 2 + 1 + 2 + 2 + 2 + 1
+    step = next(args for args in parsed if getattr(args, "command", "") == "step")
+    assert [model.name for model in step.sets] == list(gpu_stages.SETS)
+    assert "three-lines-compiled" in [contender.name for contender in step.contenders]
+
+
+def test_the_build_is_for_this_gpu_and_nothing_sets_its_clocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = all_commands(tmp_path, monkeypatch)
+    assert commands["build"][0].environment["AGR_CUDA_ARCHS"] == "90"
+    for command in (command for entries in commands.values() for command in entries):
+        words = list(command.words)
+        if words[0].endswith("/ncu") and "--import" not in words:
+            assert words[words.index("--clock-control") + 1] == "none"
+        if words[0].endswith("nvidia-smi"):
+            assert all(word.startswith(("--query-gpu=", "--format=")) for word in words[1:])
+
+
+def test_stages_are_skipped_where_their_tool_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_stages.shutil, "which", lambda name: None)
+    for name, program in (("sanitizer", "compute-sanitizer"), ("profile", "ncu")):
+        with pytest.raises(Skip, match=f"{program} is not on PATH"):
+            gpu_stages.STAGES[name](place(tmp_path)).commands()
+
+
+def run_of(words: Sequence[str], output: str, code: int = 0) -> Run:
+    return Run(Command(words), code, 1.0, output)
+
+
+def test_the_machine_is_read_from_its_tools(tmp_path: Path) -> None:
+    smi = "NVIDIA H200, 580.1, 143771 MiB, 3 MiB, 345 MHz, 3201 MHz, 75.1 W, 700.00 W, 30\n"
+    nvcc = "nvcc: NVIDIA (R) Cuda compiler driver\nCuda compilation tools, release 13.0, V13.0.88\n"
+    versions = json.dumps({"python": "3.12.3", "torch": "2.11.0", "triton": None})
+    runs = [run_of(["/x/nvidia-smi"], smi), run_of(["nvcc"], nvcc), run_of(["python3"], f"a warning\n{versions}\n")]
+    digest = gpu_stages.machine(place(tmp_path)).digest(runs)
+    assert digest.lines == ["driver 580.1, python 3.12.3, torch 2.11.0, triton None, nvcc 13.0"]
+    assert digest.figures["nvidia_smi"]["clocks.mem"] == "3201 MHz"
+    assert "driver not told" in gpu_stages.machine(place(tmp_path)).digest(runs[2:]).lines[0]
+
+
+def test_the_sanitizers_summaries_are_read(tmp_path: Path) -> None:
+    clean = "ok   AGR-AdamW: off by 0\n========= ERROR SUMMARY: 0 errors\n"
+    racy = "WRONG AGR-Adan: off by 1\n========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n"
+    read = gpu_stages.sanitizer(place(tmp_path)).digest
+    digest = read([run_of(["compute-sanitizer"], clean), run_of(["compute-sanitizer"], racy, 9)])
+    assert digest.lines == [
+        "memcheck: ERROR SUMMARY: 0 errors",
+        "racecheck: RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)",
+        "WRONG AGR-Adan: off by 1",
+    ]
+    assert not digest.problem
+    assert read([run_of([""], clean), run_of([""], "Device not supported")]).problem
+
+
+# What stages leave
+
+
+def test_pytests_report_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "tests.xml"
+    path.write_text(
+        """<testsuites><testsuite>
+        <testcase classname="tests.test_a" name="test_good[cuda]"/>
+        <testcase classname="tests.test_a" name="test_bad[cuda]"><failure message="no">...</failure></testcase>
+        <testcase classname="tests.test_a" name="test_broken[cuda]"><error message="no">...</error></testcase>
+        <testcase classname="tests.test_a" name="test_left_out[cuda]"><skipped/></testcase>
+        </testsuite></testsuites>"""
+    )
+    digest = gpu_digest.junit(path)
+    assert digest.lines == [
+        "1 passed, 2 failed, 1 skipped",
+        "tests.test_a::test_bad[cuda]",
+        "tests.test_a::test_broken[cuda]",
+    ]
+    assert digest.figures["passed"] == 1
+    path.write_text('<testsuites><testsuite><testcase name="a"><skipped/></testcase></testsuite></testsuites>')
+    assert gpu_digest.junit(path).problem == "no test ran"
+
+
+def test_of_tests_that_were_stopped_the_output_is_read(tmp_path: Path) -> None:
+    output = """
+tests/test_a.py::test_one[cuda] PASSED        [  1%]
+[gw1] [  2%] PASSED tests/test_a.py::test_two[cuda]
+[gw0] [  2%] FAILED tests/test_a.py::test_three[cuda]
+scheduling tests, none of which FAILED
+"""
+    digest = gpu_stages.tests(place(tmp_path)).digest([run_of(["pytest"], output)])
+    assert digest.lines == ["so far 2 passed, 1 failed, 0 error, 0 skipped"]
+    assert digest.problem == "pytest wrote no report"
+
+
+def step_document(dtype: str) -> dict[str, object]:
+    def row(name: str, seconds: float | None) -> dict[str, object]:
+        figures = seconds and {
+            "step_s": {"median": seconds},
+            "host_s": {"median": seconds / 10},
+            "ratio": {"median": seconds / 1e-3},
+            "share_of_copy": 0.912,
+            "kernels": None,
+            "samples": [],
+        }
+        status, reason = ("measured", "") if seconds else ("failed", "RuntimeError: out of order")
+        return {"name": name, "status": status, "reason": reason, "figures": figures or None}
+
+    sets = [
+        {"name": name, "copy": {"median": 4.3e12}, "rows": [row("torch-adamw-fused", 1e-3), row("agr-adamw", seconds)]}
+        for name, seconds in (("gpt2", 0.98e-3), ("resnet50", None))
+    ]
+    return {"settings": {"dtype": dtype}, "sets": sets, "targets": []}
+
+
+def test_a_step_benchmark_becomes_a_table_with_the_reasons_below(tmp_path: Path) -> None:
+    for dtype in ("bfloat16", "float32"):
+        (tmp_path / f"step-cuda-{dtype}-gpu-report.json").write_text(json.dumps(step_document(dtype)))
+    digest = gpu_stages.step(place(tmp_path)).digest([])
+    assert digest.lines[:6] == [
+        "| float32 | gpt2 (4.30 TB/s) | resnet50 (4.30 TB/s) |",
+        "| --- | --- | --- |",
+        "| torch-adamw-fused | 1000 us 1.00x 91% | 1000 us 1.00x 91% |",
+        "| agr-adamw | 980 us 0.98x 91% | failed |",
+        "",
+        "agr-adamw, resnet50: RuntimeError: out of order",
+    ]
+    assert digest.lines[6].startswith("| bfloat16 |")
+    rows = digest.figures["sets"]["step-cuda-float32-gpu-report"]["gpt2"]["rows"]
+    assert rows["agr-adamw"]["step_s"] == 0.98e-3
+    assert "samples" not in rows["agr-adamw"]
+
+
+NCU_HEADINGS = '"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size"'
+NCU_RAW = f"""==PROF== Connected to process 4242 (/opt/python3.12)
+==PROF== Profiling "agr_step" - 0: 0%....50%....100% - 4 passes
+{NCU_HEADINGS},"Device","CC","{gpu_profile.READ}","{gpu_profile.WRITTEN}","{gpu_profile.DURATION}","{gpu_profile.HITS}"
+"","","","","","","","","","","","byte","Mbyte","ns","%"
+"0","4242","python3","h","void agr_step<A, B>(C)","1","7","(256, 1, 1)","(264, 1, 1)","0","9.0","2,000,000,000",\
+"1,500.25","812,345","51.25"
+"1","4242","python3","h","void agr_step<D, B>(C)","1","7","(256, 1, 1)","(264, 1, 1)","0","9.0","3000","12.5",\
+"900","n/a"
+==PROF== Disconnected from process 4242
+"""
+NCU_DETAILS = f"""{NCU_HEADINGS},"Device","CC","Section Name","Metric Name","Metric Unit","Metric Value"
+"0","1","python","h","agr_step","1","7","(1, 1, 1)","(1, 1, 1)","0","9.0","metrics","{gpu_profile.READ}","Gbyte","2.00"
+"0","1","python","h","agr_step","1","7","(1, 1, 1)","(1, 1, 1)","0","9","metrics","{gpu_profile.DURATION}","us","812.5"
+"""
+
+
+def test_both_of_ncus_tables_are_read_in_base_units() -> None:
+    first, second = gpu_profile.kernels(NCU_RAW.splitlines())
+    expected = {gpu_profile.READ: 2e9, gpu_profile.WRITTEN: 1500.25e6, gpu_profile.DURATION: 812345e-9}
+    assert first == pytest.approx(expected | {gpu_profile.HITS: 51.25})
+    assert gpu_profile.HITS not in second, "what was not counted is left out"
+    (details,) = gpu_profile.kernels(NCU_DETAILS.splitlines())
+    assert details == pytest.approx({gpu_profile.READ: 2e9, gpu_profile.DURATION: 812.5e-6})
+    assert gpu_profile.kernels(["==ERROR== No kernels were profiled."]) == []
+
+
+def traffic_file(folder: Path, dtype: str = "float32") -> None:
+    def entry(rule: str, share: float, total: float, on_chip: int = 0) -> dict[str, object]:
+        return {"set": "gpt2", "rule": rule, "share": share, "on_chip_bytes": on_chip, "total": total}
+
+    entries = [
+        entry("AdamW", 1.0, 28.9),
+        entry("AdamW", 0.5, 29.1),
+        entry("AdamW", 0.5, 28.5, 99),
+        entry("Adan", 1.0, 45),
+    ]
+    document = {"settings": {"dtype": dtype}, "predictions": entries}
+    (folder / f"traffic-{dtype}-gpu-report.json").write_text(json.dumps(document))
+
+
+def test_measured_bytes_stand_beside_predicted_ones(tmp_path: Path) -> None:
+    cases = [
+        {"rule": rule, "set": "gpt2", "dtype": "float32", "elements": 100_000_000, "bytes_per_element": 28}
+        for rule in ("AGR-AdamW", "AdamW, agr off")
+    ]
+    traffic_file(tmp_path)
+    traffic_file(tmp_path, "bfloat16")
+    (tmp_path / "profile-cases.json").write_text(json.dumps(cases))
+    (tmp_path / "profile.csv").write_text(NCU_RAW)
+    digest = gpu_stages.profile(place(tmp_path)).digest([])
+    first, second = digest.figures["steps"]
+    assert first["measured"] == pytest.approx({"read": 20.0, "written": 15.0025, "total": 35.0025})
+    assert first["predicted"] == {"1": 28.9, "0.5": 29.1}
+    assert second["predicted"] == {}
+    row = next(line for line in digest.lines if "AGR-AdamW" in line)
+    assert "20.00 + 15.00 = 35.00 | 28.90 (1), 29.10 (0.5)" in row
+    assert "812 us" in row
+
+
+def test_more_kernels_than_steps_are_no_match(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="ncu saw 2 kernels of 1 steps"):
+        gpu_profile.compare([{}], gpu_profile.kernels(NCU_RAW.splitlines()), [])
+
+
+# The tunables' sweep
+
+
+def tuned(setting: dict[str, int], ratios: Sequence[float]) -> list[gpu_tune.Result]:
+    one = Summary(1.0, 1.0, 1.0, 1.0, 1)
+    return [
+        gpu_tune.Result(f"set {place}", setting, one, Summary(ratio, ratio, ratio, ratio, 1), 0.9)
+        for place, ratio in enumerate(ratios)
+    ]
+
+
+def test_the_best_values_are_those_that_are_worth_it_on_average() -> None:
+    results = [
+        *tuned({}, (1.0, 1.0)),
+        *tuned({"chunk": 4096}, (0.96, 0.98)),
+        *tuned({"chunk": 16384}, (0.90, 1.20)),
+        *tuned({"window": 8 * gpu_tune.MIB}, (0.999, 0.999)),
+        *tuned({"blocks": 2}, (0.8, 0.9)),
+        *tuned({"blocks": 1, "chunk": 2048}, (0.5, 0.5)),
+    ]
+    assert gpu_tune.best_together(results) == {"chunk": 4096, "blocks": 2}
+    assert gpu_tune.ranking(results)[0]["setting"] == "blocks 1, chunk 2048"
+    assert gpu_tune.label({"window": 12 * gpu_tune.MIB + gpu_tune.MIB // 2}) == "window 12.5 MiB"
+    assert gpu_tune.combinations({"chunk": (1, 2), "blocks": (3,)}) == [
+        {}, {"chunk": 1, "blocks": 3}, {"chunk": 2, "blocks": 3},
+    ]  # fmt: skip
+
+
+def test_a_settings_variables_are_there_while_its_optimizer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGR_CUDA_CHUNK", "1024")
+    monkeypatch.delenv("AGR_CUDA_WINDOW", raising=False)
+    environment = gpu_tune.Environment({"window": 5})
+    environment.swap()
+    assert os.environ["AGR_CUDA_WINDOW"] == "5"
+    assert "AGR_CUDA_CHUNK" not in os.environ, "the default"
+    environment.swap()
+    assert os.environ["AGR_CUDA_CHUNK"] == "1024"
+    assert "AGR_CUDA_WINDOW" not in os.environ
+
+
+def test_a_sweep_times_every_setting_on_every_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "tune.json"
+    sweep = ["--chunk", "4096", "8192", "--blocks", "1", "--window", "--lead", "--sets", "2x50", "3x70"]
+    assert (
+        gpu_tune.main(["--device", "cpu", "--seconds", "0.01", "--copy-mebibytes", "1", "--out", str(path), *sweep])
+        == 0
+    )
+    found = json.loads(path.read_text())["sweep"]["results"]
+    settings = [{}, {"chunk": 4096}, {"chunk": 8192}, {"blocks": 1}]
+    assert [(result["set"], result["setting"]) for result in found] == [
+        (name, setting) for name in ("2x50", "3x70") for setting in settings
+    ]
+    assert all(result["step_s"]["median"] > 0 for result in found)
+    assert "chunk 8192" in capsys.readouterr().out
+    digest = gpu_stages.tune(place(tmp_path)).digest([])
+    assert digest.lines[0] == "| one setting | 2x50 | 3x70 | average |"
+    assert len(digest.lines) >= 2 + len(settings)
+
+
+# The program that tools watch
+
+
+@pytest.mark.parametrize(
+    "rule", [gpu_exercise.ADAMW, gpu_exercise.AMSGRAD, gpu_exercise.ADAN], ids=lambda rule: rule.label
+)
+@pytest.mark.parametrize("dtype", gpu_exercise.TOLERANCES, ids=str)
+def test_right_backends_pass_the_exercise(
+    rule: gpu_exercise.Rule, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_exercise, "SIZES", ((1,), (3,), (0,), (64, 33), (4097,)))
+    backends = (("reference", "cpu"), ("cpu", "cpu"))
+    assert gpu_exercise.compare(rule, dtype, 1, 1.0, backends) <= gpu_exercise.TOLERANCES[dtype]
+
+
+def test_the_exercise_notices_a_wrong_step_and_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_exercise, "SIZES", ((64,), (9,)))
+    backends = (("reference", "cpu"), ("cpu", "cpu"))
+
+    def broken(value: float) -> float:
+        step = gpu_exercise.agr_cuda.AdamW.step
+
+        def wrong(self: torch.optim.Optimizer) -> None:
+            step(self)
+            if self.backend == "reference":  # type: ignore[attr-defined]
+                with torch.no_grad():
+                    self.param_groups[0]["params"][0][7] += value
+
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu_exercise.agr_cuda.AdamW, "step", wrong)
+            return gpu_exercise.compare(gpu_exercise.ADAMW, torch.float32, 0, 0.0, backends)
+
+    assert broken(0.01) > gpu_exercise.TOLERANCES[torch.float32]
+    assert not broken(float("nan")) <= gpu_exercise.TOLERANCES[torch.float32]
+
+
+def test_exercised_tensors_lie_off_their_allocation() -> None:
+    values = torch.randn(5, 3)
+    tensor = gpu_exercise.placed(values, "cpu", 1)
+    assert torch.equal(tensor, values)
+    assert tensor.storage_offset() == 1
+    assert tensor.is_contiguous()
+
+
+# The whole
+
+
+def test_a_report_leaves_its_files_and_prints_its_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = {"text": "AGR-AdamW: share", "verdict": "met", "shown": {"limit": ">= 90.0%", "measured": "95.0%"}}
+
+    def stages(work: Path) -> list[Stage]:
+        writes = f"open({str(work / 'figures.json')!r}, 'w').write('{{}}')"
+        draws = f"open({str(work / 'step-cuda.png')!r}, 'w').write('picture')"
+        return [
+            stage("build", script(writes), digest=lambda runs: Digest(["built in 1 s"], {"targets": [target]})),
+            stage("tests", script("print('a | long story'); raise SystemExit(1)")),
+            stage("step", script(draws)),
+        ]
+
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "step-of-yesterday.png").write_text("old")
+    (folder / "yours.png").write_text("kept")
+    assert gpu_report.make(folder, "NVIDIA Test", stages) == 1
+    printed = capsys.readouterr().out
+    summary = (folder / "SUMMARY.md").read_text()
+    assert printed.endswith(summary)
+    assert "build: ok" in printed
+    assert "# GPU report: NVIDIA Test" in summary
+    assert "| tests | **failed**: " in summary
+    assert "a | long story" in summary
+    assert "built in 1 s" in summary
+    assert "| AGR-AdamW: share | >= 90.0% | 95.0% | met |" in summary
+    files = {"SUMMARY.md", "details.tar.gz", "log.txt", "report.json", "step-cuda.png"}
+    assert {path.name for path in folder.iterdir()} == files | {"yours.png"}
+    assert all(name in summary for name in files)
+    with tarfile.open(folder / "details.tar.gz") as archive:
+        assert archive.getnames() == ["figures.json"]
+    report = json.loads((folder / "report.json").read_text())
+    assert [(entry["name"], entry["status"]) for entry in report["stages"]] == [
+        ("build", "ok"), ("tests", "failed"), ("step", "ok"),
+    ]  # fmt: skip
+    assert gpu_report.make(folder, "NVIDIA Test", lambda work: [stage("build", script(""))]) == 0
+    assert not (folder / "step-cuda.png").exists(), "it was the earlier report's"
+
+
+def test_a_long_story_is_cut_short_in_the_summary() -> None:
+    outcome = Outcome(
+        "tests", "failed", 1.0, "exit code 1", tail=[f"line {number} " + "x" * 1000 for number in range(40)]
+    )
+    summary = gpu_summary.render("a GPU", [outcome] * 9, 400.0, ["SUMMARY.md"])
+    assert "line 39" in summary
+    assert "line 31" not in summary
+    assert len(summary) < 24_000
+
+
+def test_without_a_gpu_the_report_says_so_and_ends_with_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.gpu_report", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (message,) = done.stderr.splitlines()
+    assert message.startswith("The GPU report needs an NVIDIA GPU")
+    assert torch.__version__ in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_stages_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        gpu_report.main(["--stages", "polish"])
+    assert stopped.value.code == 2
+    assert "'polish'" in capsys.readouterr().err
