@@ -110,7 +110,7 @@ class Adan(AGROptimizer):
     def _count_on_devices(self, schedule: Schedule, scaling: Scaling) -> None:
         devices = {launch.device for launch in schedule.cuda}
         for launch in schedule.cuda:
-            for index in {binding.group for binding in launch.bindings}:
+            for index in launch.groups:
                 group = self.param_groups[index]
                 step = group["step"]
                 if isinstance(step, Tensor):

@@ -141,6 +141,8 @@ class CudaLaunch:
         _C = native()
         self.bindings = bindings
         self.device = bindings[0].parameter.device
+        #: The indices of the groups whose parameters these are.
+        self.groups = sorted({b.group for b in bindings})
         self.gradients = _C.GradientTable()
         #: Where the sum of the squares of all gradients' elements goes in `reduce`.
         self.squares = torch.zeros((), dtype=torch.float64, device=self.device) if clip else None

@@ -10,6 +10,7 @@
 #include "cpu/executor.h"
 #include "plan.h"
 #include "python/bindings.h"
+#include "python/glance.h"
 #include "python/tensor_reader.h"
 #include "python/watch.h"
 
@@ -59,6 +60,8 @@ PYBIND11_MODULE(_C, m) {
 
     m.doc() = "The native core of agr_cuda; see csrc/.";
     m.def("uses_exchange_api", [] { return reader().uses_exchange_api(); });
+    m.def("glances", [] { return glance().works(); });
+    m.def("use_glances", [](bool wanted) { glance().use(wanted); }, py::arg("wanted"));
     m.def("use_exchange_api", [](bool wanted) { reader().use_exchange_api(wanted); }, py::arg("wanted"));
 
     py::class_<Plan>(m, "Plan")

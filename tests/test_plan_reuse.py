@@ -17,12 +17,20 @@ def make(request):
     return request.param
 
 
-@pytest.fixture(params=[True, False], ids=["exchange-api", "python-methods"], autouse=True)
+@pytest.fixture(params=["glances", "exchange-api", "python-methods"], autouse=True)
 def read_tensors(request):
-    """Tensors are read through DLPack's exchange interface, or as in PyTorch releases that lack it."""
-    native().use_exchange_api(request.param)
-    yield
-    native().use_exchange_api(True)
+    """Tensors are glanced at, or read through DLPack's exchange interface, or as in releases that lack it."""
+    core = native()
+    core.use_exchange_api(request.param != "python-methods")
+    core.use_glances(request.param == "glances")
+    yield request.param
+    core.use_exchange_api(True)
+    core.use_glances(True)
+
+
+@pytest.mark.skipif(not native().uses_exchange_api(), reason="needs PyTorch 2.10, whose DLPack tells where sizes are")
+def test_the_words_to_glance_at_are_found(read_tensors):
+    assert native().glances() == (read_tensors == "glances")
 
 
 def parameters(*shapes):

@@ -12,6 +12,25 @@ PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); 
 
 }  // namespace
 
+std::vector<Watch::Item> Watch::items_of(PyObject* dictionary) {
+    std::vector<Item> items;
+    Py_ssize_t position = 0;
+    Item item{};
+    while (PyDict_Next(dictionary, &position, &item.key, &item.value)) items.push_back(item);
+    return items;
+}
+
+bool Watch::has_items(PyObject* dictionary, const std::vector<Item>& items) {
+    if (static_cast<std::size_t>(PyDict_Size(dictionary)) != items.size()) return false;
+    Py_ssize_t position = 0;
+    PyObject *key, *value;
+    for (const Item& item : items) {
+        if (!PyDict_Next(dictionary, &position, &key, &value)) return false;
+        if (key != item.key || value != item.value) return false;
+    }
+    return true;
+}
+
 Watch::Expected::Expected(PyObject* tensor, const char* role) : object(tensor) {
     const TensorView view = reader().read_or_throw(tensor, role);
     if (!view.type) throw std::runtime_error(std::string("no kernel takes the type of the ") + role);
@@ -21,6 +40,7 @@ Watch::Expected::Expected(PyObject* tensor, const char* role) : object(tensor) {
     device_index = view.device_index;
     shape.assign(view.shape, view.shape + view.dimensions);
     strides.assign(view.strides, view.strides + view.dimensions);
+    look = glance().look(tensor, view);
 }
 
 bool Watch::Expected::fits(const TensorView& view) const {
@@ -30,18 +50,20 @@ bool Watch::Expected::fits(const TensorView& view) const {
            std::equal(strides.begin(), strides.end(), view.strides);
 }
 
-void Watch::Hint::fetch() const {
-    // PyTorch keeps sizes and strides in the middle of its own object, which takes a few cache lines around them.
-    const char* middle = static_cast<const char*>(description);
-    __builtin_prefetch(object);
-    for (int line = -2; line <= 1; ++line) __builtin_prefetch(middle + 64 * line);
+bool Watch::Expected::find(PyObject* tensor, void*& there) {
+    there = glance().find(tensor, look);
+    if (there != nullptr) return true;
+    TensorView view;
+    if (!reader().read(tensor, view) || !fits(view)) return false;
+    // Next time it looks as it does now: its class or flags may have changed, which need not fit.
+    look = glance().look(tensor, view);
+    there = view.data;
+    return true;
 }
 
-void Watch::Entry::fetch() const {
-    parameter_hint.fetch();
-    gradient_hint.fetch();
-    __builtin_prefetch(state);
-    for (const State& s : states) s.hint.fetch();
+bool Watch::Expected::stays() {
+    void* there;
+    return find(object, there) && there == data;
 }
 
 Watch::Watch(py::list groups, py::dict state) {
@@ -59,7 +81,11 @@ Watch::Watch(py::list groups, py::dict state) {
             entries_.push_back(std::move(entry));
         }
     }
-    for (auto item : state) state_items_.emplace_back(keep(item.first), keep(item.second));
+    state_items_ = items_of(state.ptr());
+    for (const Item& item : state_items_) {
+        keep(item.key);
+        keep(item.value);
+    }
 }
 
 PyObject* Watch::keep(py::handle object) {
@@ -78,8 +104,10 @@ void Watch::add(std::size_t index, std::vector<std::string> keys, std::shared_pt
     entry.state = keep(state);
     for (const std::string& key : keys) {
         py::object tensor = state[py::str(key)];
-        entry.states.push_back({interned(key.c_str()), Expected(keep(tensor), key.c_str()), {}});
+        entry.keys.push_back(interned(key.c_str()));
+        entry.states.emplace_back(keep(tensor), key.c_str());
     }
+    entry.items = items_of(state.ptr());
     if (!relaid.is_none()) entry.relaid = Expected(keep(relaid), "copy of the gradient").data;
     if (table->addresses.size() <= slot) table->addresses.resize(slot + 1);
     entry.table = std::move(table);
@@ -95,7 +123,6 @@ bool Watch::unchanged(py::handle groups, py::handle state) {
     if (groups.ptr() != groups_ || state.ptr() != state_) return false;
     if (static_cast<std::size_t>(PyList_GET_SIZE(groups_)) != group_.size()) return false;
     auto entry = entries_.begin();
-    constexpr int fetched_ahead = 6;
     for (std::size_t i = 0; i < group_.size(); ++i) {
         const Group& group = group_[i];
         PyObject* dictionary = PyList_GET_ITEM(groups_, i);
@@ -107,11 +134,10 @@ bool Watch::unchanged(py::handle groups, py::handle state) {
         }
         if (static_cast<std::size_t>(PyList_GET_SIZE(parameters)) != group.size) return false;
         for (std::size_t j = 0; j < group.size; ++j, ++entry) {
-            if (entries_.end() - entry > fetched_ahead) entry[fetched_ahead].fetch();
             if (PyList_GET_ITEM(parameters, j) != entry->parameter || !parameter_unchanged(*entry)) return false;
         }
     }
-    return state_unchanged(state_);
+    return has_items(state_, state_items_);
 }
 
 bool Watch::parameter_unchanged(Entry& entry) {
@@ -122,34 +148,27 @@ bool Watch::parameter_unchanged(Entry& entry) {
     if (gradient.is_none()) return false;
     if (entry.gradient == Gradient::untabled) return true;
 
-    TensorView view;
-    if (!reader().read(entry.parameter, view) || view.data != entry.as_parameter.data || !entry.as_parameter.fits(view))
+    void* there;
+    if (!entry.as_parameter.stays() || !states_unchanged(entry) || !entry.as_gradient.find(gradient.ptr(), there))
         return false;
-    entry.parameter_hint = {entry.parameter, view.shape};
-    for (State& state : entry.states) {
-        PyObject* tensor = PyDict_GetItemWithError(entry.state, state.key);
-        if (tensor != state.tensor.object) {
-            PyErr_Clear();
-            return false;
-        }
-        if (!reader().read(tensor, view) || view.data != state.tensor.data || !state.tensor.fits(view)) return false;
-        state.hint = {tensor, view.shape};
-    }
-    if (!reader().read(gradient.ptr(), view) || !entry.as_gradient.fits(view)) return false;
-    entry.gradient_hint = {gradient.ptr(), view.shape};
-    entry.table->addresses[entry.slot] = entry.relaid != nullptr ? entry.relaid : view.data;
+    entry.table->addresses[entry.slot] = entry.relaid != nullptr ? entry.relaid : there;
     held_.push_back(std::move(gradient));
     return true;
 }
 
-bool Watch::state_unchanged(PyObject* state) const {
-    if (static_cast<std::size_t>(PyDict_Size(state)) != state_items_.size()) return false;
-    Py_ssize_t position = 0;
-    PyObject *key, *value;
-    for (const auto& item : state_items_) {
-        if (!PyDict_Next(state, &position, &key, &value)) return false;
-        if (key != item.first || value != item.second) return false;
+bool Watch::states_unchanged(Entry& entry) {
+    // Others may keep their own things beside our states.
+    if (!has_items(entry.state, entry.items)) {
+        for (std::size_t i = 0; i < entry.keys.size(); ++i) {
+            if (PyDict_GetItemWithError(entry.state, entry.keys[i]) != entry.states[i].object) {
+                PyErr_Clear();
+                return false;
+            }
+        }
+        entry.items = items_of(entry.state);
     }
+    for (Expected& state : entry.states)
+        if (!state.stays()) return false;
     return true;
 }
 

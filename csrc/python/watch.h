@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "glance.h"
 #include "tensor_reader.h"
 
 namespace agr::python {
@@ -49,6 +50,7 @@ private:
         // Kept alive by kept_; null for a gradient, which may be another object in every step.
         PyObject* object = nullptr;
         void* data = nullptr;
+        Look look;
         Type type = Type::float32;
         std::int32_t device_type = 0, device_index = 0;
         std::vector<std::int64_t> shape, strides;
@@ -56,21 +58,14 @@ private:
         Expected() = default;
         Expected(PyObject* tensor, const char* role);
         bool fits(const TensorView& view) const;  // in all but the address
+        // Whether `tensor` fits, and where it then is.
+        bool find(PyObject* tensor, void*& there);
+        bool stays();
     };
 
-    // Where a tensor's parts were when it was last read: fetched ahead, since between two steps everything else has
-    // gone through the cache. It is only a hint; nothing here is looked at.
-    struct Hint {
-        const void* object = nullptr;
-        const void* description = nullptr;
-
-        void fetch() const;
-    };
-
-    struct State {
+    struct Item {
         PyObject* key;
-        Expected tensor;
-        Hint hint;
+        PyObject* value;
     };
 
     enum class Gradient : std::uint8_t { none, untabled, tabled };
@@ -80,13 +75,12 @@ private:
         Gradient gradient = Gradient::none;
         Expected as_parameter, as_gradient;
         PyObject* state = nullptr;  // the parameter's dictionary
-        std::vector<State> states;
+        std::vector<Item> items;    // all of it, in its order; not kept alive, but for the states among it
+        std::vector<PyObject*> keys;
+        std::vector<Expected> states;  // under these keys
         std::shared_ptr<GradientTable> table;
         std::size_t slot = 0;
         const void* relaid = nullptr;
-        Hint parameter_hint, gradient_hint;
-
-        void fetch() const;
     };
 
     struct Group {
@@ -99,15 +93,19 @@ private:
     PyObject* state_;
     std::vector<Group> group_;
     std::vector<Entry> entries_;
-    std::vector<std::pair<PyObject*, PyObject*>> state_items_;
+    std::vector<Item> state_items_;
     // Owns every object above. A list, which the garbage collector is shown, because a parameter's hooks may refer back
     // to the optimizer.
     pybind11::list kept_;
     std::vector<pybind11::object> held_;
 
+    static std::vector<Item> items_of(PyObject* dictionary);
+    // Whether a dictionary has these entries, in this order.
+    static bool has_items(PyObject* dictionary, const std::vector<Item>& items);
+
     PyObject* keep(pybind11::handle object);
     bool parameter_unchanged(Entry& entry);
-    bool state_unchanged(PyObject* state) const;
+    static bool states_unchanged(Entry& entry);
 };
 
 }  // namespace agr::python
