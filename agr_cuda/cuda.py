@@ -262,6 +262,7 @@ def on_device(value: Any, device: torch.device) -> Any:
         return value
     if value.device.type == "cpu" and device.type != "cpu":
         return number(value)
-    value = value.detach()
     dtype = value.dtype if value.dtype in _KERNEL_READS else torch.float32
-    return value.to(device=device, dtype=dtype, non_blocking=True)
+    if value.device == device and value.dtype == dtype:
+        return value
+    return value.detach().to(device=device, dtype=dtype, non_blocking=True)

@@ -23,22 +23,21 @@ Tensor = tuple[int, int, bool]  # elements, bytes of an element, whether the gra
 Task = tuple[str, int, int]  # "reduce", "update" or "whole"; tensor; chunk
 
 FINEST_PIECE = 4096  # bytes of gradient
-# 256 threads with one load of 16 bytes each: what a block has in flight of each tensor, however coarse the pieces are.
-# Over a latency of 0.8 microseconds, 264 blocks' four such loads are 5.4 TB/s, about what an H200 has.
+# 128 threads with two loads of 16 bytes each: what a block has in flight of each tensor, however coarse the pieces are.
 IN_FLIGHT = 4096  # bytes of one tensor
-# Drawing a ticket, looking up the task and waiting for its first loads takes about 1 microsecond, in which a block of
-# 264 would move 18 KB at the H200's 4.8 TB/s. So does publishing an abs-sum, besides reading the partial ones.
-OVERHEAD = 16384  # bytes
-PARTIAL = 8  # bytes of a chunk's partial abs-sum
+# Drawing a ticket, looking up the task and waiting for its first loads takes about 1 microsecond, in which all blocks
+# together would move this much at the H200's 4.8 TB/s. So does publishing an abs-sum, besides reading the partial ones.
+OVERHEAD = 4_800_000  # bytes
+PARTIAL = 8  # bytes of a chunk's partial abs-sum, of which the last block to come reads those of a stretch
 SPREAD = 0.25  # by which tasks are faster or slower than their bytes say
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the schedule runs on. The defaults are an H200 with two blocks on each of 132 multiprocessors."""
+    """What the schedule runs on. The defaults are an H200 with four blocks on each of 132 multiprocessors."""
 
     cache_bytes: float = 52_428_800
-    blocks: int = 264
+    blocks: int = 528
     on_chip_bytes: int = 0  # shared memory of all blocks together, in which REDUCE keeps the end of large tensors
     on_chip_above: int = 0  # a tensor is large if it has more bytes of gradient than this
     hints: bool = True  # False: all lines have one priority, so that the cache keeps what was used last
@@ -119,6 +118,7 @@ class Replay:
         self.on_chip_used = 0
         self.second_reads = self.cache_hits = self.on_chip_hits = 0
         # Events, as (time, block): a block goes on. The unit of time is what one block takes to move a byte.
+        self.overhead = OVERHEAD // machine.blocks
         self.events: list[tuple[float, int]] = [(0.0, block) for block in range(machine.blocks)]
         self.waiting: dict[int, list[int]] = {}  # tensor: blocks
         self.now = self.waited = 0.0
@@ -166,21 +166,21 @@ class Replay:
         """Read a chunk's gradient, asking the cache to keep it unless it stays on chip."""
         keep = self.keep_on_chip(tensor, chunk, size)
         priority = NORMAL if not self.machine.hints else EVICT_FIRST if keep else EVICT_LAST
-        overhead = OVERHEAD
+        overhead = self.overhead
         for line, piece in self.lines(tensor, chunk, size):
             self.cache.read(line, piece, priority)
             yield pace * (overhead + piece)
             overhead = 0
         self.unreduced[tensor] -= 1
         if self.unreduced[tensor] == 0:
-            yield OVERHEAD + PARTIAL * self.reduces[tensor]
+            yield self.overhead + PARTIAL * self.reduces[tensor]
             self.published[tensor] = True
             for block in self.waiting.pop(tensor, ()):
                 heapq.heappush(self.events, (self.now, block))
 
     def update(self, tensor: int, chunk: int, size: int, pace: float, number: int) -> Iterator[float]:
         """Update a chunk, as WHOLE does too: there the gradient is read once, as if it were not regularized."""
-        overhead = OVERHEAD
+        overhead = self.overhead
         if not self.published[tensor]:
             # The first loads of parameters and state, which the overhead stands for, are issued before the wait.
             yield pace * overhead

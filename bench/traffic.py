@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from agr_cuda import _C
+from agr_cuda.cuda import rehearsal
 from bench import machine, options, shapes
 from bench.cache_model import Machine, Tensor, Traffic, replay
 from bench.contenders import ACCESSES
@@ -33,8 +34,6 @@ from bench.shapes import ModelSet
 from bench.terminal import Console, Table, console
 
 H200 = Machine()
-CHUNK = 8192  # elements
-WINDOW_SHARE = 0.25  # of the cache
 # The sweep's windows as shares of the cache, and leads as shares of what all blocks reduce at once.
 SWEPT_WINDOWS = (0.0625, 0.125, 0.25, 0.5, 0.75)
 SWEPT_LEADS = (0.0, 0.25, 0.5, 1.0, 1.5)
@@ -51,6 +50,14 @@ class Limits:
     chunk_elements: int
     window_bytes: int
     lead_bytes: int
+
+
+def backend_limits(dtype: torch.dtype) -> tuple[Limits, int]:
+    """Return how the cuda backend cuts and orders tensors of this type on an H200, and how many blocks it has there."""
+    tensor = torch.empty(1, dtype=dtype)
+    with rehearsal():  # whose device has the numbers of an H200
+        chunk, window, lead, resident, multiprocessors = _C.cuda_limits("adamw", tensor, tensor, 0)
+    return Limits(chunk, window, lead), resident * multiprocessors
 
 
 @dataclass(frozen=True)
@@ -91,15 +98,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[shapes.model_set(name) for name in shapes.MODELS],
         help=f"model sets: {names}, or COUNTxELEMENTS such as 321x4096 (default: {names})",
     )
-    window = "gradient that REDUCE runs ahead of UPDATE (default: a quarter of --l2)"
+    window = "gradient that waits for its UPDATE (default: the cuda backend's share of --l2)"
     lead = "gradient of other tasks between a tensor's last REDUCE and first UPDATE (default: a chunk for each block)"
     on_chip = (
         "also keep this much of the end of every gradient above the window in shared memory, and say what that saves"
     )
     sizes = {
         "l2": (positive, int(H200.cache_bytes), "BYTES", "the cache's nominal size (default: %(default)s, an H200's)"),
-        "blocks": (positive, H200.blocks, "COUNT", "blocks that run at once (default: %(default)s)"),
-        "chunk": (positive, CHUNK, "ELEMENTS", "elements of a chunk (default: %(default)s)"),
+        "blocks": (positive, None, "COUNT", "blocks that run at once (default: the cuda backend's, on an H200)"),
+        "chunk": (positive, None, "ELEMENTS", "elements of a chunk (default: the cuda backend's)"),
         "window": (natural, None, "BYTES", window),
         "lead": (natural, None, "BYTES", lead),
         "on-chip": (natural, 0, "BYTES", f"{on_chip}; an H200 has room for 27033600 (default: 0)"),
@@ -141,8 +148,11 @@ class Predictor:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.itemsize = options.DTYPES[args.dtype].itemsize
+        defaults, blocks = backend_limits(options.DTYPES[args.dtype])
+        args.blocks = args.blocks or blocks
+        args.chunk = args.chunk or defaults.chunk_elements
         self.wave = args.blocks * args.chunk * self.itemsize  # bytes of gradient that all blocks reduce at once
-        window = int(WINDOW_SHARE * args.l2) if args.window is None else args.window
+        window = round(defaults.window_bytes * args.l2 / H200.cache_bytes) if args.window is None else args.window
         self.limits = Limits(args.chunk, window, self.wave if args.lead is None else args.lead)
 
     def predict(
