@@ -30,8 +30,9 @@ help:
 demo: $(VENV)/examples.stamp
 	$(BIN)/python examples/train_language_model.py $(DEMO)
 
+# Two at a time, each file in one process, since some build programs that their tests share.
 test: lint
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
 lint: $(VENV)/development.stamp
 	$(BIN)/ruff check .
