@@ -1,10 +1,12 @@
-"""The native core's own test program, in tests/native, built with and without sanitizers."""
+"""The native core's own test programs, in tests/native and tests/emulation, built with and without sanitizers."""
 
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,36 +28,59 @@ if platform.machine() in ("x86_64", "AMD64"):
     }
 
 
+# The CUDA executor, and its kernels' source for threads of the host: blocks of 8 threads in warps of 4.
+CUDA_SOURCES = ["csrc/plan.cpp", "csrc/cuda/executor.cpp"]
+CUDA_PROGRAM = ["tests/emulation/test_cuda.cpp", "tests/emulation/host_launcher.cpp"]
+CUDA_FLAGS = ["-DAGR_BLOCK_THREADS=8", "-DAGR_WARP_THREADS=4", "-Wno-unknown-pragmas"]
+
+
 @pytest.fixture(scope="module", params=SANITIZERS)
-def program(request, tmp_path_factory):
+def programs(request, tmp_path_factory):
+    """The two test programs, compiled for one sanitizer: the folder in which they are."""
     folder = tmp_path_factory.mktemp(request.param)
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    flags = FLAGS + SANITIZERS[request.param]
-    commands = [
-        [*compiler, *flags, "-c", source, "-o", folder / f"{Path(source).stem}.o"]
-        for source in [*SOURCES, *sorted((ROOT / "tests/native").glob("*.cpp"))]
-    ]
+    compiler = [*shlex.split(os.environ.get("CXX", "c++")), *FLAGS, *SANITIZERS[request.param]]
+    commands = []
+    objects = {"test_core": [], "test_cuda": []}
+
+    def compile_source(program, source, name, *flags):
+        objects[program].append(folder / f"{program}_{name}.o")
+        commands.append([*compiler, *flags, "-c", source, "-o", objects[program][-1]])
+
+    for source in (*CUDA_PROGRAM, *CUDA_SOURCES):
+        compile_source("test_cuda", source, Path(source).stem, *CUDA_FLAGS)
+    for source in (*SOURCES, *sorted((ROOT / "tests/native").glob("*.cpp"))):
+        compile_source("test_core", source, Path(source).stem)
     for name, options in INSTRUCTION_SETS.items():
-        kernels = ["-c", "csrc/cpu/kernels.cpp", f"-DAGR_KERNELS={name}_kernels", "-o", folder / f"{name}.o"]
-        commands.append([*compiler, *flags, *KERNEL_FLAGS, *options, *kernels])
-    running = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for command in commands]
-    for process in running:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
-    built = folder / "test_core"
-    subprocess.run([*compiler, *flags, *sorted(folder.glob("*.o")), "-o", built], check=True)
-    return built
+        macros = [f"-DAGR_KERNELS={name}_kernels", *KERNEL_FLAGS, *options]
+        compile_source("test_core", "csrc/cpu/kernels.cpp", name, *macros)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for done in pool.map(partial(subprocess.run, cwd=ROOT, capture_output=True, text=True), commands):
+            assert done.returncode == 0, done.stderr
+    for program, parts in objects.items():
+        subprocess.run([*compiler, *parts, "-o", folder / program], check=True)
+    return folder
+
+
+def run(program, models, **environment):
+    done = subprocess.run([program, models], env={**os.environ, **environment}, capture_output=True, text=True)
+    return done, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+def test_the_cuda_kernels_agree_with_the_equations_on_threads_of_the_host(programs):
+    done, said = run(programs / "test_cuda", "9" if "plain" in programs.name else "3")
+    assert done.returncode == 0, said
+    assert "cuda: " in done.stdout
+    assert " 0 failures" in done.stdout
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
-def test_plan_and_executor_agree_with_the_equations(program, instruction_set):
+def test_plan_and_executor_agree_with_the_equations(programs, instruction_set):
+    models = "25" if "plain" in programs.name else "6"  # a sanitizer slows it ten times
     # ThreadSanitizer otherwise refuses the test of a step in a child process.
-    environment = {**os.environ, "AGR_CPU_ISA": instruction_set, "TSAN_OPTIONS": "die_after_fork=0"}
-    models = "25" if "plain" in str(program) else "6"  # a sanitizer slows it ten times
-    done = subprocess.run([program, models], env=environment, capture_output=True, text=True)
+    done, said = run(programs / "test_core", models, AGR_CPU_ISA=instruction_set, TSAN_OPTIONS="die_after_fork=0")
     if f"AGR_CPU_ISA is '{instruction_set}'" in done.stderr:
         pytest.skip("this processor does not run it")  # an older one than the build's widest instruction set
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert done.returncode == 0, said
     assert f"{instruction_set}: " in done.stdout
     assert " 0 failures" in done.stdout
 

@@ -107,7 +107,7 @@ void test_sums() {
             magnitudes += std::fabs(g);
             squares += static_cast<long double>(g) * g;
         }
-        const cpu::Sums both = kernels->magnitudes_and_squares(gradient.data(), n);
+        const agr::Sums both = kernels->magnitudes_and_squares(gradient.data(), n);
         CHECK(std::fabs(kernels->magnitudes(gradient.data(), n) - magnitudes) <= 3 * 0x1p-24 * magnitudes, "%" PRId64,
               n);
         CHECK(std::fabs(both.magnitudes - magnitudes) <= 1e-14 * magnitudes, "%" PRId64, n);

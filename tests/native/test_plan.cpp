@@ -19,7 +19,7 @@ void test_plans() {
         for (std::size_t ticket = 0; ticket < plan.tasks.size(); ++ticket) {
             const Task& task = plan.tasks[ticket];
             const Plan::Tensor& tensor = plan.tensors[task.tensor];
-            CHECK(task.chunk >= 0 && task.chunk < tensor.chunks, "chunk %" PRId64, task.chunk);
+            CHECK(task.chunk >= 0 && task.chunk < tensor.chunks, "chunk %d", task.chunk);
             if (task.kind == TaskKind::reduce) {
                 CHECK(tensor.regularize || limits.clip, "a reduction for nothing");
                 CHECK(reduced[task.tensor].insert(task.chunk).second, "reduced twice");
