@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from .binding import Binding
 from .optimizer import AGROptimizer
-from .options import number
+from .options import number, number_or_tensor
 
 
 class AdamW(AGROptimizer):
@@ -92,7 +92,7 @@ class AdamW(AGROptimizer):
     def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
         beta1, beta2 = map(number, group["betas"])
         sign = -1.0 if group["maximize"] else 1.0
-        return group["lr"], beta1, beta2, group["eps"], group["weight_decay"], sign
+        return number_or_tensor(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], sign
 
     def _missing_state(self, binding: Binding) -> dict[str, Tensor]:
         made = super()._missing_state(binding)

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from .cuda import Scaling
 from .optimizer import AGROptimizer
-from .options import number
+from .options import number, number_or_tensor
 from .schedule import Schedule
 
 
@@ -104,7 +104,7 @@ class Adan(AGROptimizer):
         beta1, beta2, beta3 = map(number, group["betas"])
         no_prox = 1.0 if group["no_prox"] else 0.0
         sign = -1.0 if group["maximize"] else 1.0
-        lr, steps = group["lr"], group["step"]
+        lr, steps = map(number_or_tensor, (group["lr"], group["step"]))
         return lr, beta1, beta2, beta3, group["eps"], group["weight_decay"], no_prox, sign, steps
 
     def _count_on_devices(self, schedule: Schedule, scaling: Scaling) -> None:

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .binding import Binding
 from .native import native
-from .options import number
 
 
 class CpuLaunch:
@@ -44,7 +42,7 @@ class CpuLaunch:
 
     def update(
         self,
-        numbers: Sequence[tuple[Any, ...]],
+        numbers: Sequence[tuple[float, ...]],
         clip: float,
         counted: Sequence[dict[str, Any]],
         fresh: set[int],
@@ -55,5 +53,4 @@ class CpuLaunch:
         Then, where no signal handler can come between, count the step of the groups `counted`, and take what was
         `stepped` out of the set `fresh`.
         """
-        on_host = [tuple(number(x) if isinstance(x, Tensor) else x for x in group) for group in numbers]
-        self._executor.update(self.gradients, on_host, clip, torch.get_num_threads(), counted, fresh, stepped)
+        self._executor.update(self.gradients, numbers, clip, torch.get_num_threads(), counted, fresh, stepped)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,9 @@ def _public_raw_stream(index: int) -> int:
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _public_raw_stream)
 
 
+_NOTHING = nullcontext()
+
+
 @dataclass
 class Scaling:
     """What gradients are divided by, and whether to make no step at all: set by torch.amp.GradScaler."""
@@ -154,9 +157,10 @@ class CudaLaunch:
         self._stream = current_stream(self._index)
 
         first = bindings[0]
-        chunk, window, lead, resident, multiprocessors = _C.cuda_limits(
-            rule, first.parameter, first.gradient, self._index
-        )
+        with self._current_device():
+            chunk, window, lead, resident, multiprocessors = _C.cuda_limits(
+                rule, first.parameter, first.gradient, self._index
+            )
         plan = _C.Plan(
             [(b.parameter.numel(), b.gradient.element_size(), b.regularize) for b in bindings],
             clip,
@@ -232,21 +236,41 @@ class CudaLaunch:
             self._change_stream(stream)
         grad_scale, found_inf = scaling.on(self.device)
         squares = self.squares if phase == "reduce" else None
-        self.captured = self._executor.launch(
-            self.gradients, numbers, counts, max_grad_norm, clip_eps, clip, squares, grad_scale, found_inf, phase,
-            stream, counted, fresh, stepped,
-        )  # fmt: skip
+        with self._current_device():
+            self.captured = self._executor.launch(
+                self.gradients, numbers, counts, max_grad_norm, clip_eps, clip, squares, grad_scale, found_inf, phase,
+                stream, counted, fresh, stepped,
+            )  # fmt: skip
+
+    def _current_device(self) -> AbstractContextManager[Any]:
+        """Make this launch's device the current one, in PyTorch's way, which makes no context on the one before."""
+        if rehearsing() or torch.cuda.current_device() == self._index:
+            return _NOTHING
+        return torch.cuda.device(self._index)
 
     def _change_stream(self, stream: int) -> None:
         """Let this stream wait for the step before, which has the table, and keep what both use."""
         streams: Any = torch.cuda  # parts of it have no types
         current = streams.current_stream(self.device)
         if not streams.is_current_stream_capturing():  # nor could a capture wait for what is outside of it
-            current.wait_stream(streams.ExternalStream(self._stream, device=self.device))
+            default = streams.default_stream(self.device)  # whose address is 0, which ExternalStream takes for none
+            current.wait_stream(streams.ExternalStream(self._stream, device=self.device) if self._stream else default)
         for used in (self.table, self.squares, *(b.relaid for b in self.bindings)):
             if used is not None:
                 used.record_stream(current)
         self._stream = stream
+
+    def kept_for_graphs(self) -> Iterator[Tensor]:
+        """Yield what a captured launch reads and writes, besides parameters, gradients and what options are."""
+        yield self.table
+        if self.squares is not None:
+            yield self.squares
+        for b in self.bindings:
+            yield from (b.state[key] for key in b.keys)
+            if isinstance(b.state.get("step"), Tensor):
+                yield b.state["step"]
+            if b.relaid is not None:
+                yield b.relaid
 
     def begun(self) -> list[bool]:
         """Return of every binding whether a step has been made with its state. Waits for the device."""

@@ -44,7 +44,7 @@ class AGROptimizer(torch.optim.Optimizer):
     _fresh: set[int]  # id of parameters whose state is made, and no step yet made with it
     _lock: threading.RLock  # held from the look at the parameters to the end of their update
     _warned: bool  # of tensors of one element
-    _captured: list[Tensor]  # what launches captured into graphs read and write
+    _captured: dict[int, Tensor]  # by id: what launches captured into graphs read and write
 
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], max_grad_norm: float | None, backend: str | None
@@ -123,7 +123,7 @@ class AGROptimizer(torch.optim.Optimizer):
         self._checked = None
         self._fresh = set()
         self._warned = getattr(self, "_warned", False)
-        self._captured = getattr(self, "_captured", [])
+        self._captured = getattr(self, "_captured", {})
         self._lock = getattr(self, "_lock", None) or threading.RLock()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -217,10 +217,12 @@ class AGROptimizer(torch.optim.Optimizer):
         schedule = self._schedule
         for launch in [] if schedule is None else schedule.cuda:
             if launch.unsettled:
-                for binding, begun in zip(launch.bindings, launch.begun(), strict=True):
-                    if begun:
+                begun = launch.begun()
+                for binding, has_begun in zip(launch.bindings, begun, strict=True):
+                    if has_begun:
                         self._fresh.discard(id(binding.parameter))
-                launch.unsettled = False
+                # Replays of a graph make steps of which nobody is told.
+                launch.unsettled = launch.captured and not all(begun)
 
     def _bind_all(self) -> list[Binding]:
         """Check every parameter that has a gradient, then make the state that is missing."""
@@ -294,6 +296,8 @@ class AGROptimizer(torch.optim.Optimizer):
         alone = len(schedule.cuda) == 1 and not schedule.on_host  # then the launch takes the norm itself
         if self.max_grad_norm and not alone:
             clip = self._clip_coefficient(schedule, on_devices, scaling)
+        if schedule.cpu is not None:  # before a launch raises step counts among them
+            host_numbers = [tuple(number(x) if isinstance(x, Tensor) else x for x in group) for group in numbers]
         if schedule.on_host:
             on_host = clip if scaling.grad_scale is None else clip / number(scaling.grad_scale)
             native_clip = number(on_host)
@@ -306,6 +310,7 @@ class AGROptimizer(torch.optim.Optimizer):
         stepped = [id(b.parameter) for b in schedule.bindings] if self._fresh and not unknown else []
         for i, launch in enumerate(schedule.cuda):
             last = schedule.cpu is None and i + 1 == len(schedule.cuda)
+            was_captured = launch.captured
             launch.update(
                 on_devices[i],
                 self._counts(schedule, i),
@@ -318,10 +323,10 @@ class AGROptimizer(torch.optim.Optimizer):
                 stepped if last else [],
             )
             launch.unsettled = launch.unsettled or (unknown and bool(self._fresh))
-            if launch.captured:
+            if launch.captured and not was_captured:
                 self._keep_for_graphs(launch)
         if schedule.cpu is not None:
-            schedule.cpu.update(numbers, native_clip, counted, self._fresh, stepped)
+            schedule.cpu.update(host_numbers, native_clip, counted, self._fresh, stepped)
         elif not schedule.cuda:
             for group in counted:
                 group["step"] += 1
@@ -391,6 +396,6 @@ class AGROptimizer(torch.optim.Optimizer):
 
     def _keep_for_graphs(self, launch: CudaLaunch) -> None:
         """Keep what a captured launch reads and writes for as long as the optimizer lives, since the graph may."""
-        for tensor in (launch.table, launch.squares, *(b.relaid for b in launch.bindings)):
-            if tensor is not None and not any(tensor is kept for kept in self._captured):
-                self._captured.append(tensor)
+        counts = [group["step"] for group in self.param_groups if isinstance(group.get("step"), Tensor)]
+        for tensor in (*counts, *launch.kept_for_graphs()):
+            self._captured[id(tensor)] = tensor

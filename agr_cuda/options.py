@@ -14,6 +14,11 @@ def number(value: Any) -> float:
     return float(value.item() if isinstance(value, Tensor) else value)
 
 
+def number_or_tensor(value: Any) -> Any:
+    """Return a tensor as it is, and whatever else is a number (of NumPy, say) as Python's."""
+    return value if isinstance(value, float | int | Tensor) else float(value)
+
+
 def check_number(name: str, value: Any) -> None:
     """Raise TypeError unless `value` is a number or a tensor, ValueError unless the tensor has one element."""
     if isinstance(value, Tensor):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .binding import Binding
+from .options import number_or_tensor
 
 Number = float | Tensor
 
@@ -133,6 +134,12 @@ def foreach_adan(
     torch._foreach_neg_(neg_previous)
 
 
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """Return what an equation takes of a group, as Python's numbers, or tensors as they are."""
+    numbers = {key: number_or_tensor(group[key]) for key in ("lr", "eps", "weight_decay")}
+    return {**numbers, "betas": tuple(map(number_or_tensor, group["betas"]))}
+
+
 class ReferenceLaunch:
     """One step of all parameters that the reference backend updates."""
 
@@ -211,7 +218,7 @@ class ReferenceLaunch:
         # Copies, where autograd would otherwise see a tensor that it saved change below.
         now = [x.to(g.dtype) if x.dtype != g.dtype else x.clone() for x in stored]
         t = self._step_count(binding, group)
-        options = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        options = _options(group)
         if isinstance(group["lr"], Tensor):  # of one element, of whatever shape
             options["lr"] = group["lr"].reshape(()).to(torch.promote_types(group["lr"].dtype, now[0].real.dtype))
         if self.rule == "adan":
@@ -236,7 +243,7 @@ class ReferenceLaunch:
             g = foreach_psi(g)
         stored = [parameters, *([b.state[key] for b in bindings] for key in bindings[0].keys)]
         now = [[x.to(dtype) for x in column] for column in stored]  # the tensors themselves where the types agree
-        options = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        options = _options(group)
         if self.rule == "adan":
             first = bindings[0].fresh or t == 1
             foreach_adan(now[0], g, now[1], now[2], now[3], now[4], t, first, **options, no_prox=group["no_prox"])

@@ -689,3 +689,36 @@ def test_gradients_made_anew_at_each_step(method, generator) -> None:
         still.step()
     del rubbish
     assert_same_bits(anew, still)
+
+
+def test_groups_on_both_sides_share_a_step_count(method, generator) -> None:
+    """A group with parameters on the CPU too: the launch raises the count that the CPU's part reads."""
+    on_both = [*parameters(generator, SMALL, device=GPU), *parameters(generator, SMALL)]
+    twins = [p.detach().cpu().clone().requires_grad_() for p in on_both]
+    mixed = method.ours(on_both, lr=1e-2, capturable=True)
+    alone = method.ours(twins, lr=1e-2)
+    for step in range(4):
+        give_gradients(on_both, torch.Generator().manual_seed(step), step)
+        give_gradients(twins, torch.Generator().manual_seed(step), step)
+        mixed.step()
+        alone.step()
+    assert mixed.backends == ["cpu", "cuda"]
+    for p, q in zip(on_both, twins, strict=True):
+        assert relative_error(p, oracle.as_real(to_numpy(q))) <= 1e-6
+
+
+def test_a_stream_that_is_not_told_to_wait_still_gets_whole_steps(method, generator) -> None:
+    """The launch itself waits for the one before, which reads and writes the same table, when the stream changes."""
+    one = parameters(generator, [(3_000_001,), (7,)], device=GPU)
+    other = copies(one)
+    plain, switching = method.ours(one, lr=1e-2), method.ours(other, lr=1e-2)
+    give_gradients(one, torch.Generator().manual_seed(1))
+    give_gradients(other, torch.Generator().manual_seed(1))
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    for step in range(6):
+        plain.step()
+        with torch.cuda.stream(side if step % 2 else torch.cuda.default_stream()):
+            switching.step()
+    torch.cuda.synchronize()
+    assert_same_bits(plain, switching)

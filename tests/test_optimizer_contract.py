@@ -7,6 +7,7 @@ import inspect
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -237,3 +238,12 @@ def test_foreach_asks_for_the_reference_backend(method, generator) -> None:
     run(one, 4)
     run(other, 4)
     assert_parameters_close(params, all_params(other))
+
+
+def test_numbers_of_numpy_are_numbers(method, backend, device, generator) -> None:
+    params = parameters(generator, device=device)
+    one = method.ours(params, lr=np.float32(0.25), eps=np.float64(1e-8), backend=backend)
+    other = method.ours(copies(params), lr=0.25, backend=backend)
+    run(one, 2)
+    run(other, 2)
+    assert_same_bits(one, other)

@@ -223,3 +223,31 @@ def test_autograd_notices_that_a_step_came_before_backward(make):
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_gradient_that_becomes_a_view_of_its_negative_is_taken_as_what_it_stands_for(make):
+    one, other = parameters((5, 7), (11,)), parameters((5, 7), (11,))
+    optimizers = make(one, lr=1e-2), make(other, lr=1e-2)
+    for optimizer in optimizers:
+        optimizer.step()
+    for p, q in zip(one, other, strict=True):
+        g = torch.randn_like(p)
+        p.grad, q.grad = torch._neg_view(-g), g
+        assert p.grad.is_neg()
+    for optimizer in optimizers:
+        optimizer.step()
+    for p, q in zip(one, other, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(torch, "_lazy_clone"), reason="needs copy-on-write")
+def test_a_copy_on_write_clone_of_a_parameter_keeps_its_values(make):
+    made = parameters((5, 7), (11,))
+    optimizer = make(made)
+    optimizer.step()
+    clones = [torch._lazy_clone(p.detach()) for p in made]
+    before = [p.detach().clone() for p in made]
+    optimizer.step()
+    for p, clone, was in zip(made, clones, before, strict=True):
+        assert torch.equal(clone, was)
+        assert not torch.equal(p, was)

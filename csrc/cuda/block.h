@@ -383,8 +383,9 @@ private:
         }
         block_barrier();
         const Decided& decided = shared_.decided[turn_];
-        // Two batches of loads under way where registers suffice: Adan's 16-bit elements are many and wide.
-        if constexpr (R::states * lanes <= 24) {
+        // Two batches of loads under way where registers suffice: not for Adan's 16-bit elements, which are many and
+        // wide, nor its float64, each of which takes two registers, and its arithmetic more.
+        if constexpr (R::states * lanes * (sizeof(T) == 8 ? 4 : 1) <= 24) {
             for (; part.wide(i + stride); i += 2 * stride) {
                 Batch<R> one, other;
                 part.load(one, i);

@@ -30,6 +30,10 @@ Executor::Executor(Plan plan, std::vector<Tensor> tensors, int groups, int devic
         throw std::invalid_argument("the plan is for " + std::to_string(plan_.tensors.size()) + " tensors, not " +
                                     std::to_string(tensors_.size()));
     kernel_ = {family_of(tensors_[0].rule), tensors_[0].types};
+    // In-chunk indices are int, and run past the end by a few strides.
+    if (plan_.limits.chunk_elements > 1 << 30)
+        throw std::invalid_argument("a chunk has at most 2^30 elements on a GPU, not " +
+                                    std::to_string(plan_.limits.chunk_elements));
     if (!is_compiled(kernel_.types)) throw std::invalid_argument("no kernel is compiled for these types");
     for (const Tensor& tensor : tensors_)
         if (!(Kernel{family_of(tensor.rule), tensor.types} == kernel_))
@@ -142,6 +146,7 @@ void Executor::send(std::int64_t offset, const unsigned char* bytes, std::int64_
     // A captured launch sends what it needs each time it is replayed, so that from the first capture on nobody knows
     // what the table holds.
     if (known && !captured_) return;
+    sent.clear();  // should one of several fail
     for (std::int64_t from = 0; from < count; from += Parcel::capacity) {
         Parcel parcel;
         parcel.to = address_ + offset + from;

@@ -135,6 +135,8 @@ bool Glance::sees_every_change(TensorReader& reader) const {
         {"t.untyped_storage().resize_(0)", true},
         {"t.untyped_storage().resize_(1 << 20)", true},
         {"torch.utils.swap_tensors(t, torch.zeros(12))", true},
+        {"torch.utils.swap_tensors(t, torch._neg_view(t.data))", true},
+        {"torch._lazy_clone(t)", true},  // shares the storage until either is written
     };
     py::dict names;
     names["torch"] = py::module_::import("torch");
@@ -167,6 +169,10 @@ Look Glance::look(PyObject* tensor, const TensorView& view) const {
     look.item_bytes = bytes_of(*view.type);
     look.class_ = Py_TYPE(tensor);
     look.kind = word<std::uint64_t>(impl, kind_at_);
+    look.keys = word<std::uint64_t>(impl, kind_at_ + 8);
+    const char* storage = word<const char*>(impl, storage_at_);
+    if (storage == nullptr) return look;
+    look.owner = word<const void*>(storage, data_at_ + 8);
     for (std::int32_t i = 0; i < view.dimensions; ++i) look.axes[i] = {view.shape[i], view.strides[i]};
     look.taken = true;
     // What a glance finds must be what PyTorch says.

@@ -25,7 +25,8 @@ struct Look {
     std::int32_t dimensions = 0;
     std::int64_t item_bytes = 0;
     PyTypeObject* class_ = nullptr;
-    std::uint64_t kind = 0;  // type, device and flags
+    std::uint64_t kind = 0, keys = 0;  // type, device and flags; and whether it stands for its negative
+    const void* owner = nullptr;       // how its storage is freed: copy-on-write is another owner
     struct {
         std::int64_t size, stride;
     } axes[5] = {};
@@ -47,8 +48,10 @@ public:
     void* find(PyObject* tensor, const Look& look) const {
         if (!look.taken || !works_ || Py_TYPE(tensor) != look.class_) return nullptr;
         const char* impl = word<const char*>(tensor, impl_at_);
+        if (impl == nullptr) return nullptr;
         const char* storage = word<const char*>(impl, storage_at_);
-        if (storage == nullptr || word<std::uint64_t>(impl, kind_at_) != look.kind ||
+        if (storage == nullptr || word<const void*>(storage, data_at_ + 8) != look.owner ||
+            word<std::uint64_t>(impl, kind_at_) != look.kind || word<std::uint64_t>(impl, kind_at_ + 8) != look.keys ||
             word<std::int64_t>(impl, dimensions_at_) != look.dimensions)
             return nullptr;
         for (std::int32_t i = 0; i < look.dimensions; ++i) {

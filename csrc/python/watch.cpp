@@ -10,6 +10,14 @@ namespace {
 
 PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
 
+// No description tells.
+bool stands_for_its_negative(PyObject* tensor) {
+    static PyObject* const is_neg = interned("is_neg");
+    py::object answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, is_neg));
+    if (!answer) throw py::error_already_set();
+    return answer.ptr() == Py_True;
+}
+
 }  // namespace
 
 std::vector<Watch::Item> Watch::items_of(PyObject* dictionary) {
@@ -54,7 +62,7 @@ bool Watch::Expected::find(PyObject* tensor, void*& there) {
     there = glance().find(tensor, look);
     if (there != nullptr) return true;
     TensorView view;
-    if (!reader().read(tensor, view) || !fits(view)) return false;
+    if (!reader().read(tensor, view) || !fits(view) || stands_for_its_negative(tensor)) return false;
     // Next time it looks as it does now: its class or flags may have changed, which need not fit.
     look = glance().look(tensor, view);
     there = view.data;

@@ -278,6 +278,8 @@ void test_mistakes() {
     agr::Tensor odd = row;
     odd.types.state = Type::bfloat16;
     CHECK(refused([&] { cuda::Executor(one, {odd}, 1, 0, 1, launcher); }), "types that no kernel takes");
+    const Plan huge({{1, 4, true}}, {(std::int64_t{1} << 30) + 1, 0, 0, false});
+    CHECK(refused([&] { cuda::Executor(huge, {row}, 1, 0, 1, launcher); }), "a chunk too large for an index");
     cuda::Executor unattached(one, {row}, 1, 0, 1, launcher);
     const void* gradient = nullptr;
     CHECK(refused([&] { unattached.launch(&gradient, {{}}, {}, cuda::Phase::all, nullptr); }), "no table");
