@@ -53,7 +53,7 @@ class Kernel:
     """One kernel for one architecture."""
 
     resources: dict[str, int] = field(default_factory=dict)
-    instructions: list[str] = field(default_factory=list)
+    instructions: list[str] = field(default_factory=list, repr=False)
 
     def count(self, pattern: str) -> int:
         return sum(re.match(pattern, instruction) is not None for instruction in self.instructions)
