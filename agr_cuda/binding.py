@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,27 @@ class Binding:
     def plain(self) -> bool:
         """Whether the parameter is a tensor in a device's memory, not a wrapper around others."""
         return is_plain(self.parameter)
+
+
+def planned(bindings: Sequence[Binding]) -> list[tuple[int, int, bool]]:
+    """Return what a plan is told of each tensor: elements, bytes of a gradient's element, whether it is regularized."""
+    return [(b.parameter.numel(), b.gradient.element_size(), b.regularize) for b in bindings]
+
+
+def rows(rule: str, bindings: Sequence[Binding]) -> list[tuple[Any, ...]]:
+    """Return what a native executor is told of each tensor: rule, group, parameter, gradient, states, step, fresh."""
+    return [
+        (
+            f"{rule}_amsgrad" if b.amsgrad else rule,
+            b.group,
+            b.parameter,
+            b.gradient,
+            tuple(b.state[key] for key in b.keys),
+            b.state.get("step"),
+            b.fresh,
+        )
+        for b in bindings
+    ]
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .binding import Binding
+from .binding import Binding, planned, rows
 from .native import native
 
 
@@ -19,22 +19,7 @@ class CpuLaunch:
     def __init__(self, rule: str, bindings: Sequence[Binding], clip: bool) -> None:
         _C = native()
         self.gradients = _C.GradientTable()
-        plan = _C.Plan([(b.parameter.numel(), b.gradient.element_size(), b.regularize) for b in bindings], clip)
-        self._executor = _C.CpuExecutor(
-            plan,
-            [
-                (
-                    f"{rule}_amsgrad" if b.amsgrad else rule,
-                    b.group,
-                    b.parameter,
-                    b.gradient,
-                    tuple(b.state[key] for key in b.keys),
-                    b.state.get("step"),
-                    b.fresh,
-                )
-                for b in bindings
-            ],
-        )
+        self._executor = _C.CpuExecutor(_C.Plan(planned(bindings), clip), rows(rule, bindings))
 
     def square_sum(self) -> float:
         """Return the sum of the squares of all gradients' elements."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .binding import Binding
+from .binding import Binding, planned, rows
 from .native import native
 from .options import number
 
@@ -162,30 +162,14 @@ class CudaLaunch:
                 rule, first.parameter, first.gradient, self._index
             )
         plan = _C.Plan(
-            [(b.parameter.numel(), b.gradient.element_size(), b.regularize) for b in bindings],
+            planned(bindings),
             clip,
             chunk_elements=_limit("CHUNK", chunk),
             window_bytes=_limit("WINDOW", window),
             lead_bytes=_limit("LEAD", lead),
         )
-        self._executor = _C.CudaExecutor(
-            plan,
-            [
-                (
-                    f"{rule}_amsgrad" if b.amsgrad else rule,
-                    b.group,
-                    b.parameter,
-                    b.gradient,
-                    tuple(b.state[key] for key in b.keys),
-                    b.state.get("step"),
-                    b.fresh,
-                )
-                for b in bindings
-            ],
-            groups,
-            self._index,
-            _limit("BLOCKS", resident) * multiprocessors,
-        )
+        blocks = _limit("BLOCKS", resident) * multiprocessors
+        self._executor = _C.CudaExecutor(plan, rows(rule, bindings), groups, self._index, blocks)
         table = torch.empty(self._executor.table_bytes, dtype=torch.uint8)
         self._executor.write_table(table)
         #: What launches read, and tell each other, on the device.
