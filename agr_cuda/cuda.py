@@ -153,6 +153,8 @@ class CudaLaunch:
         self.unsettled = False
         #: Whether a launch was captured into a graph, which needs the table from then on.
         self.captured = False
+        #: Whether what the graph needs is kept by the optimizer.
+        self.kept = False
         self._index = self.device.index or 0
         self._stream = current_stream(self._index)
 
@@ -226,6 +228,11 @@ class CudaLaunch:
                 stream, counted, fresh, stepped,
             )  # fmt: skip
 
+    def capturing(self) -> bool:
+        """Whether work on this device's current stream is being captured in a graph."""
+        with self._current_device():
+            return not rehearsing() and torch.cuda.is_current_stream_capturing()
+
     def _current_device(self) -> AbstractContextManager[Any]:
         """Make this launch's device the current one, in PyTorch's way, which makes no context on the one before."""
         if rehearsing() or torch.cuda.current_device() == self._index:
@@ -236,7 +243,7 @@ class CudaLaunch:
         """Let this stream wait for the step before, which has the table, and keep what both use."""
         streams: Any = torch.cuda  # parts of it have no types
         current = streams.current_stream(self.device)
-        if not streams.is_current_stream_capturing():  # nor could a capture wait for what is outside of it
+        if not self.capturing():  # nor could a capture wait for what is outside of it
             default = streams.default_stream(self.device)  # whose address is 0, which ExternalStream takes for none
             current.wait_stream(streams.ExternalStream(self._stream, device=self.device) if self._stream else default)
         for used in (self.table, self.squares, *(b.relaid for b in self.bindings)):

@@ -281,7 +281,7 @@ class AGROptimizer(torch.optim.Optimizer):
         if scaling.found_inf is not None and schedule.on_host and number(scaling.found_inf) != 0:
             return
         if schedule.cuda:
-            self._check_capture()
+            self._check_capture(schedule)
             self._count_on_devices(schedule, scaling)
         if schedule.relaid:
             with torch.no_grad():
@@ -310,7 +310,6 @@ class AGROptimizer(torch.optim.Optimizer):
         stepped = [id(b.parameter) for b in schedule.bindings] if self._fresh and not unknown else []
         for i, launch in enumerate(schedule.cuda):
             last = schedule.cpu is None and i + 1 == len(schedule.cuda)
-            was_captured = launch.captured
             launch.update(
                 on_devices[i],
                 self._counts(schedule, i),
@@ -323,8 +322,9 @@ class AGROptimizer(torch.optim.Optimizer):
                 stepped if last else [],
             )
             launch.unsettled = launch.unsettled or (unknown and bool(self._fresh))
-            if launch.captured and not was_captured:
+            if launch.captured and not launch.kept:
                 self._keep_for_graphs(launch)
+                launch.kept = True
         if schedule.cpu is not None:
             schedule.cpu.update(host_numbers, native_clip, counted, self._fresh, stepped)
         elif not schedule.cuda:
@@ -372,11 +372,11 @@ class AGROptimizer(torch.optim.Optimizer):
 
     # Graphs, and step counts on devices.
 
-    def _check_capture(self) -> None:
+    def _check_capture(self, schedule: Schedule) -> None:
         """Raise RuntimeError if a graph is being captured with step counts or numbers that it would repeat."""
         if all(group["capturable"] for group in self.param_groups) or rehearsing():
             return
-        if torch.cuda.is_current_stream_capturing():
+        if any(launch.capturing() for launch in schedule.cuda):
             index = next(i for i, group in enumerate(self.param_groups) if not group["capturable"])
             raise RuntimeError(
                 f"step() is being captured in a CUDA graph, and group {index} has capturable=False; it must be True"

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ["csrc/plan.cpp", "csrc/cpu/executor.cpp", "csrc/cpu/pool.cpp", "csrc/cpu/instruction_set.cpp"]
-FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-fno-math-errno", "-ffp-contract=fast"]
+FLAGS = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-pthread", "-fno-math-errno", "-ffp-contract=fast"]
 KERNEL_FLAGS = ["-Wno-psabi", "-Wno-maybe-uninitialized"]
 SANITIZERS = {
     "plain": [],
@@ -32,6 +32,10 @@ if platform.machine() in ("x86_64", "AMD64"):
 CUDA_SOURCES = ["csrc/plan.cpp", "csrc/cuda/executor.cpp"]
 CUDA_PROGRAM = ["tests/emulation/test_cuda.cpp", "tests/emulation/host_launcher.cpp"]
 CUDA_FLAGS = ["-DAGR_BLOCK_THREADS=8", "-DAGR_WARP_THREADS=4", "-Wno-unknown-pragmas"]
+# The device contracts a product and a sum into one operation; a host that can shall do so too.
+CPU_INFO = Path("/proc/cpuinfo")
+if CPU_INFO.exists() and "fma" in CPU_INFO.read_text().split():
+    CUDA_FLAGS.append("-mfma")
 
 
 @pytest.fixture(scope="module", params=SANITIZERS)

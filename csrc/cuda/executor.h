@@ -81,7 +81,7 @@ private:
 };
 
 // Chunks of 16 KB, so that few of them are in progress at the end while other blocks have nothing left to do, and all
-// that are in progress take a share of the cache. A window of a quarter of the cache, and a lead of as much as is in
+// that are in progress take a share of the cache. A window of an eighth of the cache, and a lead of as much as is in
 // progress at once.
 Plan::Limits default_limits(const Types& types, const Launcher::Device& device, int resident_blocks, bool clip);
 
