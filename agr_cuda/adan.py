@@ -109,12 +109,17 @@ class Adan(AGROptimizer):
 
     def _count_on_devices(self, schedule: Schedule, scaling: Scaling) -> None:
         devices = {launch.device for launch in schedule.cuda}
+        for group in self.param_groups:
+            if (
+                isinstance(group["step"], Tensor) and group["step"].device not in devices
+            ):  # where nothing counts any more
+                group["step"] = int(number(group["step"]))
         for launch in schedule.cuda:
             for index in launch.groups:
                 group = self.param_groups[index]
                 step = group["step"]
                 if isinstance(step, Tensor):
-                    fits = step.dtype == torch.float32 and step.dim() == 0 and step.device in devices
+                    fits = step.dtype == torch.float32 and step.dim() == 0
                 else:
                     fits = not group["capturable"] and scaling.found_inf is None
                 if not fits:

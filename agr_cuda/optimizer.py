@@ -282,7 +282,7 @@ class AGROptimizer(torch.optim.Optimizer):
             return
         if schedule.cuda:
             self._check_capture(schedule)
-            self._count_on_devices(schedule, scaling)
+        self._count_on_devices(schedule, scaling)
         if schedule.relaid:
             with torch.no_grad():
                 for binding in schedule.relaid:
@@ -383,7 +383,7 @@ class AGROptimizer(torch.optim.Optimizer):
             )
 
     def _count_on_devices(self, schedule: Schedule, scaling: Scaling) -> None:
-        """Put step counts of groups on a device where the host cannot know them."""
+        """Put step counts of groups on a device where the host cannot know them, and back where no device counts."""
 
     def _counted_by_host(self) -> list[dict[str, Any]]:
         """Return the groups whose step count is a number."""

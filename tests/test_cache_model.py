@@ -254,7 +254,7 @@ def test_traffic_predicts_every_rule_at_every_share(tmp_path: Path, capsys: pyte
     assert [(row["set"], row["rule"], row["share"]) for row in found] == expected
     assert [row["ideal_bytes"] for row in found[::2]] == [28 * 300_000, 44 * 300_000, 28 * 10_000, 44 * 10_000]
     totals = [row["total"] for row in found]
-    assert 28 < totals[0] < totals[1] < 32  # type: ignore[operator]
+    assert 28 < totals[0] < totals[1] < 32
     assert totals[4:] == [28, 28, 44, 44]
     assert "3 tensors of 100,000" in capsys.readouterr().out
 
@@ -262,8 +262,8 @@ def test_traffic_predicts_every_rule_at_every_share(tmp_path: Path, capsys: pyte
 def test_on_chip_says_what_it_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = run(tmp_path, "--on-chip=131072", "--share=1")["predictions"]
     assert [row["on_chip_bytes"] for row in found] == [0, 131072] * 4
-    assert found[1]["total"] < found[0]["total"]  # type: ignore[operator]
-    assert f"{found[0]['total'] - found[1]['total']:.2f}" in capsys.readouterr().out  # type: ignore[operator]
+    assert found[1]["total"] < found[0]["total"]
+    assert f"{found[0]['total'] - found[1]['total']:.2f}" in capsys.readouterr().out
 
 
 def test_a_sweep_says_which_window_and_lead_are_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,8 +275,8 @@ def test_a_sweep_says_which_window_and_lead_are_best(tmp_path: Path, capsys: pyt
     line = next(
         line for line in capsys.readouterr().out.splitlines() if line.startswith("3 tensors of 100,000, share 1:")
     )
-    highest = max(row["reach"] for row in own)  # type: ignore[type-var]
-    assert float(line.rpartition(" ")[2].rstrip("%")) == pytest.approx(100 * highest, abs=0.16)  # type: ignore[operator]
+    highest = max(row["reach"] for row in own)
+    assert float(line.rpartition(" ")[2].rstrip("%")) == pytest.approx(100 * highest, abs=0.16)
 
 
 @pytest.mark.parametrize("option", ["--sets=gpt5", "--l2=0", "--blocks=-1", "--share=0", "--dtype=int8", "--tag=../x"])

@@ -428,3 +428,13 @@ def test_a_late_parameter_starts_with_no_difference(method: Method, backend, dev
         optimizer.step()
         expected.step(oracle_gradients(params))
     assert_close(optimizer, expected)
+
+
+def test_a_count_on_a_device_goes_on_where_no_device_counts(backend, device, generator) -> None:
+    """Adan's group changes to a backend that counts on the host: no step is lost."""
+    params = parameters(generator, SMALL, device=device)
+    ours = agr_cuda.Adan(params, capturable=True, backend=backend)
+    run(ours, 2)
+    ours.backend = "reference"
+    run(ours, range(2, 5))
+    assert int(ours.param_groups[0]["step"]) == 5

@@ -21,12 +21,6 @@ def device() -> torch.device:
     return device_of("cuda")
 
 
-@pytest.fixture(autouse=True)
-def needs_the_backend() -> None:
-    if "cuda" not in agr_cuda.available_backends():
-        pytest.skip("the cuda backend is not there")
-
-
 class Operations(TorchDispatchMode):
     """Notes the operations of PyTorch that are called."""
 
