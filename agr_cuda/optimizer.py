@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import threading
 import warnings
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as optimizer_module
 from torch.optim.optimizer import ParamsT
 
 from .backends import check_backend
@@ -25,6 +28,34 @@ def _snapshot(group: dict[str, Any]) -> tuple[Any, ...]:
     if isinstance(lr, Tensor):
         lr = lr.item() if lr.device.type == "cpu" and lr.numel() == 1 else ("tensor", id(lr))
     return lr, tuple(group["betas"]), group["eps"], group["weight_decay"]
+
+
+def _level_of_caller() -> int:
+    """Return the stacklevel with which a warning points at whoever called step(), through whatever wraps that."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(("agr_cuda.", "torch.")):
+        level, frame = level + 1, frame.f_back
+    return level - 1  # of whoever asks this
+
+
+def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Let hooks and profilers see a step, as torch.optim.Optimizer does, without its price where there are none.
+
+    Entering and leaving a region of the profiler takes longer than all that a step of some hundred tensors does else.
+    """
+    seen = torch.optim.Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def wrapper(self: AGROptimizer, *args: Any, **kwargs: Any) -> Any:
+        if type(self).step is not wrapper:  # a subclass has its own, which has the hooks
+            return step(self, *args, **kwargs)
+        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or pre_hooks or post_hooks
+        return (seen if hooks or profiling() else step)(self, *args, **kwargs)
+
+    pre_hooks, post_hooks = optimizer_module._global_optimizer_pre_hooks, optimizer_module._global_optimizer_post_hooks
+    profiling = torch._C._autograd._profiler_enabled
+    wrapper.hooked = True  # type: ignore[attr-defined]  # so that torch.optim.Optimizer does not do it again
+    return wrapper
 
 
 class AGROptimizer(torch.optim.Optimizer):
@@ -159,6 +190,7 @@ class AGROptimizer(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @_hooked
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
 
@@ -274,7 +306,7 @@ class AGROptimizer(torch.optim.Optimizer):
             warnings.warn(
                 "AGR makes the gradient of a tensor of one element exactly 0, so that it never trains: "
                 f"{'; '.join(places)}. Put such parameters into a parameter group with agr=False",
-                stacklevel=6,  # the caller of step(), which torch.optim.Optimizer wraps
+                stacklevel=_level_of_caller(),
             )
 
     def _run(self, schedule: Schedule, scaling: Scaling) -> None:
@@ -331,9 +363,7 @@ class AGROptimizer(torch.optim.Optimizer):
             for group in counted:
                 group["step"] += 1
             self._fresh.difference_update(stepped)
-        if schedule.written:
-            # As after any in-place operation of PyTorch, so that autograd notices a backward pass that comes too late.
-            torch.autograd.graph.increment_version(schedule.written)
+        schedule.count_changes()
         if stepped:
             for binding in schedule.bindings:
                 binding.fresh = False

@@ -77,6 +77,14 @@ class Schedule:
         """Whether nothing has moved. If so, this step's gradients are read and stay alive until `release`."""
         return self._watch is not None and self._watch.unchanged(groups, state)
 
+    def count_changes(self) -> None:
+        """Count a change of what was written, as PyTorch's operations in place do.
+
+        So autograd notices a backward pass that comes too late.
+        """
+        if self.written and not (self._watch is not None and self._watch.count_changes()):
+            torch.autograd.graph.increment_version(self.written)
+
     def release(self) -> None:
         """Let go of this step's gradients."""
         if self._watch is not None:

@@ -11,6 +11,7 @@
 #include "plan.h"
 #include "python/bindings.h"
 #include "python/glance.h"
+#include "python/handles.h"
 #include "python/tensor_reader.h"
 #include "python/watch.h"
 
@@ -61,6 +62,8 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "The native core of agr_cuda; see csrc/.";
     m.def("uses_exchange_api", [] { return reader().uses_exchange_api(); });
     m.def("glances", [] { return glance().works(); });
+    m.def("finds_gradients", [] { return glance().finds_gradients() && Handles::work(); });
+    m.def("counts_changes", [] { return glance().counts_changes(); });
     m.def("use_glances", [](bool wanted) { glance().use(wanted); }, py::arg("wanted"));
     m.def("use_exchange_api", [](bool wanted) { reader().use_exchange_api(wanted); }, py::arg("wanted"));
 
@@ -94,6 +97,7 @@ PYBIND11_MODULE(_C, m) {
              py::arg("relaid"))
         .def("add_untabled", &Watch::add_untabled, py::arg("index"))
         .def("unchanged", &Watch::unchanged, py::arg("groups"), py::arg("state"))
+        .def("count_changes", &Watch::count_changes)
         .def("release", &Watch::release);
 
     bind_cpu(m);

@@ -27,6 +27,7 @@ from helpers import (
     same_bits,
 )
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import agr_cuda
 
@@ -119,6 +120,51 @@ def test_hooks_run_around_the_step(method, backend, device, generator) -> None:
     handle.remove()
     run(optimizer, 1)
     assert len(seen) == 3
+
+
+def test_a_subclass_with_a_step_of_its_own_has_hooks_once(method, generator) -> None:
+    class Own(method.ours):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    seen = []
+    optimizer = Own(parameters(generator, SMALL))
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    run(optimizer, 2)
+    assert seen == ["before", "after"] * 2
+
+
+def test_hooks_of_all_optimizers_run(method, generator) -> None:
+    seen = []
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: seen.append("before")),
+        register_optimizer_step_post_hook(lambda *_: seen.append("after")),
+    ]
+    optimizer = method.ours(parameters(generator, SMALL))
+    run(optimizer, 1)
+    for handle in handles:
+        handle.remove()
+    run(optimizer, 1)
+    assert seen == ["before", "after"]
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_the_warning_of_one_element_points_at_the_caller(hooked, method) -> None:
+    optimizer = method.ours([torch.ones(1, requires_grad=True)])
+    if hooked:
+        optimizer.register_step_pre_hook(lambda *_: None)
+    give_gradients(all_params(optimizer), torch.Generator())
+    with pytest.warns(UserWarning, match=r"group 0, parameter 0\. Put such parameters .* agr=False") as caught:
+        optimizer.step()
+    assert caught[0].filename == __file__
+
+
+def test_a_profiler_sees_the_step(method, generator) -> None:
+    optimizer = method.ours(parameters(generator, SMALL))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run(optimizer, 1)
+    assert [e.count for e in profile.key_averages() if e.key == f"Optimizer.step#{method}.step"] == [1]
 
 
 SCHEDULERS = {

@@ -1,5 +1,6 @@
 """A plan is reused from step to step, and made anew exactly when something that it depends on has changed."""
 
+import ctypes
 import gc
 import weakref
 
@@ -30,7 +31,8 @@ def read_tensors(request):
 
 @pytest.mark.skipif(not native().uses_exchange_api(), reason="needs PyTorch 2.10, whose DLPack tells where sizes are")
 def test_the_words_to_glance_at_are_found(read_tensors):
-    assert native().glances() == (read_tensors == "glances")
+    wanted = read_tensors == "glances"
+    assert (native().glances(), native().finds_gradients(), native().counts_changes()) == (wanted,) * 3
 
 
 def parameters(*shapes):
@@ -203,6 +205,73 @@ def test_gradients_are_not_kept_alive_beyond_the_step(make):
     gradient = weakref.ref(given[0].grad)
     given[0].grad = None
     assert gradient() is None
+
+
+def test_gradients_are_kept_alive_until_the_step_is_made(make):
+    given = parameters((6,))
+    optimizer = make(given)
+    optimizer.step()
+
+    class Memory(ctypes.Array):
+        _type_, _length_ = ctypes.c_float, 6
+
+    memory = Memory()
+    given[0].grad = torch.frombuffer(memory, dtype=torch.float32)
+    alive = weakref.ref(memory)
+    del memory
+    schedule = optimizer._schedule
+    assert schedule.fits(optimizer.param_groups, optimizer.state)
+    given[0].grad = None
+    assert alive() is not None
+    schedule.release()
+    assert alive() is None
+
+
+class WithGradientOfItsOwn(torch.nn.Parameter):
+    """Its gradient is not where PyTorch keeps others'."""
+
+    @property
+    def grad(self):
+        return self.other_grad
+
+    @grad.setter
+    def grad(self, value):
+        self.other_grad = value
+
+
+def test_a_class_may_say_itself_what_its_gradient_is(make):
+    one, other = parameters((5, 7), (11,)), parameters((5, 7), (11,))
+    theirs = [WithGradientOfItsOwn(p.detach()) for p in other]
+    optimizers = make(one, lr=1e-2), make(theirs, lr=1e-2)
+    for _ in range(2):
+        for p, q in zip(one, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(one, theirs, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_step_counts_as_one_change_of_every_parameter(make):
+    given = parameters((5, 7), (11,), ())
+    optimizer = make([{"params": given}, {"params": parameters((3,)), "foreach": True}])
+    optimizer.step()
+    before = [p._version for p in given]
+    optimizer.step()
+    assert [p._version for p in given] == [version + 1 for version in before]
+
+
+def test_parameters_made_in_inference_mode(make):
+    with torch.inference_mode():
+        given = [torch.randn(5), torch.randn(7)]
+    for p in given:
+        p.grad = torch.randn(p.shape)
+    optimizer = make(given)
+    before = [p.clone() for p in given]
+    for _ in range(2):
+        optimizer.step()
+    assert not any(torch.equal(p, was) for p, was in zip(given, before, strict=True))
 
 
 def test_an_optimizer_that_its_parameters_refer_to_is_collected(make):

@@ -44,16 +44,26 @@ private:
     bool first_ = true;
 };
 
+// Whether something was found; it was not if PyTorch has become otherwise.
+template <class Find>
+bool succeeds(const Find& find) {
+    try {
+        return find();
+    } catch (const std::exception&) {
+        return false;
+    }
+}
+
 }  // namespace
 
 Glance::Glance(TensorReader& reader) {
-    try {
-        // Without DLPack's C interface, sizes are read into memory of the reader's own.
-        found_ = reader.uses_exchange_api() && sizeof(void*) == 8 && find_words(reader) && sees_every_change(reader);
-    } catch (const std::exception&) {
-        found_ = false;  // PyTorch has become otherwise
-    }
+    // Without DLPack's C interface, sizes are read into memory of the reader's own.
+    found_ = succeeds([&] {
+        return reader.uses_exchange_api() && sizeof(void*) == 8 && find_words(reader) && sees_every_change(reader);
+    });
     works_ = found_;
+    finds_gradients_ = found_ && succeeds([&] { return find_gradients(); });
+    counts_changes_ = found_ && succeeds([&] { return find_change_count(); });
 }
 
 bool Glance::find_words(TensorReader& reader) {
@@ -67,8 +77,9 @@ bool Glance::find_words(TensorReader& reader) {
     };
     constexpr std::ptrdiff_t offsets[] = {11, 13, 17, 19, 5};
     constexpr int types = 4;
-    std::vector<std::uint64_t> kinds;
-    Places impl_places, storage_places, data_places, shape_places;
+    std::vector<std::int64_t> kinds;
+    std::ptrdiff_t shape_seen = 0;
+    Places impl_places, storage_places, data_places;
     for (int i = 0; i < 5; ++i) {
         py::object tensor = made(expressions[i]);
         TensorView view;
@@ -85,22 +96,19 @@ bool Glance::find_words(TensorReader& reader) {
         impl_places.narrow(tensor.ptr(), sizeof(PyObject), Py_TYPE(tensor.ptr())->tp_basicsize, impl);
         storage_places.narrow(impl, 8, shape_at, storage);
         data_places.narrow(storage, 8, 48, data);
-        shape_places.narrow(&shape_at, 0, 8, reinterpret_cast<const void*>(i == 0 ? shape_at : shape_at_));
-        shape_at_ = shape_at;
-        strides_at_ = strides_at;
+        if (i > 0 && shape_at != shape_seen) return false;
+        shape_seen = shape_at;
         // Before the sizes, how many they are; after the strides the offset in the storage, the number of elements, and
         // then type and device.
-        dimensions_at_ = shape_at - 8;
-        offset_at_ = strides_at + 40;
-        kind_at_ = offset_at_ + 16;
-        if (word<std::int64_t>(impl, dimensions_at_) != view.dimensions) return false;
-        if (word<std::int64_t>(impl, offset_at_) != offsets[i]) return false;
-        if (word<std::int64_t>(impl, offset_at_ + 8) != view.elements()) return false;
-        for (std::uint64_t other : kinds)
-            if (i < types && word<std::uint64_t>(impl, kind_at_) == other) return false;
-        kinds.push_back(word<std::uint64_t>(impl, kind_at_));
+        image_at_ = shape_at - 8;
+        if (of_image(impl, Image::dimensions) != view.dimensions) return false;
+        if (of_image(impl, Image::offset) != offsets[i]) return false;
+        if (of_image(impl, Image::elements) != view.elements()) return false;
+        for (std::int64_t other : kinds)
+            if (i < types && of_image(impl, Image::kind) == other) return false;
+        kinds.push_back(of_image(impl, Image::kind));
     }
-    if (!impl_places.one() || !storage_places.one() || !data_places.one() || !shape_places.one()) return false;
+    if (!impl_places.one() || !storage_places.one() || !data_places.one()) return false;
     impl_at_ = impl_places.front();
     storage_at_ = storage_places.front();
     data_at_ = data_places.front();
@@ -145,38 +153,134 @@ bool Glance::sees_every_change(TensorReader& reader) const {
         py::object tensor = names["t"];
         TensorView view;
         if (!reader.read(tensor.ptr(), view)) return false;
+        Images images;
         Look before;
         {
             Glance trying = *this;
             trying.works_ = true;
-            before = trying.look(tensor.ptr(), view);
-            if (!before.taken) return false;
+            before = trying.look(tensor.ptr(), view, images);
+            if (before.image == nullptr) return false;
             py::eval(change.to, names);
-            const bool same = trying.find(tensor.ptr(), before) == view.data;
-            if (same == change.seen) return false;
+            const bool found = trying.find(tensor.ptr(), before) == view.data;
+            if (found == change.seen || trying.same(tensor.ptr(), before) == change.seen) return false;
         }
     }
     return true;
 }
 
-Look Glance::look(PyObject* tensor, const TensorView& view) const {
+// On tensors that get a gradient, lose it, and get another: by assignment and from a backward pass.
+bool Glance::find_gradients() {
+    py::dict names;
+    names["torch"] = py::module_::import("torch");
+    std::vector<py::object> tensors;
+    Places meta_places, gradient_places;
+    for (int i = 0; i < 4; ++i) {
+        py::object t = made("torch.zeros(5)");
+        tensors.push_back(t);
+        const char* impl = static_cast<const char*>(address_of(t));
+        std::vector<const void*> before;
+        for (std::ptrdiff_t at = 0; at < image_at_; at += 8) before.push_back(word<const void*>(impl, at));
+        t.attr("requires_grad_")();
+        // Nothing is kept for autograd before, and something after.
+        const void* meta = nullptr;
+        for (std::ptrdiff_t at = 8; at < image_at_; at += 8) {
+            const void* now = word<const void*>(impl, at);
+            if (now == before[static_cast<std::size_t>(at) / 8]) continue;
+            if (before[static_cast<std::size_t>(at) / 8] != nullptr || meta != nullptr) return false;
+            meta = now;
+        }
+        if (meta == nullptr) return false;
+        meta_places.narrow(impl, 8, image_at_, meta);
+        t.attr("grad") = made("torch.ones(5)");
+        gradient_places.narrow(meta, 8, 72, address_of(t.attr("grad")));
+    }
+    if (!meta_places.one() || !gradient_places.one()) return false;
+    meta_at_ = meta_places.front();
+    gradient_at_ = gradient_places.front();
+
+    for (py::object& t : tensors) {
+        auto gradient = [&] { return impl_of(gradient_of(t.ptr())); };
+        t.attr("grad") = py::none();
+        if (no_tensor_ == nullptr) no_tensor_ = gradient();
+        if (gradient() != no_tensor_) return false;
+        names["t"] = t;
+        py::eval("(3 * t).sum().backward()", names);
+        if (gradient() != address_of(t.attr("grad")) || gradient() == no_tensor_) return false;
+        t.attr("grad") = made("torch.ones(5)");
+        if (gradient() != address_of(t.attr("grad"))) return false;
+        py::eval("torch.utils.swap_tensors(t, torch.zeros(5))", names);
+        if (!undefined(gradient_of(t.ptr()))) return false;
+    }
+    return true;
+}
+
+// A tensor and what is detached of it share their count, and nothing else but the storage; the count is the number that
+// PyTorch gives out as `_version`.
+bool Glance::find_change_count() {
+    std::vector<py::object> tensors;
+    Places counter_places;
+    std::vector<const void*> seen;
+    for (int i = 0; i < 4; ++i) {
+        tensors.push_back(made("torch.zeros(5)"));
+        const py::object other = tensors.back().attr("detach")();
+        const char* impl = static_cast<const char*>(address_of(tensors.back()));
+        const char* shared_with = static_cast<const char*>(address_of(other));
+        const void* counter = nullptr;
+        for (std::ptrdiff_t at = 8; at < image_at_; at += 8) {
+            const void* value = word<const void*>(impl, at);
+            if (at == storage_at_ || value == nullptr || value != word<const void*>(shared_with, at)) continue;
+            // Not what all tensors have in common, such as how often they are referred to.
+            const void* elsewhere = word<const void*>(static_cast<const char*>(address_of(made("torch.zeros(5)"))), at);
+            if (value == elsewhere) continue;
+            if (counter != nullptr) return false;
+            counter = value;
+        }
+        if (counter == nullptr || std::find(seen.begin(), seen.end(), counter) != seen.end()) return false;
+        seen.push_back(counter);
+        counter_places.narrow(impl, 8, image_at_, counter);
+    }
+    if (!counter_places.one()) return false;
+    counter_at_ = counter_places.front();
+
+    // Behind what every counted object has in front, in the first 32 bytes.
+    std::vector<std::ptrdiff_t> places;
+    for (std::ptrdiff_t at = 8; at + 4 <= 32; at += 4) {
+        bool everywhere = true;
+        for (std::size_t i = 0; i < tensors.size(); ++i) {
+            for (std::size_t changes = 0; changes < 3 * i + 2; ++changes) tensors[i].attr("add_")(1);
+            const auto version = py::cast<std::uint32_t>(tensors[i].attr("_version"));
+            everywhere = everywhere && word<std::uint32_t>(seen[i], at) == version;
+        }
+        if (everywhere) places.push_back(at);
+    }
+    if (places.size() != 1) return false;
+    count_at_ = places.front();
+    for (const py::object& tensor : tensors) {
+        const auto before = py::cast<std::uint32_t>(tensor.attr("_version"));
+        count_change(tensor.ptr());
+        if (py::cast<std::uint32_t>(tensor.attr("_version")) != before + 1) return false;
+    }
+    return true;
+}
+
+Look Glance::look(PyObject* tensor, const TensorView& view, Images& images) const {
+    if (!works_ || !view.type || view.dimensions > 5 || view.elements() == 0) return {};
+    if (Py_TYPE(tensor)->tp_basicsize < impl_at_ + 8) return {};
     Look look;
-    if (!works_ || !view.type || view.dimensions > 5 || view.elements() == 0) return look;
-    if (Py_TYPE(tensor)->tp_basicsize < impl_at_ + 8) return look;
-    const char* impl = word<const char*>(tensor, impl_at_);
-    if (reinterpret_cast<const char*>(view.shape) != impl + shape_at_) return look;
-    look.dimensions = view.dimensions;
-    look.item_bytes = bytes_of(*view.type);
+    look.impl = word<const char*>(tensor, impl_at_);
+    if (reinterpret_cast<const char*>(view.shape) != look.impl + image_at_ + 8 * Image::size) return {};
     look.class_ = Py_TYPE(tensor);
-    look.kind = word<std::uint64_t>(impl, kind_at_);
-    look.keys = word<std::uint64_t>(impl, kind_at_ + 8);
-    const char* storage = word<const char*>(impl, storage_at_);
-    if (storage == nullptr) return look;
-    look.owner = word<const void*>(storage, data_at_ + 8);
-    for (std::int32_t i = 0; i < view.dimensions; ++i) look.axes[i] = {view.shape[i], view.strides[i]};
-    look.taken = true;
+    look.storage = word<const char*>(look.impl, storage_at_);
+    if (look.storage == nullptr) return {};
+    look.data = word<const void*>(look.storage, data_at_);
+    look.owner = word<const void*>(look.storage, data_at_ + 8);
+    Image image;
+    std::memcpy(image.word, look.impl + image_at_, sizeof(image.word));
+    for (int i = view.dimensions; i < 5; ++i) image.word[Image::size + i] = image.word[Image::stride + i] = 0;
+    image.item_bytes = bytes_of(*view.type);
+    look.image = &*images.insert(image).first;
     // What a glance finds must be what PyTorch says.
-    look.taken = find(tensor, look) == view.data;
+    if (find(tensor, look) != view.data) return {};
     return look;
 }
 

@@ -18,6 +18,12 @@ bool stands_for_its_negative(PyObject* tensor) {
     return answer.ptr() == Py_True;
 }
 
+// Whether a tensor's gradient is what torch.Tensor says it is, and not what a class of somebody's own does.
+bool has_ordinary_gradient(py::handle tensor) {
+    const py::object base = py::module_::import("torch").attr("Tensor");
+    return py::isinstance(tensor, base) && py::type::of(tensor).attr("grad").is(base.attr("grad"));
+}
+
 }  // namespace
 
 std::vector<Watch::Item> Watch::items_of(PyObject* dictionary) {
@@ -39,39 +45,43 @@ bool Watch::has_items(PyObject* dictionary, const std::vector<Item>& items) {
     return true;
 }
 
-Watch::Expected::Expected(PyObject* tensor, const char* role) : object(tensor) {
+Watch::Expected::Expected(PyObject* tensor, const char* role, Images& images) : object(tensor) {
     const TensorView view = reader().read_or_throw(tensor, role);
     if (!view.type) throw std::runtime_error(std::string("no kernel takes the type of the ") + role);
-    data = view.data;
-    type = *view.type;
-    device_type = view.device_type;
-    device_index = view.device_index;
-    shape.assign(view.shape, view.shape + view.dimensions);
-    strides.assign(view.strides, view.strides + view.dimensions);
-    look = glance().look(tensor, view);
+    description.reset(new Description{view.data,
+                                      *view.type,
+                                      view.device_type,
+                                      view.device_index,
+                                      {view.shape, view.shape + view.dimensions},
+                                      {view.strides, view.strides + view.dimensions}});
+    look = glance().look(tensor, view, images);
 }
 
 bool Watch::Expected::fits(const TensorView& view) const {
-    return view.type == type && view.device_type == device_type && view.device_index == device_index &&
-           static_cast<std::size_t>(view.dimensions) == shape.size() &&
-           std::equal(shape.begin(), shape.end(), view.shape) &&
-           std::equal(strides.begin(), strides.end(), view.strides);
+    const Description& d = *description;
+    return view.type == d.type && view.device_type == d.device_type && view.device_index == d.device_index &&
+           static_cast<std::size_t>(view.dimensions) == d.shape.size() &&
+           std::equal(d.shape.begin(), d.shape.end(), view.shape) &&
+           std::equal(d.strides.begin(), d.strides.end(), view.strides);
 }
 
-bool Watch::Expected::find(PyObject* tensor, void*& there) {
+bool Watch::Expected::find(PyObject* tensor, void*& there, Images& images) {
     there = glance().find(tensor, look);
     if (there != nullptr) return true;
     TensorView view;
     if (!reader().read(tensor, view) || !fits(view) || stands_for_its_negative(tensor)) return false;
-    // Next time it looks as it does now: its class or flags may have changed, which need not fit.
-    look = glance().look(tensor, view);
+    look = glance().look(tensor, view, images);  // as it shall look next time
     there = view.data;
     return true;
 }
 
-bool Watch::Expected::stays() {
-    void* there;
-    return find(object, there) && there == data;
+bool Watch::Expected::stays_as_pytorch_says(Images& images) {
+    TensorView view;
+    if (!reader().read(object, view) || view.data != data() || !fits(view) || stands_for_its_negative(object))
+        return false;
+    // Next time it looks as it does now: its class or flags may have changed, which need not fit.
+    look = glance().look(object, view, images);
+    return true;
 }
 
 Watch::Watch(py::list groups, py::dict state) {
@@ -86,6 +96,8 @@ Watch::Watch(py::list groups, py::dict state) {
         for (py::handle parameter : parameters) {
             Entry entry;
             entry.parameter = keep(parameter);
+            if (glance().finds_gradients() && Handles::work() && has_ordinary_gradient(parameter))
+                entry.class_ = Py_TYPE(parameter.ptr());
             entries_.push_back(std::move(entry));
         }
     }
@@ -105,18 +117,20 @@ void Watch::add(std::size_t index, std::vector<std::string> keys, std::shared_pt
                 std::size_t slot, py::object relaid) {
     Entry& entry = entries_.at(index);
     py::handle parameter = entry.parameter;
-    entry.as_parameter = Expected(entry.parameter, "parameter");
-    entry.as_gradient = Expected(py::object(parameter.attr("grad")).ptr(), "gradient");
+    entry.first = tensors_.size();
+    tensors_.emplace_back(entry.parameter, "parameter", images_);
+    entry.as_gradient = Expected(py::object(parameter.attr("grad")).ptr(), "gradient", images_);
     entry.as_gradient.object = nullptr;
     py::dict state = py::reinterpret_borrow<py::dict>(state_)[parameter];
     entry.state = keep(state);
     for (const std::string& key : keys) {
         py::object tensor = state[py::str(key)];
         entry.keys.push_back(interned(key.c_str()));
-        entry.states.emplace_back(keep(tensor), key.c_str());
+        tensors_.emplace_back(keep(tensor), key.c_str(), images_);
     }
+    entry.end = tensors_.size();
     entry.items = items_of(state.ptr());
-    if (!relaid.is_none()) entry.relaid = Expected(keep(relaid), "copy of the gradient").data;
+    if (!relaid.is_none()) entry.relaid = Expected(keep(relaid), "copy of the gradient", images_).data();
     if (table->addresses.size() <= slot) table->addresses.resize(slot + 1);
     entry.table = std::move(table);
     entry.slot = slot;
@@ -127,7 +141,7 @@ void Watch::add_untabled(std::size_t index) { entries_.at(index).gradient = Grad
 
 bool Watch::unchanged(py::handle groups, py::handle state) {
     static PyObject* const params = interned("params");
-    held_.clear();
+    release();
     if (groups.ptr() != groups_ || state.ptr() != state_) return false;
     if (static_cast<std::size_t>(PyList_GET_SIZE(groups_)) != group_.size()) return false;
     auto entry = entries_.begin();
@@ -142,6 +156,7 @@ bool Watch::unchanged(py::handle groups, py::handle state) {
         }
         if (static_cast<std::size_t>(PyList_GET_SIZE(parameters)) != group.size) return false;
         for (std::size_t j = 0; j < group.size; ++j, ++entry) {
+            fetch(static_cast<std::size_t>(entry - entries_.begin()));
             if (PyList_GET_ITEM(parameters, j) != entry->parameter || !parameter_unchanged(*entry)) return false;
         }
     }
@@ -149,6 +164,53 @@ bool Watch::unchanged(py::handle groups, py::handle state) {
 }
 
 bool Watch::parameter_unchanged(Entry& entry) {
+    if (entry.class_ == nullptr || Py_TYPE(entry.parameter) != entry.class_)
+        return gradient_unchanged_as_python_says(entry) && tensors_unchanged(entry);
+    const void* handle = glance().gradient_of(entry.parameter);
+    if (glance().undefined(handle)) return entry.gradient == Gradient::none;
+    switch (entry.gradient) {
+        case Gradient::none:
+            return false;
+        case Gradient::untabled:
+            return true;
+        case Gradient::tabled:
+            return tensors_unchanged(entry) && gradient_unchanged(entry, handle);
+    }
+    return false;
+}
+
+bool Watch::tensors_unchanged(Entry& entry) {
+    if (entry.gradient != Gradient::tabled) return true;
+    if (!has_states(entry)) return false;
+    const Glance& glances = glance();
+    for (std::size_t i = entry.first; i < entry.end; ++i) {
+        Expected& tensor = tensors_[i];
+        if (!glances.same(tensor.object, tensor.look) && !tensor.stays_as_pytorch_says(images_)) return false;
+    }
+    return true;
+}
+
+// Others may keep their own things beside our states.
+bool Watch::has_states(Entry& entry) {
+    if (has_items(entry.state, entry.items)) return true;
+    for (std::size_t i = 0; i < entry.keys.size(); ++i) {
+        if (PyDict_GetItemWithError(entry.state, entry.keys[i]) != tensors_[entry.first + 1 + i].object) {
+            PyErr_Clear();
+            return false;
+        }
+    }
+    entry.items = items_of(entry.state);
+    return true;
+}
+
+bool Watch::gradient_unchanged(Entry& entry, const void* handle) {
+    void* there = glance().find_impl(Glance::impl_of(handle), entry.as_gradient.look);
+    if (there == nullptr || !handles_.hold(handle)) return gradient_unchanged_as_python_says(entry);
+    entry.table->addresses[entry.slot] = entry.relaid != nullptr ? entry.relaid : there;
+    return true;
+}
+
+bool Watch::gradient_unchanged_as_python_says(Entry& entry) {
     static PyObject* const grad = interned("grad");
     py::object gradient = py::reinterpret_steal<py::object>(PyObject_GetAttr(entry.parameter, grad));
     if (!gradient) throw py::error_already_set();
@@ -157,26 +219,39 @@ bool Watch::parameter_unchanged(Entry& entry) {
     if (entry.gradient == Gradient::untabled) return true;
 
     void* there;
-    if (!entry.as_parameter.stays() || !states_unchanged(entry) || !entry.as_gradient.find(gradient.ptr(), there))
-        return false;
+    if (!entry.as_gradient.find(gradient.ptr(), there, images_)) return false;
     entry.table->addresses[entry.slot] = entry.relaid != nullptr ? entry.relaid : there;
     held_.push_back(std::move(gradient));
     return true;
 }
 
-bool Watch::states_unchanged(Entry& entry) {
-    // Others may keep their own things beside our states.
-    if (!has_items(entry.state, entry.items)) {
-        for (std::size_t i = 0; i < entry.keys.size(); ++i) {
-            if (PyDict_GetItemWithError(entry.state, entry.keys[i]) != entry.states[i].object) {
-                PyErr_Clear();
-                return false;
-            }
+// So that the words of several tensors are under way at once where they are not in the cache: a backward pass has gone
+// through it since the last step.
+void Watch::fetch(std::size_t index) const {
+    const Glance& glances = glance();
+    constexpr std::size_t far = 8, near = 4;
+    if (index + far < entries_.size()) {
+        const Entry& entry = entries_[index + far];
+        for (std::size_t i = entry.first; i < entry.end; ++i) {
+            __builtin_prefetch(tensors_[i].object);
+            glances.fetch(tensors_[i].look);
         }
-        entry.items = items_of(entry.state);
     }
-    for (Expected& state : entry.states)
-        if (!state.stays()) return false;
+    if (index + near < entries_.size()) {
+        const Entry& entry = entries_[index + near];
+        if (entry.class_ == nullptr) return;
+        const void* handle = glances.gradient_of(entry.parameter);
+        if (!glances.undefined(handle)) glances.fetch_image(Glance::impl_of(handle));
+    }
+}
+
+bool Watch::count_changes() const {
+    const Glance& glances = glance();
+    if (!glances.counts_changes()) return false;
+    for (const Entry& entry : entries_)
+        if (entry.gradient == Gradient::tabled && entry.class_ == nullptr) return false;
+    for (const Entry& entry : entries_)
+        if (entry.gradient == Gradient::tabled) glances.count_change(entry.parameter);
     return true;
 }
 
@@ -189,10 +264,11 @@ int Watch::traverse(visitproc visit, void* arg) const {
 void Watch::clear() {
     // Nothing of what follows is looked at again without the objects that it points to.
     entries_.clear();
+    tensors_.clear();
     group_.clear();
     state_items_.clear();
     groups_ = state_ = nullptr;
-    held_.clear();
+    release();
     kept_ = py::list();
 }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "glance.h"
+#include "handles.h"
 #include "tensor_reader.h"
 
 namespace agr::python {
@@ -39,28 +40,41 @@ public:
     // release().
     bool unchanged(pybind11::handle groups, pybind11::handle state);
 
-    void release() { held_.clear(); }
+    // Counts a change of every tabled parameter, as operations of PyTorch in place do; false if it has to be asked to.
+    bool count_changes() const;
+
+    void release() {
+        held_.clear();
+        handles_.release();
+    }
 
     int traverse(visitproc visit, void* arg) const;
     void clear();
 
 private:
-    // A tensor as it was.
+    // A tensor as it was. What every step looks at lies together; the rest is for when that has changed.
     struct Expected {
         // Kept alive by kept_; null for a gradient, which may be another object in every step.
         PyObject* object = nullptr;
-        void* data = nullptr;
         Look look;
-        Type type = Type::float32;
-        std::int32_t device_type = 0, device_index = 0;
-        std::vector<std::int64_t> shape, strides;
 
         Expected() = default;
-        Expected(PyObject* tensor, const char* role);
-        bool fits(const TensorView& view) const;  // in all but the address
+        Expected(PyObject* tensor, const char* role, Images& images);
         // Whether `tensor` fits, and where it then is.
-        bool find(PyObject* tensor, void*& there);
-        bool stays();
+        bool find(PyObject* tensor, void*& there, Images& images);
+        bool stays_as_pytorch_says(Images& images);
+        void* data() const { return description->data; }
+
+    private:
+        struct Description {
+            void* data;
+            Type type;
+            std::int32_t device_type, device_index;
+            std::vector<std::int64_t> shape, strides;
+        };
+        std::unique_ptr<Description> description;
+
+        bool fits(const TensorView& view) const;  // in all but the address
     };
 
     struct Item {
@@ -72,12 +86,15 @@ private:
 
     struct Entry {
         PyObject* parameter = nullptr;
+        // Its class, if its gradient may be looked at where PyTorch keeps it, and not through Python.
+        PyTypeObject* class_ = nullptr;
         Gradient gradient = Gradient::none;
-        Expected as_parameter, as_gradient;
+        Expected as_gradient;
         PyObject* state = nullptr;  // the parameter's dictionary
         std::vector<Item> items;    // all of it, in its order; not kept alive, but for the states among it
         std::vector<PyObject*> keys;
-        std::vector<Expected> states;  // under these keys
+        // Which of tensors_ are the parameter and then the states under these keys.
+        std::size_t first = 0, end = 0;
         std::shared_ptr<GradientTable> table;
         std::size_t slot = 0;
         const void* relaid = nullptr;
@@ -93,19 +110,27 @@ private:
     PyObject* state_;
     std::vector<Group> group_;
     std::vector<Entry> entries_;
+    std::vector<Expected> tensors_;
+    Images images_;
     std::vector<Item> state_items_;
     // Owns every object above. A list, which the garbage collector is shown, because a parameter's hooks may refer back
     // to the optimizer.
     pybind11::list kept_;
+    // This step's gradients, kept alive.
     std::vector<pybind11::object> held_;
+    Handles handles_;
 
     static std::vector<Item> items_of(PyObject* dictionary);
     // Whether a dictionary has these entries, in this order.
     static bool has_items(PyObject* dictionary, const std::vector<Item>& items);
 
     PyObject* keep(pybind11::handle object);
+    void fetch(std::size_t index) const;
     bool parameter_unchanged(Entry& entry);
-    static bool states_unchanged(Entry& entry);
+    bool tensors_unchanged(Entry& entry);
+    bool gradient_unchanged(Entry& entry, const void* handle);
+    bool gradient_unchanged_as_python_says(Entry& entry);
+    bool has_states(Entry& entry);
 };
 
 }  // namespace agr::python
