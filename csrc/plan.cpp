@@ -21,6 +21,8 @@ Plan::Plan(std::vector<Tensor> given, Limits given_limits) : limits(given_limits
         throw std::invalid_argument("a lead has at least 0 bytes, not " + std::to_string(limits.lead_bytes));
     if (tensors.size() > static_cast<std::size_t>(most))
         throw std::invalid_argument("a plan takes at most 2^31 - 1 tensors, not " + std::to_string(tensors.size()));
+    // At most two tasks of each, so that 32 bits count a GPU's tickets.
+    constexpr std::int64_t most_chunks = 1 << 30;
     for (Tensor& tensor : tensors) {
         if (tensor.elements < 0)
             throw std::invalid_argument("a tensor has at least 0 elements, not " + std::to_string(tensor.elements));
@@ -29,6 +31,8 @@ Plan::Plan(std::vector<Tensor> given, Limits given_limits) : limits(given_limits
             throw std::invalid_argument("a tensor has at most 2^31 - 1 chunks, not " + std::to_string(tensor.chunks));
         tensor.first_chunk = chunks;
         chunks += tensor.chunks;
+        if (chunks > most_chunks)
+            throw std::invalid_argument("a plan has at most 2^30 chunks, not " + std::to_string(chunks));
     }
 
     if (limits.clip)

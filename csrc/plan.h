@@ -49,7 +49,7 @@ struct Plan {
     // With clipping, tasks before this one reduce and tasks from it on update; without, 0.
     std::int64_t first_update = 0;
 
-    // Throws std::invalid_argument where a size or a limit makes no sense.
+    // Throws std::invalid_argument where a size or a limit makes no sense, or tasks would be more than 2^31.
     Plan(std::vector<Tensor> tensors, Limits limits);
 
     std::int64_t elements_of(const Tensor& tensor, std::int64_t chunk) const;

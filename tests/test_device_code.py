@@ -245,3 +245,10 @@ def test_no_atomic_takes_floating_point_numbers(kernels: Kernels) -> None:
         atomics = [i.split()[0] for i in kernel.instructions if re.match(r"U?(ATOM|ATOMG|ATOMS|RED|REDG)\b", i)]
         assert atomics, f"sm_{architecture} {name}: no tickets"
         assert not any(re.search(r"\.(B?F\d|CAS)", i) for i in atomics), f"sm_{architecture} {name}: {set(atomics)}"
+
+
+def test_tickets_have_32_bits(kernels: Kernels) -> None:
+    """Of 64 bits ptxas would split at once, waiting for the ticket before the loads that are to hide its coming."""
+    for (architecture, name), kernel in kernels.items():
+        assert kernel.count(r"U?ATOMG?\S*\.ADD\.STRONG") >= 2, f"sm_{architecture} {name}"
+        assert not kernel.count(r"U?ATOMG?\S*\.64\b"), f"sm_{architecture} {name}"

@@ -71,3 +71,8 @@ def test_the_window_is_a_share_of_the_cache_and_a_chunk_a_share_of_the_window():
 def test_limits_that_make_no_sense_are_refused(limits):
     with pytest.raises(ValueError, match=f"not {next(iter(limits.values()))}"):
         _C.Plan([], **limits)
+
+
+def test_a_plan_of_more_tasks_than_tickets_is_refused():
+    with pytest.raises(ValueError, match=f"at most 2\\^30 chunks, not {2**30 + 1}"):
+        _C.Plan([(2**29 * 10, 4, True), (2**29 * 10 + 1, 4, True)], chunk_elements=10)

@@ -40,7 +40,8 @@ struct Progress {
 
 // What blocks tell each other about the launch. It leaves everything as it found it, but for the epoch.
 struct Control {
-    std::uint64_t ticket;   // the next
+    // The next. Every block draws one past the end, and there are no more blocks than tasks: it cannot wrap.
+    std::uint32_t ticket;
     std::uint32_t left;     // blocks that have no more to do
     std::uint32_t arrived;  // tensors whose sums are written, for the norm
     std::uint32_t epoch;    // counts the steps

@@ -123,12 +123,12 @@ private:
     int turn_ = 0;
     // Of the first thread alone.
     std::uint32_t epoch_ = 0;
-    std::uint64_t ticket_ = 0;
+    std::uint32_t ticket_ = 0;
 
     AGR_DEVICE static bool first_thread() { return thread_index() == 0; }
 
-    AGR_DEVICE Task task_of(std::uint64_t ticket) const {
-        const std::int64_t index = a.first_task + static_cast<std::int64_t>(ticket);
+    AGR_DEVICE Task task_of(std::uint32_t ticket) const {
+        const std::int64_t index = a.first_task + ticket;
         return index < a.end_task ? a.tasks[index] : Task{TaskKind::whole, -1, 0, 0};
     }
 

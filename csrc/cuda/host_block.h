@@ -119,7 +119,7 @@ inline bool any_of_warp(bool mine) {
     return any;
 }
 
-inline std::uint64_t draw(std::uint64_t* counter) {
+inline std::uint32_t draw(std::uint32_t* counter) {
     stall();
     return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
 }

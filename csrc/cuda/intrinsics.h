@@ -28,10 +28,9 @@ AGR_DEVICE void warp_barrier() { __syncwarp(); }
 AGR_DEVICE double shuffle_down(double value, int distance) { return __shfl_down_sync(0xffffffffu, value, distance); }
 AGR_DEVICE bool any_of_warp(bool mine) { return __any_sync(0xffffffffu, mine); }
 
-// Relaxed: a ticket carries no data.
-AGR_DEVICE std::uint64_t draw(std::uint64_t* counter) {
-    return atomicAdd(reinterpret_cast<unsigned long long*>(counter), 1ull);
-}
+// Relaxed: a ticket carries no data. Of 32 bits, since ptxas splits a result of 64 into its halves at once, and so
+// waits for it before all that was to go on meanwhile.
+AGR_DEVICE std::uint32_t draw(std::uint32_t* counter) { return atomicAdd(counter, 1u); }
 
 // Release, for what this thread wrote and what the barriers before this made visible to it; acquire, for whoever finds
 // itself to be the last.

@@ -52,9 +52,12 @@ void test_plans() {
         }
         CHECK(plan.chunks == chunks, "chunks");
     }
-    for (const auto& wrong : {std::function<void()>([] { Plan({}, {0, 0, 0, false}); }),
-                              std::function<void()>([] { Plan({}, {1, -1, 0, false}); }),
-                              std::function<void()>([] { Plan({{-1, 4, true}}, {1, 0, 0, false}); })}) {
+    for (const auto& wrong :
+         {std::function<void()>([] { Plan({}, {0, 0, 0, false}); }),
+          std::function<void()>([] { Plan({}, {1, -1, 0, false}); }),
+          std::function<void()>([] { Plan({{-1, 4, true}}, {1, 0, 0, false}); }), std::function<void()>([] {
+              Plan({{std::int64_t{1} << 29, 4, true}, {(std::int64_t{1} << 29) + 1, 4, true}}, {1, 0, 0, false});
+          })}) {
         bool refused = false;
         try {
             wrong();
