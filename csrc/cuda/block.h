@@ -382,7 +382,8 @@ private:
             shared_.task[turn_ ^ 1] = task_of(ticket_);
         }
         block_barrier();
-        const Decided& decided = shared_.decided[turn_];
+        // A copy, since what stands in memory would be read again after every store.
+        const Decided decided = shared_.decided[turn_];
         // Two batches of loads under way where registers suffice: not for Adan's 16-bit elements, which are many and
         // wide, nor its float64, each of which takes two registers, and its arithmetic more.
         if constexpr (R::states * lanes * (sizeof(T) == 8 ? 4 : 1) <= 24) {
