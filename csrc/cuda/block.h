@@ -164,10 +164,12 @@ private:
         LaneSums<T, lanes, squares> sums;
         int i = thread_index() * lanes;
         if (Packed<G, lanes>::aligned(g)) {
-            for (; i + (ways - 1) * stride + lanes <= n; i += ways * stride) {
+            // As often in every thread of the block: all lanes of a warp have to come to loads_first.
+            for (const int first = i; i - first + ways * stride <= n; i += ways * stride) {
                 Packed<G, lanes> packed[ways];
 #pragma unroll
                 for (int way = 0; way < ways; ++way) packed[way].template load<Stay::long_enough>(g + i + way * stride);
+                loads_first();
 #pragma unroll
                 for (int way = 0; way < ways; ++way) add(sums, packed[way]);
             }
@@ -387,10 +389,12 @@ private:
         // Two batches of loads under way where registers suffice: not for Adan's 16-bit elements, which are many and
         // wide, nor its float64, each of which takes two registers, and its arithmetic more.
         if constexpr (R::states * lanes * (sizeof(T) == 8 ? 4 : 1) <= 24) {
-            for (; part.wide(i + stride); i += 2 * stride) {
+            // As often in every thread of the block, as in sums_of.
+            for (const int first = i; part.aligned && i - first + 2 * stride <= part.elements; i += 2 * stride) {
                 Batch<R> one, other;
                 part.load(one, i);
                 part.load(other, i + stride);
+                loads_first();
                 part.update(one, i, regularize, decided);
                 part.update(other, i + stride, regularize, decided);
             }

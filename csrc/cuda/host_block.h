@@ -153,6 +153,8 @@ inline void store_words(void* to, const std::uint32_t (&w)[words]) {
 
 inline void fetch(const void*) {}
 
+inline void loads_first() {}
+
 inline std::uint32_t rounded_pair(bfloat16, float low, float high) {
     return rounded_bfloat16<std::uint32_t>(low) | rounded_bfloat16<std::uint32_t>(high) << 16;
 }

@@ -92,6 +92,11 @@ AGR_DEVICE void store_words(void* to, const std::uint32_t (&w)[2]) {
 // Asks for a line of memory to come into the second-level cache.
 AGR_DEVICE void fetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
+// Of a whole warp: all loads above are under way before anything below uses one of them. Without it, ptxas puts some of
+// a batch's loads off until it has computed with the first, to save registers. It moves nothing past a warp's barrier,
+// which takes a few cycles and waits for no load.
+AGR_DEVICE void loads_first() { __syncwarp(); }
+
 // Two 16-bit elements in a word, the first in its low half.
 AGR_DEVICE std::uint32_t rounded_pair(bfloat16, float low, float high) {
     std::uint32_t word;
