@@ -12,6 +12,7 @@ when they load it.
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -57,6 +58,7 @@ NO_NVCC = "nvcc was not found when agr-cuda was built: put it on PATH or set CUD
 
 DEFAULT_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
 OLDEST_ARCHITECTURE = 80  # with bfloat16 conversions and cache policies
+LATEST_ARCHITECTURE = 199  # beyond all that nvcc may come to know before this is looked at again; but not 900, for 9.0
 
 # cuda/kernels.cu is compiled once for each of these rules and types, so that compilations run side by side.
 CUDA_RULES = {"adamw": "AdamWRules", "adan": "AdanRules"}
@@ -79,13 +81,20 @@ def find_nvcc() -> str | None:
 def architectures() -> list[str]:
     """Return the architectures to compile for, the oldest first."""
     asked = os.environ.get("AGR_CUDA_ARCHS", "").replace(",", ";").replace(" ", ";")
-    found = [name.strip().replace(".", "") for name in asked.split(";") if name.strip()]
-    for name in found:
-        if not name.rstrip("af").isdigit() or int(name.rstrip("af")) < OLDEST_ARCHITECTURE:
+    found = []
+    for name in asked.split(";"):
+        name = name.strip()
+        if not name:
+            continue
+        number = name.replace(".", "")
+        # Not 90a or 120f either: no kernel uses what only those have, and no later GPU can use their PTX.
+        spelled = re.fullmatch(r"[1-9][0-9]*(\.[0-9])?", name) is not None
+        if not spelled or not OLDEST_ARCHITECTURE <= int(number) <= LATEST_ARCHITECTURE:
             sys.exit(
-                f"AGR_CUDA_ARCHS names the architecture {name!r}; allowed are numbers from {OLDEST_ARCHITECTURE} on, "
-                'such as "90" or "80;90"'
+                f"AGR_CUDA_ARCHS names the architecture {name!r}; allowed are numbers from {OLDEST_ARCHITECTURE} to "
+                f'{LATEST_ARCHITECTURE} without a letter, such as "90", "8.6" or "80;90"'
             )
+        found.append(number)
     if not found:
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         try:
@@ -94,7 +103,7 @@ def architectures() -> list[str]:
             said = ""
         found = [line.strip().replace(".", "") for line in said.splitlines()]
         found = [name for name in found if name.isdigit() and int(name) >= OLDEST_ARCHITECTURE]
-    return sorted(set(found or DEFAULT_ARCHITECTURES), key=lambda name: int(name.rstrip("af")))
+    return sorted(set(found or DEFAULT_ARCHITECTURES), key=int)
 
 
 class BuildWithNinja(build_ext):

@@ -68,7 +68,7 @@ def _why_missing() -> str | None:
 @functools.cache
 def why_not_on(index: int) -> str | None:
     """Return why no kernel that was built runs on this GPU, or None."""
-    architectures = [int(name.rstrip("af")) for name in native().cuda_architectures.split()]
+    architectures = [int(name) for name in native().cuda_architectures.split()]
     major, minor = torch.cuda.get_device_capability(index)
     capability = 10 * major + minor
     # Machine code runs on later minor versions of its major one, and the PTX of the newest on everything later.
