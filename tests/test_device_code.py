@@ -239,9 +239,9 @@ def test_an_update_of_adamw_has_two_batches_of_loads_under_way(kernels: Kernels,
 
 
 def test_an_update_keeps_its_numbers_in_registers(kernels: Kernels) -> None:
-    """And does not read them from shared memory for every element: all else in a kernel takes 28 to 39 reads."""
+    """And does not read them from shared memory for every element: all else in a kernel takes 40 to 50 reads."""
     for (architecture, name), kernel in kernels.items():
-        assert kernel.count(r"LDS\b") <= 48, f"sm_{architecture} {name}"
+        assert kernel.count(r"LDS\b") <= 52, f"sm_{architecture} {name}"
 
 
 def test_no_atomic_takes_floating_point_numbers(kernels: Kernels) -> None:
@@ -252,8 +252,14 @@ def test_no_atomic_takes_floating_point_numbers(kernels: Kernels) -> None:
         assert not any(re.search(r"\.(B?F\d|CAS)", i) for i in atomics), f"sm_{architecture} {name}: {set(atomics)}"
 
 
-def test_tickets_have_32_bits(kernels: Kernels) -> None:
-    """Of 64 bits ptxas would split at once, waiting for the ticket before the loads that are to hide its coming."""
+def test_nothing_waits_for_a_ticket_before_its_time(kernels: Kernels) -> None:
+    """One of 64 bits would be split at once, one from an addition shared out among a warp's lanes, and one drawn before
+    a loop of loads waited for by these."""
     for (architecture, name), kernel in kernels.items():
-        assert kernel.count(r"U?ATOMG?\S*\.ADD\.STRONG") >= 2, f"sm_{architecture} {name}"
+        assert kernel.count(r"ATOMG\S*\.INC\.") >= 2, f"sm_{architecture} {name}"
         assert not kernel.count(r"U?ATOMG?\S*\.64\b"), f"sm_{architecture} {name}"
+        code = kernel.instructions
+        eighths = [i for i, text in enumerate(code) if (load := TENSOR_LOAD.match(text)) and load[4] == "0x3800"]
+        assert len(eighths) >= 3, f"sm_{architecture} {name}"
+        for i in eighths:
+            assert any(re.match(r"ATOMG\S*\.INC\.", text) for text in code[i : i + 40]), f"sm_{architecture} {name}"

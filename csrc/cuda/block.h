@@ -77,7 +77,9 @@ public:
         Task task[2];
         Sums warp_sums[2][warps];
         Decided decided[2];
-        // Of the first thread alone: the numbers it made last, which nearly always serve for the next task too.
+        // Of the first thread alone: this step's epoch, and the numbers it made last, which nearly always serve for the
+        // next task too.
+        std::uint32_t epoch;
         Numbers numbers;
         double numbers_t;
         std::int32_t numbers_group;
@@ -89,7 +91,7 @@ public:
     AGR_DEVICE void run() {
         if (a.found_inf != nullptr && *a.found_inf != 0) return;
         if (first_thread()) {
-            epoch_ = a.control->epoch + 1;
+            shared_.epoch = a.control->epoch + 1;
             shared_.numbers_group = -1;
             shared_.task[0] = task_of(draw(&a.control->ticket));
         }
@@ -97,9 +99,6 @@ public:
         for (turn_ = 0;; turn_ ^= 1) {
             const Task task = shared_.task[turn_];
             if (task.tensor < 0) break;
-            // Drawn now and looked at when this task has its loads under way. Every task has a barrier, before which
-            // the next is written down for all.
-            if (first_thread()) ticket_ = draw(&a.control->ticket);
             if (task.kind == TaskKind::reduce) {
                 if (a.clips)
                     reduce<true>(task);
@@ -122,10 +121,15 @@ private:
     Shared& shared_;
     int turn_ = 0;
     // Of the first thread alone.
-    std::uint32_t epoch_ = 0;
     std::uint32_t ticket_ = 0;
 
     AGR_DEVICE static bool first_thread() { return thread_index() == 0; }
+
+    // In every task, after its first loads are under way; looked at before its last barrier, when the next task is
+    // written down for all.
+    AGR_DEVICE void draw_next() {
+        if (first_thread()) ticket_ = draw(&a.control->ticket);
+    }
 
     AGR_DEVICE Task task_of(std::uint32_t ticket) const {
         const std::int64_t index = a.first_task + ticket;
@@ -157,27 +161,31 @@ private:
         if (thread_index() < warp_threads) account(task, squares);
     }
 
-    // This thread's part of a chunk's sums: of the same elements, in the same order, however they are aligned.
+    // This thread's part of a chunk's sums: of the same elements, in the same order, however they are aligned. Draws
+    // the next ticket on the way.
     template <bool squares>
-    AGR_DEVICE static Sums sums_of(const G* g, int n) {
+    AGR_DEVICE Sums sums_of(const G* g, int n) {
         constexpr int ways = 8;  // loads of a thread in flight
         LaneSums<T, lanes, squares> sums;
-        int i = thread_index() * lanes;
-        if (Packed<G, lanes>::aligned(g)) {
-            // As often in every thread of the block: all lanes of a warp have to come to loads_first.
-            for (const int first = i; i - first + ways * stride <= n; i += ways * stride) {
-                Packed<G, lanes> packed[ways];
+        const int first = thread_index() * lanes;
+        int i = first;
+        const bool aligned = Packed<G, lanes>::aligned(g);
+        // As often in every thread of the block: all lanes of a warp have to come to loads_first.
+        for (; aligned && i - first + ways * stride <= n; i += ways * stride) {
+            Packed<G, lanes> packed[ways];
 #pragma unroll
-                for (int way = 0; way < ways; ++way) packed[way].template load<Stay::long_enough>(g + i + way * stride);
-                loads_first();
+            for (int way = 0; way < ways; ++way) packed[way].template load<Stay::long_enough>(g + i + way * stride);
+            loads_first();
+            // Not before them: ptxas counts ticket and loads with one scoreboard, and has these wait for that.
+            if (i == first) draw_next();
 #pragma unroll
-                for (int way = 0; way < ways; ++way) add(sums, packed[way]);
-            }
-            for (; i + lanes <= n; i += stride) {
-                Packed<G, lanes> packed;
-                packed.template load<Stay::long_enough>(g + i);
-                add(sums, packed);
-            }
+            for (int way = 0; way < ways; ++way) add(sums, packed[way]);
+        }
+        if (i == first) draw_next();
+        for (; aligned && i + lanes <= n; i += stride) {
+            Packed<G, lanes> packed;
+            packed.template load<Stay::long_enough>(g + i);
+            add(sums, packed);
         }
         for (; i < n; i += stride) {
 #pragma unroll
@@ -221,7 +229,7 @@ private:
         }
         if (lane == 0) {
             progress->sums = sums;
-            store_release(&progress->summed, epoch_);
+            store_release(&progress->summed, shared_.epoch);
         }
 
         if (!squares || !last_to_arrive(&a.control->arrived, a.summed)) return;
@@ -229,7 +237,7 @@ private:
         if (lane == 0) {
             if (a.squares != nullptr) *a.squares = sums.squares;
             a.control->clip = clip_of(sums.squares);
-            store_release(&a.control->known, epoch_);
+            store_release(&a.control->known, shared_.epoch);
         }
     }
 
@@ -378,6 +386,8 @@ private:
         if (whole && regularize) {
             share(sums_of<false>(part.gradient, part.elements), false);
             block_barrier();
+        } else {
+            draw_next();
         }
         if (first_thread()) {
             decide(task, row, whole);
@@ -445,7 +455,7 @@ private:
     }
 
     AGR_DEVICE void wait_for(const std::uint32_t* flag) const {
-        while (load_acquire(flag) != epoch_) pause();
+        while (load_acquire(flag) != shared_.epoch) pause();
     }
 
     AGR_DEVICE static double number(const void* address, Type type) {
@@ -478,7 +488,7 @@ private:
         if (first_thread()) {
             a.control->ticket = 0;
             a.control->left = 0;
-            if (a.ends) a.control->epoch = epoch_;
+            if (a.ends) a.control->epoch = shared_.epoch;
         }
     }
 };

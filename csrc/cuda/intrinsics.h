@@ -30,7 +30,10 @@ AGR_DEVICE bool any_of_warp(bool mine) { return __any_sync(0xffffffffu, mine); }
 
 // Relaxed: a ticket carries no data. Of 32 bits, since ptxas splits a result of 64 into its halves at once, and so
 // waits for it before all that was to go on meanwhile.
-AGR_DEVICE std::uint32_t draw(std::uint32_t* counter) { return atomicAdd(counter, 1u); }
+//
+// An increment up to a limit that no ticket passes, since ptxas makes the additions of a warp's lanes one, even where
+// one lane alone adds, and waits for the result to share it out.
+AGR_DEVICE std::uint32_t draw(std::uint32_t* counter) { return atomicInc(counter, 0xfffffffeu); }
 
 // Release, for what this thread wrote and what the barriers before this made visible to it; acquire, for whoever finds
 // itself to be the last.
