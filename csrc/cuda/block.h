@@ -389,10 +389,7 @@ private:
         } else {
             draw_next();
         }
-        if (first_thread()) {
-            decide(task, row, whole);
-            shared_.task[turn_ ^ 1] = task_of(ticket_);
-        }
+        if (first_thread()) decide(task, row, whole, regularize);
         block_barrier();
         // A copy, since what stands in memory would be read again after every store.
         const Decided decided = shared_.decided[turn_];
@@ -417,8 +414,8 @@ private:
         for (; i < part.elements; i += stride) part.update_singly(i, regularize, decided);
     }
 
-    // Of the first thread: waits for what the update depends on, and writes it down for all.
-    AGR_DEVICE void decide(const Task& task, const Row& row, bool whole) {
+    // Of the first thread: waits for what the update depends on, and writes it down for all, and the next task.
+    AGR_DEVICE void decide(const Task& task, const Row& row, bool whole, bool regularize) {
         const GroupOf<Options>& options = group(row.group);
         const double t = row.step != nullptr        ? static_cast<double>(*row.step) + 1
                          : options.count != nullptr ? static_cast<double>(*options.count) + 1
@@ -436,6 +433,8 @@ private:
         if constexpr (std::is_same_v<Rules, AdanRules>) decided.numbers.first = t == 1 || progress->begun == 0;
 
         double scale = options.sign * unscaling();
+        // On its way while the rest is waited for; not sooner, since it waits for the ticket.
+        const Task next = task_of(ticket_);
         if (a.clip != nullptr) {
             scale *= *a.clip;
         } else if (a.clips) {
@@ -443,19 +442,28 @@ private:
             scale *= a.control->clip;
         }
         double magnitudes = 0;
-        if (row.regularize && whole) {
+        if (regularize && whole) {
             for (int warp = 0; warp < warps; ++warp) magnitudes += shared_.warp_sums[turn_][warp].magnitudes;
-        } else if (row.regularize) {
+        } else if (regularize) {
             wait_for(&progress->summed);
             magnitudes = progress->sums.magnitudes;
         }
         decided.sum = AbsSum<T>::of(magnitudes, scale);
         decided.scale = static_cast<T>(scale);
         shared_.decided[turn_] = decided;
+        shared_.task[turn_ ^ 1] = next;
     }
 
     AGR_DEVICE void wait_for(const std::uint32_t* flag) const {
-        while (load_acquire(flag) != shared_.epoch) pause();
+        // It is mostly there at the first look, which has to be an acquire. The looks after that are relaxed, since
+        // every acquire empties the first-level cache, and the loop's own acquires once more what they found: it reads
+        // what the last of them read or something later, and nothing later is written in this step, so that it reads
+        // from the release, and what was written before that is visible.
+        while (load_acquire(flag) != shared_.epoch) {
+            do {
+                pause();
+            } while (load_relaxed(flag) != shared_.epoch);
+        }
     }
 
     AGR_DEVICE static double number(const void* address, Type type) {

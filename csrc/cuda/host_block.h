@@ -137,6 +137,10 @@ inline std::uint32_t load_acquire(const std::uint32_t* flag) {
     stall();
     return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
 }
+inline std::uint32_t load_relaxed(const std::uint32_t* flag) {
+    stall();
+    return __atomic_load_n(flag, __ATOMIC_RELAXED);
+}
 
 inline void pause() { std::this_thread::yield(); }
 

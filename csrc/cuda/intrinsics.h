@@ -50,6 +50,11 @@ AGR_DEVICE std::uint32_t load_acquire(const std::uint32_t* flag) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
     return value;
 }
+AGR_DEVICE std::uint32_t load_relaxed(const std::uint32_t* flag) {
+    std::uint32_t value;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag));
+    return value;
+}
 
 // Between two looks at a flag. Short, since what is waited for is in progress already.
 AGR_DEVICE void pause() { __nanosleep(40); }
