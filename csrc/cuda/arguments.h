@@ -93,14 +93,16 @@ struct Arguments {
     const float* found_inf;
     alignas(16) unsigned char payload[payload_bytes];
 };
+static_assert(sizeof(GroupOf<AdamWOptions>) % 8 == 0 && sizeof(GroupOf<AdanOptions>) % 8 == 0, "see Parcel");
 static_assert(sizeof(Arguments) <= 4096, "what every GPU and driver takes as the parameters of a kernel");
 
-// Bytes on their way into the device's memory as a kernel's parameter: no copy, no memory that must stay as it is.
+// Bytes on their way into the device's memory as a kernel's parameter: no copy, no memory that must stay as it is. In
+// words of 8 bytes, of which addresses and what groups say are made.
 struct Parcel {
     static constexpr std::int64_t capacity = 4000;
     void* to;
     std::int64_t bytes;
-    unsigned char content[capacity];
+    std::uint64_t content[capacity / 8];
 };
 
 }  // namespace agr::cuda

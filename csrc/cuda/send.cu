@@ -6,8 +6,8 @@ namespace agr::cuda {
 namespace {
 
 __global__ void __launch_bounds__(block_threads) agr_send(const __grid_constant__ Parcel parcel) {
-    for (std::int64_t i = thread_index(); i < parcel.bytes; i += block_threads)
-        static_cast<unsigned char*>(parcel.to)[i] = parcel.content[i];
+    for (std::int64_t i = thread_index(); i < parcel.bytes / 8; i += block_threads)
+        static_cast<std::uint64_t*>(parcel.to)[i] = parcel.content[i];
 }
 
 }  // namespace
