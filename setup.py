@@ -5,9 +5,9 @@ when the program runs, so that one build serves every PyTorch version. With nvcc
 CUDA runtime linked statically; without, it is left out, and a line says so.
 
 Environment: CXX names the C++ compiler, CXXFLAGS adds to its options; CUDA_HOME is where nvcc is, if not on PATH;
-AGR_CUDA_ARCHS lists the architectures to compile for, "90" or "80;90;100". Without it these are the GPUs of this
-machine, or, if it has none, all of DEFAULT_ARCHITECTURES. For the newest of them PTX is added, which later GPUs compile
-when they load it.
+AGR_CUDA_ARCHS lists the architectures to compile for, "90" or "80;90;100", or is "none" to leave the CUDA backend out.
+Without it these are the GPUs of this machine, or, if it has none, all of DEFAULT_ARCHITECTURES. For the newest of them
+PTX is added, which later GPUs compile when they load it.
 """
 
 import os
@@ -55,6 +55,7 @@ KERNEL_CXXFLAGS = ["-Wno-psabi", "-Wno-maybe-uninitialized"]
 
 
 NO_NVCC = "nvcc was not found when agr-cuda was built: put it on PATH or set CUDA_HOME, and install again"
+NOT_WANTED = "AGR_CUDA_ARCHS was none when agr-cuda was built: install again without it"
 
 DEFAULT_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
 OLDEST_ARCHITECTURE = 80  # with bfloat16 conversions and cache policies
@@ -72,8 +73,15 @@ NVCCFLAGS = [
 ]
 
 
+def unwanted() -> bool:
+    """Return whether the CUDA backend is to be left out, nvcc or not."""
+    return os.environ.get("AGR_CUDA_ARCHS", "").strip().lower() == "none"
+
+
 def find_nvcc() -> str | None:
-    """Return where nvcc is, or None."""
+    """Return where nvcc is, or None where it is not or not wanted."""
+    if unwanted():
+        return None
     cuda_home = os.environ.get("CUDA_HOME")
     return shutil.which("nvcc") or (shutil.which(os.path.join(cuda_home, "bin", "nvcc")) if cuda_home else None)
 
@@ -92,7 +100,7 @@ def architectures() -> list[str]:
         if not spelled or not OLDEST_ARCHITECTURE <= int(number) <= LATEST_ARCHITECTURE:
             sys.exit(
                 f"AGR_CUDA_ARCHS names the architecture {name!r}; allowed are numbers from {OLDEST_ARCHITECTURE} to "
-                f'{LATEST_ARCHITECTURE} without a letter, such as "90", "8.6" or "80;90"'
+                f'{LATEST_ARCHITECTURE} without a letter, such as "90", "8.6" or "80;90", or none'
             )
         found.append(number)
     if not found:
@@ -117,18 +125,19 @@ class BuildWithNinja(build_ext):
             made.mkdir(parents=True, exist_ok=True)
         nvcc = find_nvcc()
         chosen = architectures() if nvcc else []
+        reason = "" if nvcc else NOT_WANTED if unwanted() else NO_NVCC
         cpu = f"agr-cuda: building the CPU backend ({', '.join(INSTRUCTION_SETS)})"
         if nvcc:
             print(f"{cpu} and the CUDA backend ({', '.join(chosen)}, PTX of {chosen[-1]})", file=sys.stderr)
         else:
-            print(f"{cpu}; left out: cuda, because {NO_NVCC}", file=sys.stderr)
+            print(f"{cpu}; left out: cuda, because {reason}", file=sys.stderr)
         with (folder / "build.ninja").open("w") as file:
-            self.write_rules(Writer(file, width=120), target, nvcc, chosen)
+            self.write_rules(Writer(file, width=120), target, nvcc, chosen, reason)
         jobs = ["-j", str(self.parallel)] if isinstance(self.parallel, int) else []
         subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder, *jobs], check=True)
 
-    def write_rules(self, build: Writer, target: Path, nvcc: str | None, chosen: list[str]) -> None:
-        """Write what is made of what. `chosen` are the architectures for `nvcc`."""
+    def write_rules(self, build: Writer, target: Path, nvcc: str | None, chosen: list[str], reason: str) -> None:
+        """Write what is made of what. `chosen` are the architectures for `nvcc`, `reason` why that is not there."""
         includes = [sysconfig.get_path("include"), sysconfig.get_path("platinclude"), pybind11.get_include()]
         flags = [*CXXFLAGS, *(f"-isystem {shlex.quote(path)}" for path in dict.fromkeys(includes))]
         shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
@@ -147,7 +156,6 @@ class BuildWithNinja(build_ext):
 
         for source in CORE:
             compile_source(source, source.replace("/", "_"))
-        reason = "" if nvcc else NO_NVCC
         about_cuda = "-DAGR_LEFT_OUT=" + shlex.quote(f'"{reason}"')
         if nvcc:
             about_cuda += " -DAGR_CUDA_ARCHITECTURES=" + shlex.quote(f'"{" ".join(chosen)}"')

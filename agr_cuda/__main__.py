@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+from typing import Any
 
 import torch
 
@@ -37,7 +38,10 @@ def versions() -> list[tuple[str, str]]:
 
 def devices() -> list[torch.device]:
     """Return the CPU and every accelerator."""
-    found = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    found = [torch.device("cpu")]
+    for kind in ("cuda", "xpu"):
+        module: Any = getattr(torch, kind)
+        found += [torch.device(kind, index) for index in range(module.device_count())]
     if torch.backends.mps.is_available():
         found.append(torch.device("mps"))
     return found

@@ -98,7 +98,7 @@ class AdamW(AGROptimizer):
         made = super()._missing_state(binding)
         # A step count is one float32, on the device where a graph shall capture it or a launch counts for itself (as
         # with torch.optim.AdamW's fused operation), else on the CPU. torch's older releases saved a plain number.
-        there = self.param_groups[binding.group]["capturable"] or binding.backend == "cuda"
+        there = self.param_groups[binding.group]["capturable"] or binding.backend in ("cuda", "triton")
         device = binding.parameter.device if there else torch.device("cpu")
         step = binding.state.get("step", 0.0)
         wanted = torch.float32

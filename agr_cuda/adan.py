@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .cuda import Scaling
+from .launch import Scaling
 from .optimizer import AGROptimizer
 from .options import number, number_or_tensor
 from .schedule import Schedule
@@ -45,8 +45,8 @@ class Adan(AGROptimizer):
         fused: True refuses the reference backend.
         agr: regularize the gradient. False gives sail-sg's Adan. A tensor of one element never trains with it.
         maximize: negate the gradient.
-        capturable: keep the group's step count on the device of the cuda backend, so that a step can be captured in a
-            graph. Mixed precision, which decides there whether a step is made, does so by itself.
+        capturable: keep the group's step count on the GPU of the cuda or triton backend, so that a step can be captured
+            in a graph. Mixed precision, which decides there whether a step is made, does so by itself.
         backend: "cuda", "triton", "cpu" or "reference" for all parameters; None chooses for each.
 
     Raises:
@@ -108,13 +108,13 @@ class Adan(AGROptimizer):
         return lr, beta1, beta2, beta3, group["eps"], group["weight_decay"], no_prox, sign, steps
 
     def _count_on_devices(self, schedule: Schedule, scaling: Scaling) -> None:
-        devices = {launch.device for launch in schedule.cuda}
+        devices = {launch.device for launch in schedule.launches}
         for group in self.param_groups:
             if (
                 isinstance(group["step"], Tensor) and group["step"].device not in devices
             ):  # where nothing counts any more
                 group["step"] = int(number(group["step"]))
-        for launch in schedule.cuda:
+        for launch in schedule.launches:
             for index in launch.groups:
                 group = self.param_groups[index]
                 step = group["step"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import cuda
+from . import cuda, triton
 from . import native as core
 from .binding import is_dense, is_plain
 
@@ -20,11 +20,9 @@ def why_missing(backend: str) -> str | None:
     """Return why `backend` is not there and how to mend that, or None if it is there."""
     if backend == "reference":
         return None
-    if backend == "triton":
-        return "its kernels are not part of this version of agr-cuda"
     missing = core.why_missing()
-    if missing is None and backend == "cuda":
-        missing = cuda.why_missing()
+    if missing is None and backend != "cpu":
+        missing = (cuda if backend == "cuda" else triton).why_missing()
     return missing
 
 
@@ -52,14 +50,18 @@ def why_not(backend: str, parameter: Tensor, gradient: Tensor | None = None) -> 
     """Return why `backend`, which is there, does not take `parameter` (with `gradient`), or None if it does."""
     if backend == "reference":
         return None
-    device_type = "cpu" if backend == "cpu" else cuda.device_type()
-    where = "the CPU" if device_type == "cpu" else "an NVIDIA GPU"
+    device = parameter.device
     if not is_plain(parameter):
         return f"the {backend} backend takes plain tensors, not {type(parameter).__name__}"
-    if parameter.device.type != device_type:
-        return f"the {backend} backend takes parameters on {where}, not on {parameter.device}"
-    if device_type == "cuda" and (reason := cuda.why_not_on(parameter.device.index or 0)) is not None:
-        return reason
+    if device.type not in _device_types(backend):
+        where = {"cpu": "the CPU", "cuda": "an NVIDIA GPU", "triton": "a GPU"}[backend]
+        if backend == "triton" and triton.interpreting():
+            where = "the CPU, since TRITON_INTERPRET is set"
+        return f"the {backend} backend takes parameters on {where}, not on {device}"
+    if device.type != "cpu":
+        reason = cuda.why_not_on(device.index or 0) if backend == "cuda" else triton.why_not_on(device)
+        if reason is not None:
+            return reason
     if parameter.dtype not in NATIVE_DTYPES:
         return f"the {backend} backend takes {', '.join(map(str, NATIVE_DTYPES))}, not {parameter.dtype}"
     if not is_dense(parameter):
@@ -73,8 +75,14 @@ def why_not(backend: str, parameter: Tensor, gradient: Tensor | None = None) -> 
     return None
 
 
+def _device_types(backend: str) -> tuple[str, ...]:
+    return {"cpu": lambda: ("cpu",), "cuda": cuda.device_types, "triton": triton.device_types}[backend]()
+
+
 def choose(parameter: Tensor, gradient: Tensor | None = None) -> str:
     """Return the first available backend that takes `parameter`."""
-    # A rehearsal takes what it is asked to, and nothing else away from the cpu backend.
-    names = (b for b in available_backends() if not (b == "cuda" and cuda.rehearsing()))
+    # What runs a GPU's kernels on the CPU takes what it is asked to, and nothing else away from the cpu backend.
+    names = (
+        b for b in available_backends() if b == "cpu" or "cpu" not in ("" if b == "reference" else _device_types(b))
+    )
     return next(b for b in names if why_not(b, parameter, gradient) is None)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .binding import Binding, planned, rows
+from .launch import DeviceLaunch, Scaling
 from .native import native
-from .options import number
 
 #: What is launched instead of kernels, on tensors on the CPU; see `rehearsal`.
 _stand_in: Any = None
@@ -42,9 +41,9 @@ def rehearsing() -> bool:
     return _stand_in is not None
 
 
-def device_type() -> str:
-    """Return the type of the devices on which the backend's parameters are."""
-    return "cpu" if rehearsing() else "cuda"
+def device_types() -> tuple[str, ...]:
+    """Return the types of the devices on which the backend's parameters are."""
+    return ("cpu",) if rehearsing() else ("cuda",)
 
 
 def why_missing() -> str | None:
@@ -81,50 +80,6 @@ def why_not_on(index: int) -> str | None:
     )
 
 
-def current_stream(index: int) -> int:
-    """Return the address of PyTorch's current stream on a GPU; 0, the default stream, in a rehearsal."""
-    return 0 if rehearsing() else _raw_stream(index)
-
-
-def _public_raw_stream(index: int) -> int:
-    return int(torch.cuda.current_stream(index).cuda_stream)
-
-
-# What PyTorch's own compiler calls, in a tenth of the time.
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _public_raw_stream)
-
-
-_NOTHING = nullcontext()
-
-
-@dataclass
-class Scaling:
-    """What gradients are divided by, and whether to make no step at all: set by torch.amp.GradScaler."""
-
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
-
-    @classmethod
-    def asked_of(cls, optimizer: torch.optim.Optimizer) -> Scaling:
-        """Return what the scaler has set on the optimizer, perhaps nothing."""
-        return cls(_tensor(getattr(optimizer, "grad_scale", None)), _tensor(getattr(optimizer, "found_inf", None)))
-
-    def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """Return both as float32 tensors of one element on `device`, without waiting for them."""
-        return _single(self.grad_scale, device), _single(self.found_inf, device)
-
-
-def _tensor(value: Any) -> Tensor | None:
-    """Return an attribute that a scaler has set: a tensor, or a plain number where no gradient was looked at."""
-    return value if value is None or isinstance(value, Tensor) else torch.tensor(float(value))
-
-
-def _single(value: Tensor | None, device: torch.device) -> Tensor | None:
-    if value is None or (value.device == device and value.dtype == torch.float32):
-        return value
-    return value.to(device=device, dtype=torch.float32, non_blocking=True)
-
-
 def _limit(name: str, default: int) -> int:
     """Return a limit of the schedule, or what the environment sets in its place, for tuning."""
     asked = os.environ.get(f"AGR_CUDA_{name}")
@@ -135,29 +90,18 @@ def _limit(name: str, default: int) -> int:
     return int(asked)
 
 
-class CudaLaunch:
+class CudaLaunch(DeviceLaunch):
     """One launch of a step: all parameters on one device, of one combination of types."""
 
     backend = "cuda"
+    takes_norm = True
+    kernel_reads = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-    def __init__(self, rule: str, bindings: Sequence[Binding], groups: int, clip: bool) -> None:
+    def __init__(self, rule: str, bindings: Sequence[Binding], groups: int, clip: bool, counts: bool) -> None:
+        super().__init__(bindings, counts)
         _C = native()
-        self.bindings = bindings
-        self.device = bindings[0].parameter.device
-        #: The indices of the groups whose parameters these are.
-        self.groups = sorted({b.group for b in bindings})
-        self.gradients = _C.GradientTable()
         #: Where the sum of the squares of all gradients' elements goes in `reduce`.
         self.squares = torch.zeros((), dtype=torch.float64, device=self.device) if clip else None
-        #: Whether the device knows better than the host which states a step has been made with.
-        self.unsettled = False
-        #: Whether a launch was captured into a graph, which needs the table from then on.
-        self.captured = False
-        #: Whether what the graph needs is kept by the optimizer.
-        self.kept = False
-        self._index = self.device.index or 0
-        self._stream = current_stream(self._index)
-
         first = bindings[0]
         with self._current_device():
             chunk, window, lead, resident, multiprocessors = _C.cuda_limits(
@@ -179,105 +123,41 @@ class CudaLaunch:
         self._executor.attach(self.table)
 
     def reduce(self, numbers: Sequence[tuple[Any, ...]], scaling: Scaling) -> Tensor:
-        """Return the sum of the squares of all gradients' elements, and leave the abs-sums for `update`."""
+        """Return the sum of the squares of all gradients' elements; see DeviceLaunch.reduce."""
         assert self.squares is not None
         self._launch("reduce", numbers, False, 0.0, 0.0, None, scaling, [], set(), [])
         return self.squares
 
     def update(
-        self,
-        numbers: Sequence[tuple[Any, ...]],
-        counts: bool,
-        max_grad_norm: float,
-        clip_eps: float,
-        clip: Tensor | None,
-        scaling: Scaling,
-        counted: Sequence[dict[str, Any]],
-        fresh: set[int],
-        stepped: Sequence[int],
-    ) -> None:
-        """Make the step, or after `reduce` the rest of it.
-
-        Args:
-            numbers: of each group. Where a number is a tensor, it is on this device, and read there.
-            counts: raise the step counts among them.
-            max_grad_norm: clip by the norm of this launch's gradients alone; 0 does not.
-            clip_eps: what is added to the norm.
-            clip: float64, what every gradient is multiplied by; after `reduce`.
-            scaling: of mixed precision.
-            counted: groups whose step the host counts, after the launch.
-            fresh: out of which `stepped` is taken, after the launch.
-            stepped: see there.
-        """
+        self, numbers: Sequence[tuple[Any, ...]], max_grad_norm: float, clip_eps: float, clip: Tensor | None,
+        scaling: Scaling, counted: Sequence[dict[str, Any]], fresh: set[int], stepped: Sequence[int],
+    ) -> None:  # fmt: skip
+        """Make the step; see DeviceLaunch.update."""
         phase = "all" if clip is None else "update"
-        self._launch(phase, numbers, counts, max_grad_norm, clip_eps, clip, scaling, counted, fresh, stepped)
+        self._launch(phase, numbers, self.counts, max_grad_norm, clip_eps, clip, scaling, counted, fresh, stepped)
 
     def _launch(
         self, phase: str, numbers: Sequence[tuple[Any, ...]], counts: bool, max_grad_norm: float, clip_eps: float,
         clip: Tensor | None, scaling: Scaling, counted: Sequence[dict[str, Any]], fresh: set[int],
         stepped: Sequence[int],
     ) -> None:  # fmt: skip
-        stream = current_stream(self._index)
-        if stream != self._stream:
-            self._change_stream(stream)
+        stream = self._follow_stream()
         grad_scale, found_inf = scaling.on(self.device)
         squares = self.squares if phase == "reduce" else None
+        captured = self.captured
         with self._current_device():
             self.captured = self._executor.launch(
                 self.gradients, numbers, counts, max_grad_norm, clip_eps, clip, squares, grad_scale, found_inf, phase,
                 stream, counted, fresh, stepped,
             )  # fmt: skip
+        self.unkept = self.unkept or self.captured != captured
 
-    def capturing(self) -> bool:
-        """Whether work on this device's current stream is being captured in a graph."""
-        with self._current_device():
-            return not rehearsing() and torch.cuda.is_current_stream_capturing()
-
-    def _current_device(self) -> AbstractContextManager[Any]:
-        """Make this launch's device the current one, in PyTorch's way, which makes no context on the one before."""
-        if rehearsing() or torch.cuda.current_device() == self._index:
-            return _NOTHING
-        return torch.cuda.device(self._index)
-
-    def _change_stream(self, stream: int) -> None:
-        """Let this stream wait for the step before, which has the table, and keep what both use."""
-        streams: Any = torch.cuda  # parts of it have no types
-        current = streams.current_stream(self.device)
-        if not self.capturing():  # nor could a capture wait for what is outside of it
-            default = streams.default_stream(self.device)  # whose address is 0, which ExternalStream takes for none
-            current.wait_stream(streams.ExternalStream(self._stream, device=self.device) if self._stream else default)
-        for used in (self.table, self.squares, *(b.relaid for b in self.bindings)):
-            if used is not None:
-                used.record_stream(current)
-        self._stream = stream
-
-    def kept_for_graphs(self) -> Iterator[Tensor]:
-        """Yield what a captured launch reads and writes, besides parameters, gradients and what options are."""
+    def tables(self) -> Iterator[Tensor]:
+        """Yield what launches read and write of the backend's own."""
         yield self.table
         if self.squares is not None:
             yield self.squares
-        for b in self.bindings:
-            yield from (b.state[key] for key in b.keys)
-            if isinstance(b.state.get("step"), Tensor):
-                yield b.state["step"]
-            if b.relaid is not None:
-                yield b.relaid
 
     def begun(self) -> list[bool]:
         """Return of every binding whether a step has been made with its state. Waits for the device."""
         return list(self._executor.begun(self.table.cpu()))
-
-
-_KERNEL_READS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def on_device(value: Any, device: torch.device) -> Any:
-    """Return a group's number for a launch: a number, or a tensor that is on `device` anyway or read there."""
-    if not isinstance(value, Tensor):
-        return value
-    if value.device.type == "cpu" and device.type != "cpu":
-        return number(value)
-    dtype = value.dtype if value.dtype in _KERNEL_READS else torch.float32
-    if value.device == device and value.dtype == dtype:
-        return value
-    return value.detach().to(device=device, dtype=dtype, non_blocking=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import threading
 import warnings
 from collections.abc import Callable
@@ -12,12 +10,12 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim import optimizer as optimizer_module
 from torch.optim.optimizer import ParamsT
 
 from .backends import check_backend
 from .binding import Binding, same_layout
-from .cuda import CudaLaunch, Scaling, on_device, rehearsing
+from .hooks import hooked, level_of_caller
+from .launch import DeviceLaunch, Scaling, on_device
 from .options import check_betas, check_nonnegative, number
 from .schedule import Schedule, check_tensors, choose_backend, missing_state
 
@@ -28,34 +26,6 @@ def _snapshot(group: dict[str, Any]) -> tuple[Any, ...]:
     if isinstance(lr, Tensor):
         lr = lr.item() if lr.device.type == "cpu" and lr.numel() == 1 else ("tensor", id(lr))
     return lr, tuple(group["betas"]), group["eps"], group["weight_decay"]
-
-
-def _level_of_caller() -> int:
-    """Return the stacklevel with which a warning points at whoever called step(), through whatever wraps that."""
-    level, frame = 1, inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(("agr_cuda.", "torch.")):
-        level, frame = level + 1, frame.f_back
-    return level - 1  # of whoever asks this
-
-
-def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Let hooks and profilers see a step, as torch.optim.Optimizer does, without its price where there are none.
-
-    Entering and leaving a region of the profiler takes longer than all that a step of some hundred tensors does else.
-    """
-    seen = torch.optim.Optimizer.profile_hook_step(step)
-
-    @functools.wraps(step)
-    def wrapper(self: AGROptimizer, *args: Any, **kwargs: Any) -> Any:
-        if type(self).step is not wrapper:  # a subclass has its own, which has the hooks
-            return step(self, *args, **kwargs)
-        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or pre_hooks or post_hooks
-        return (seen if hooks or profiling() else step)(self, *args, **kwargs)
-
-    pre_hooks, post_hooks = optimizer_module._global_optimizer_pre_hooks, optimizer_module._global_optimizer_post_hooks
-    profiling = torch._C._autograd._profiler_enabled
-    wrapper.hooked = True  # type: ignore[attr-defined]  # so that torch.optim.Optimizer does not do it again
-    return wrapper
 
 
 class AGROptimizer(torch.optim.Optimizer):
@@ -190,7 +160,7 @@ class AGROptimizer(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @_hooked
+    @hooked
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
 
@@ -208,11 +178,11 @@ class AGROptimizer(torch.optim.Optimizer):
                 loss = closure()
         with self._lock:
             self._check_numbers()
-            schedule = self._current_schedule()
             try:
-                self._run(schedule, Scaling.asked_of(self))
+                self._run(self._current_schedule(), Scaling.asked_of(self))
             finally:
-                schedule.release()
+                if self._schedule is not None:
+                    self._schedule.release()
         return loss
 
     def _check_numbers(self) -> None:
@@ -247,7 +217,7 @@ class AGROptimizer(torch.optim.Optimizer):
     def _settle(self) -> None:
         """Ask the devices which states a step has been made with, where the host does not know."""
         schedule = self._schedule
-        for launch in [] if schedule is None else schedule.cuda:
+        for launch in [] if schedule is None else schedule.launches:
             if launch.unsettled:
                 begun = launch.begun()
                 for binding, has_begun in zip(launch.bindings, begun, strict=True):
@@ -306,13 +276,13 @@ class AGROptimizer(torch.optim.Optimizer):
             warnings.warn(
                 "AGR makes the gradient of a tensor of one element exactly 0, so that it never trains: "
                 f"{'; '.join(places)}. Put such parameters into a parameter group with agr=False",
-                stacklevel=_level_of_caller(),
+                stacklevel=level_of_caller(),
             )
 
     def _run(self, schedule: Schedule, scaling: Scaling) -> None:
         if scaling.found_inf is not None and schedule.on_host and number(scaling.found_inf) != 0:
             return
-        if schedule.cuda:
+        if schedule.launches:
             self._check_capture(schedule)
         self._count_on_devices(schedule, scaling)
         if schedule.relaid:
@@ -323,9 +293,10 @@ class AGROptimizer(torch.optim.Optimizer):
                     binding.relaid.copy_(binding.parameter.grad)
         # Whatever may fail comes before the first update.
         numbers = [self._numbers(group) for group in self.param_groups]
-        on_devices = [[self._on_device(group, launch) for group in numbers] for launch in schedule.cuda]
+        on_devices = [[self._on_device(group, launch) for group in numbers] for launch in schedule.launches]
         clip: Any = 1.0
-        alone = len(schedule.cuda) == 1 and not schedule.on_host  # then the launch takes the norm itself
+        # Then the launch takes the norm itself.
+        alone = len(schedule.launches) == 1 and schedule.launches[0].takes_norm and not schedule.on_host
         if self.max_grad_norm and not alone:
             clip = self._clip_coefficient(schedule, on_devices, scaling)
         if schedule.cpu is not None:  # before a launch raises step counts among them
@@ -340,11 +311,10 @@ class AGROptimizer(torch.optim.Optimizer):
         # may make no step leaves it to the device to note that.
         unknown = scaling.found_inf is not None and not schedule.on_host
         stepped = [id(b.parameter) for b in schedule.bindings] if self._fresh and not unknown else []
-        for i, launch in enumerate(schedule.cuda):
-            last = schedule.cpu is None and i + 1 == len(schedule.cuda)
+        for i, launch in enumerate(schedule.launches):
+            last = schedule.cpu is None and i + 1 == len(schedule.launches)
             launch.update(
                 on_devices[i],
-                self._counts(schedule, i),
                 float(self.max_grad_norm or 0) if alone else 0.0,
                 self.param_groups[0]["eps"],
                 clip.to(launch.device, torch.float64) if isinstance(clip, Tensor) else None,
@@ -354,12 +324,12 @@ class AGROptimizer(torch.optim.Optimizer):
                 stepped if last else [],
             )
             launch.unsettled = launch.unsettled or (unknown and bool(self._fresh))
-            if launch.captured and not launch.kept:
+            if launch.unkept:
                 self._keep_for_graphs(launch)
-                launch.kept = True
+                launch.unkept = False
         if schedule.cpu is not None:
             schedule.cpu.update(host_numbers, native_clip, counted, self._fresh, stepped)
-        elif not schedule.cuda:
+        elif not schedule.launches:
             for group in counted:
                 group["step"] += 1
             self._fresh.difference_update(stepped)
@@ -368,8 +338,8 @@ class AGROptimizer(torch.optim.Optimizer):
             for binding in schedule.bindings:
                 binding.fresh = False
 
-    def _on_device(self, numbers: tuple[Any, ...], launch: CudaLaunch) -> tuple[Any, ...]:
-        return tuple(on_device(x, launch.device) if isinstance(x, Tensor) else x for x in numbers)
+    def _on_device(self, numbers: tuple[Any, ...], launch: DeviceLaunch) -> tuple[Any, ...]:
+        return tuple(on_device(x, launch.device, launch.kernel_reads) if isinstance(x, Tensor) else x for x in numbers)
 
     def _clip_coefficient(
         self, schedule: Schedule, on_devices: list[list[tuple[Any, ...]]], scaling: Scaling
@@ -379,7 +349,7 @@ class AGROptimizer(torch.optim.Optimizer):
         It is a tensor if the reference or a GPU has a part in it, so that the host need not wait for it.
         """
         squares: Any = 0.0
-        for launch, numbers in zip(schedule.cuda, on_devices, strict=True):
+        for launch, numbers in zip(schedule.launches, on_devices, strict=True):
             of_launch = launch.reduce(numbers, scaling)
             squares = squares + (of_launch if isinstance(squares, float) else of_launch.to(squares.device))
         if schedule.cpu is not None:
@@ -404,9 +374,9 @@ class AGROptimizer(torch.optim.Optimizer):
 
     def _check_capture(self, schedule: Schedule) -> None:
         """Raise RuntimeError if a graph is being captured with step counts or numbers that it would repeat."""
-        if all(group["capturable"] for group in self.param_groups) or rehearsing():
+        if all(group["capturable"] for group in self.param_groups):
             return
-        if any(launch.capturing() for launch in schedule.cuda):
+        if any(launch.capturing() for launch in schedule.launches):
             index = next(i for i, group in enumerate(self.param_groups) if not group["capturable"])
             raise RuntimeError(
                 f"step() is being captured in a CUDA graph, and group {index} has capturable=False; it must be True"
@@ -419,12 +389,7 @@ class AGROptimizer(torch.optim.Optimizer):
         """Return the groups whose step count is a number."""
         return []
 
-    def _counts(self, schedule: Schedule, launch: int) -> bool:
-        """Return whether a launch raises the step counts that groups have on its device: the last one there does."""
-        devices = [launch.device for launch in schedule.cuda]
-        return devices[launch] not in devices[launch + 1 :]
-
-    def _keep_for_graphs(self, launch: CudaLaunch) -> None:
+    def _keep_for_graphs(self, launch: DeviceLaunch) -> None:
         """Keep what a captured launch reads and writes for as long as the optimizer lives, since the graph may."""
         counts = [group["step"] for group in self.param_groups if isinstance(group.get("step"), Tensor)]
         for tensor in (*counts, *launch.kept_for_graphs()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,13 @@ from .backends import choose, why_not
 from .binding import Binding, is_plain, same_layout
 from .cpu import CpuLaunch
 from .cuda import CudaLaunch
+from .launch import DeviceLaunch
 from .native import native
 from .reference import ReferenceLaunch
+from .triton import TritonLaunch
+
+#: By backend.
+LAUNCHES: dict[str, Callable[..., DeviceLaunch]] = {"cuda": CudaLaunch, "triton": TritonLaunch}
 
 
 class Schedule:
@@ -35,17 +40,24 @@ class Schedule:
         self.bindings = bindings
         self.referred = [b for b in bindings if b.backend == "reference"]
         on_cpu = [b for b in bindings if b.backend == "cpu"]
-        on_cuda = defaultdict(list)
+        together = defaultdict(list)
         for b in bindings:
-            if b.backend == "cuda":
-                on_cuda[b.parameter.device, b.parameter.dtype, b.gradient.dtype].append(b)
+            if b.backend in LAUNCHES:
+                together[b.backend, b.parameter.device, b.parameter.dtype, b.gradient.dtype].append(b)
         #: Bindings whose gradient has another memory layout than the parameter.
         self.relaid = [b for b in bindings if b.relaid is not None]
         #: Parameters that are written without PyTorch's knowledge.
         self.written = [b.parameter for b in bindings if b.backend != "reference"]
         self.reference = ReferenceLaunch(rule, self.referred) if self.referred else None
         self.cpu = CpuLaunch(rule, on_cpu, clip) if on_cpu else None
-        self.cuda = [CudaLaunch(rule, together, len(groups), clip) for together in on_cuda.values()]
+        # The last one on a device raises the step counts that groups have there.
+        last = {key[1]: key for key in together}
+        #: Of GPUs: one for each combination of types on each.
+        with torch.inference_mode(False):  # since what they make is changed in later steps, outside of that
+            self.launches = [
+                LAUNCHES[key[0]](rule, of_launch, len(groups), clip, counts=last[key[1]] == key)
+                for key, of_launch in together.items()
+            ]
         self._watch = None
         if backends.why_missing("cpu") is None:
             self._watch = native().Watch(groups, state)
@@ -53,7 +65,7 @@ class Schedule:
                 self._watch.add_untabled(binding.index)
             if self.cpu is not None:
                 self._look_after(on_cpu, self.cpu.gradients)
-            for launch in self.cuda:
+            for launch in self.launches:
                 self._look_after(launch.bindings, launch.gradients)
 
     def _look_after(self, bindings: Sequence[Binding], gradients: Any) -> None:
@@ -66,7 +78,7 @@ class Schedule:
     @property
     def on_host(self) -> bool:
         """Whether the host has to know the numbers of a step: not all of it happens in launches on GPUs."""
-        return not self.cuda or self.cpu is not None or self.reference is not None
+        return not self.launches or self.cpu is not None or self.reference is not None
 
     @property
     def backends(self) -> list[str]:

@@ -12,6 +12,7 @@
 #include "python/bindings.h"
 #include "python/glance.h"
 #include "python/handles.h"
+#include "python/rows.h"
 #include "python/tensor_reader.h"
 #include "python/watch.h"
 
@@ -23,7 +24,7 @@ namespace {
 // `tensors`: (elements, bytes of a gradient's element, regularize) of each.
 Plan make_plan(const std::vector<std::tuple<std::int64_t, std::int32_t, bool>>& tensors, bool clip,
                std::optional<std::int64_t> chunk_elements, std::optional<std::int64_t> window_bytes,
-               std::optional<std::int64_t> lead_bytes) {
+               std::optional<std::int64_t> lead_bytes, bool apart) {
     std::vector<Plan::Tensor> planned;
     for (const auto& [elements, gradient_bytes, regularize] : tensors)
         planned.push_back({elements, gradient_bytes, regularize});
@@ -31,6 +32,7 @@ Plan make_plan(const std::vector<std::tuple<std::int64_t, std::int32_t, bool>>& 
     if (chunk_elements) limits.chunk_elements = *chunk_elements;
     if (window_bytes) limits.window_bytes = *window_bytes;
     if (lead_bytes) limits.lead_bytes = *lead_bytes;
+    limits.apart = apart;
     return Plan(std::move(planned), limits);
 }
 
@@ -69,7 +71,7 @@ PYBIND11_MODULE(_C, m) {
 
     py::class_<Plan>(m, "Plan")
         .def(py::init(&make_plan), py::arg("tensors"), py::arg("clip") = false, py::arg("chunk_elements") = py::none(),
-             py::arg("window_bytes") = py::none(), py::arg("lead_bytes") = py::none())
+             py::arg("window_bytes") = py::none(), py::arg("lead_bytes") = py::none(), py::arg("apart") = false)
         .def_property_readonly("tasks", &tasks_of)
         .def_property_readonly("chunks", [](const Plan& plan) { return plan.chunks; })
         .def_property_readonly("chunk_elements", [](const Plan& plan) { return plan.limits.chunk_elements; })
@@ -77,7 +79,21 @@ PYBIND11_MODULE(_C, m) {
         .def_property_readonly("lead_bytes", [](const Plan& plan) { return plan.limits.lead_bytes; })
         .def_property_readonly("first_update", [](const Plan& plan) { return plan.first_update; });
 
-    py::class_<GradientTable, std::shared_ptr<GradientTable>>(m, "GradientTable").def(py::init<>());
+    py::class_<GradientTable, std::shared_ptr<GradientTable>>(m, "GradientTable")
+        .def(py::init<>())
+        // Their addresses, 8 bytes each.
+        .def("__bytes__", [](const GradientTable& table) {
+            return py::bytes(reinterpret_cast<const char*>(table.addresses.data()),
+                             table.addresses.size() * sizeof(void*));
+        });
+
+    // For what is launched from Python; executors of ours do this themselves.
+    m.def(
+        "note_step",
+        [](const py::list& counted, const py::set& fresh, const py::list& stepped) {
+            Notes{counted, fresh, stepped}.write();
+        },
+        py::arg("counted"), py::arg("fresh"), py::arg("stepped"));
 
     py::class_<Watch>(m, "Watch", py::custom_type_setup([](PyHeapTypeObject* heap_type) {
                           PyTypeObject* type = &heap_type->ht_type;

@@ -35,8 +35,8 @@ Plan::Plan(std::vector<Tensor> given, Limits given_limits) : limits(given_limits
             throw std::invalid_argument("a plan has at most 2^30 chunks, not " + std::to_string(chunks));
     }
 
-    if (limits.clip)
-        order_around_the_norm();
+    if (limits.clip || limits.apart)
+        order_apart();
     else
         order_in_a_window();
 }
@@ -89,10 +89,11 @@ void Plan::order_in_a_window() {
     while (!reduced.empty()) update_oldest();
 }
 
-void Plan::order_around_the_norm() {
+void Plan::order_apart() {
     const auto count = static_cast<std::int32_t>(tensors.size());
     for (std::int32_t i = 0; i < count; ++i)
-        for (std::int64_t chunk = 0; chunk < tensors[i].chunks; ++chunk) push(TaskKind::reduce, i, chunk);
+        if (limits.clip || tensors[i].regularize)
+            for (std::int64_t chunk = 0; chunk < tensors[i].chunks; ++chunk) push(TaskKind::reduce, i, chunk);
     first_update = static_cast<std::int64_t>(tasks.size());
     for (std::int32_t i = count; i-- > 0;)
         for (std::int64_t chunk = tensors[i].chunks; chunk-- > 0;) push(TaskKind::update, i, chunk);

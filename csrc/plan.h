@@ -38,6 +38,8 @@ struct Plan {
         std::int64_t lead_bytes;
         // Clip by the global norm: every gradient is reduced before the first update.
         bool clip;
+        // Reductions and updates are launches of their own: every UPDATE stands after the last REDUCE.
+        bool apart = false;
     };
 
     Limits limits;
@@ -46,7 +48,7 @@ struct Plan {
     // In the order in which tickets hand them out. A tensor's REDUCE tasks all stand before its first UPDATE and REDUCE
     // tasks wait for nothing, so that whoever holds an UPDATE only ever waits for tasks that are already running.
     std::vector<Task> tasks;
-    // With clipping, tasks before this one reduce and tasks from it on update; without, 0.
+    // With clipping, and where they are apart, tasks before this one reduce and tasks from it on update; else 0.
     std::int64_t first_update = 0;
 
     // Throws std::invalid_argument where a size or a limit makes no sense, or tasks would be more than 2^31.
@@ -57,7 +59,7 @@ struct Plan {
 private:
     void push(TaskKind kind, std::int32_t tensor, std::int64_t chunk);
     void order_in_a_window();
-    void order_around_the_norm();
+    void order_apart();
 };
 
 }  // namespace agr

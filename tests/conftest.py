@@ -17,6 +17,10 @@ from helpers import METHODS, Method
 import agr_cuda
 import agr_cuda.cuda
 
+ON_GPU = torch.accelerator.is_available()
+if not ON_GPU:
+    import interpreted
+
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COMPLEX = (torch.complex64, torch.complex128)
 
@@ -26,18 +30,30 @@ def device_of(backend: str) -> torch.device:
 
     Without a GPU, cuda runs its kernels' source on threads of the host, and triton is its interpreter: on the CPU.
     """
-    on_gpu = backend in ("cuda", "triton") and torch.accelerator.is_available()
+    on_gpu = ON_GPU and (backend == "triton" or (backend == "cuda" and not agr_cuda.cuda.rehearsing()))
     return torch.accelerator.current_accelerator() if on_gpu else torch.device("cpu")
 
 
 def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
     """The types that a backend takes."""
-    without_double = tuple(dtype for dtype in FLOATS if dtype != torch.float64)
-    return {"triton": without_double, "reference": FLOATS + COMPLEX}.get(backend, FLOATS)
+    return FLOATS + COMPLEX if backend == "reference" else FLOATS
 
 
 def takes(backend: str, dtype: torch.dtype) -> bool:
     return dtype in dtypes_of(backend)
+
+
+def interpreted_by_python(backend: str) -> bool:
+    """Whether a step takes tens of milliseconds: every operation of a kernel is one of NumPy's, or several."""
+    return backend == "triton" and not ON_GPU
+
+
+def tested_dtypes(backend: str) -> tuple[torch.dtype, ...]:
+    """The types with which every test runs. Where that would take too long, one of each width of arithmetic and state.
+
+    The others have tests of their own.
+    """
+    return (torch.float32, torch.bfloat16) if interpreted_by_python(backend) else dtypes_of(backend)
 
 
 def large_size(backend: str) -> int:
@@ -51,11 +67,15 @@ def thread_counts(backend: str) -> tuple[int, ...]:
 
     Any, but for the reference: it adds as PyTorch does, in an order that depends on the number of threads.
     """
+    if interpreted_by_python(backend):
+        return 1, 8
     return (2, 2, 2) if backend == "reference" else (1, 2, 3, 8, 2)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(2)
+    if not ON_GPU:
+        interpreted.mend()
     if agr_cuda.cuda.why_missing() is not None:
         emulation = agr_cuda.cuda.rehearsal(emulated.launcher())
         emulation.__enter__()
@@ -68,10 +88,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     backends = agr_cuda.available_backends()
     names = metafunc.fixturenames
     if "backend" in names and "dtype" in names:
-        pairs = [(b, d) for b in backends for d in dtypes_of(b)]
+        pairs = [(b, d) for b in backends for d in tested_dtypes(b)]
         metafunc.parametrize(("backend", "dtype"), pairs, ids=[f"{b}-{str(d)[6:]}" for b, d in pairs])
     elif "backend" in names and "float_dtype" in names:
-        pairs = [(b, d) for b in backends for d in dtypes_of(b) if d in FLOATS]
+        pairs = [(b, d) for b in backends for d in tested_dtypes(b) if d in FLOATS]
         metafunc.parametrize(("backend", "float_dtype"), pairs, ids=[f"{b}-{str(d)[6:]}" for b, d in pairs])
     elif "backend" in names:
         metafunc.parametrize("backend", backends)

@@ -72,6 +72,22 @@ def test_what_is_no_architecture_is_named_with_what_is_allowed(setup_py, monkeyp
     assert "allowed are numbers from 80 to 199" in refused.value.code
 
 
+@pytest.mark.parametrize("asked", ["none", " None "])
+def test_cuda_can_be_left_out_where_there_is_an_nvcc(setup_py, monkeypatch, tmp_path, asked):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert setup_py.find_nvcc() == str(nvcc)
+    monkeypatch.setenv("AGR_CUDA_ARCHS", asked)
+    assert setup_py.find_nvcc() is None
+    file = io.StringIO()
+    build = setup_py.BuildWithNinja
+    build.write_rules(None, Writer(file, width=10_000), tmp_path / "_C.so", None, [], setup_py.NOT_WANTED)
+    assert "install again without it" in file.getvalue()
+    assert "nvcc" not in file.getvalue()
+
+
 @pytest.mark.parametrize("asked", [None, "", " ", ";", ", ;"])
 @pytest.mark.parametrize(
     "answer",

@@ -430,6 +430,24 @@ def test_a_late_parameter_starts_with_no_difference(method: Method, backend, dev
     assert_close(optimizer, expected)
 
 
+@pytest.mark.parametrize("how", ["capturable", "found_inf"])
+def test_groups_of_different_types_are_all_counted(how: str, backend, device, generator) -> None:
+    """Whichever of several launches has their tensors, and if none has any more, since they have no gradients."""
+    kinds = [torch.float32, torch.bfloat16, torch.float32]
+    groups = [{"params": parameters(generator, [(5,), (31,)], dtype, device)} for dtype in kinds]
+    optimizer = agr_cuda.Adan(groups, backend=backend, capturable=how == "capturable")
+    if how == "found_inf":
+        optimizer.found_inf = torch.zeros((), device=device)
+    run(optimizer, 1)
+    for p in groups[2]["params"]:
+        p.grad = None
+    for step in range(2):
+        for group in optimizer.param_groups[:2]:
+            give_gradients(group["params"], generator, step)
+        optimizer.step()
+    assert [int(group["step"]) for group in optimizer.param_groups] == [3, 3, 3]
+
+
 def test_a_count_on_a_device_goes_on_where_no_device_counts(backend, device, generator) -> None:
     """Adan's group changes to a backend that counts on the host: no step is lost."""
     params = parameters(generator, SMALL, device=device)

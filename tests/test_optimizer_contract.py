@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import pickle
 from typing import Any
@@ -133,6 +134,29 @@ def test_a_subclass_with_a_step_of_its_own_has_hooks_once(method, generator) -> 
     optimizer.register_step_post_hook(lambda *_: seen.append("after"))
     run(optimizer, 2)
     assert seen == ["before", "after"] * 2
+
+
+def test_a_wrapped_step_has_hooks_once(method, generator, monkeypatch) -> None:
+    """Where functools.wraps has copied the mark by which torch.optim.Optimizer knows a step that has its hooks."""
+
+    class Own(method.ours):
+        @functools.wraps(method.ours.step)
+        def step(self, closure=None):
+            return super().step(closure)
+
+    seen: list[str] = []
+    optimizer = Own(parameters(generator, SMALL))
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    run(optimizer, 1)
+    assert seen == ["before"]
+
+    original = method.ours.step
+    timed = functools.wraps(original)(lambda self, *args, **kwargs: original(self, *args, **kwargs))
+    monkeypatch.setattr(method.ours, "step", timed)
+    optimizer = method.ours(parameters(generator, SMALL))
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    run(optimizer, 1)
+    assert seen == ["before"] * 2
 
 
 def test_hooks_of_all_optimizers_run(method, generator) -> None:

@@ -2,6 +2,8 @@
 
 import ctypes
 import gc
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -251,6 +253,93 @@ def test_a_class_may_say_itself_what_its_gradient_is(make):
             optimizer.step()
     for p, q in zip(one, theirs, strict=True):
         assert torch.equal(p, q)
+
+
+class WithGradientsTenfold(torch.Tensor):
+    """It answers for its attributes itself."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            answer = function(*args, **(kwargs or {}))
+            return 10 * answer if function == torch.Tensor.grad.__get__ and answer is not None else answer
+
+
+def test_a_class_may_answer_for_its_attributes(make):
+    one, theirs = torch.zeros(4, requires_grad=True), torch.zeros(4).as_subclass(WithGradientsTenfold).requires_grad_()
+    # With an eps so large a step moves by a multiple of the gradient.
+    options = {"agr": False, "eps": 1e3, "weight_decay": 0.0, "lr": 1.0}
+    optimizers = make([one], **options), make([theirs], **options)
+    for _ in range(3):
+        one.grad, theirs.grad = torch.full((4,), 10.0), torch.ones(4)
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(theirs.detach().as_subclass(torch.Tensor), one.detach())
+    assert one.abs().min() > 0
+
+
+class WithMemoryOfItsOwn(torch.Tensor):
+    """It dispatches for itself, though it is a plain tensor to look at."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return super().__torch_dispatch__(function, types, args, kwargs or {})
+
+
+def test_a_gradient_that_dispatches_for_itself_is_planned_anew(make):
+    given = parameters((5, 7))
+    optimizer = make(given)
+    optimizer.step()
+    given[0].grad = torch.randn(5, 7).as_subclass(WithMemoryOfItsOwn)
+    assert replanned(optimizer)
+
+
+@pytest.mark.parametrize("mode", ["no_grad()", "inference_mode()", "device('meta')"])
+def test_what_is_found_does_not_depend_on_the_first_steps_surroundings(mode, read_tensors):
+    if read_tensors != "glances":
+        return  # said by each process of its own
+    program = (
+        "import torch, agr_cuda\n"
+        "from agr_cuda.native import native\n"
+        "p = torch.nn.Parameter(torch.ones(5))\n"
+        "p.grad = torch.ones(5)\n"
+        f"with torch.{mode}:\n"
+        "    print(native().glances(), native().finds_gradients(), native().counts_changes())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(native().glances())] * 3
+
+
+def test_a_gradients_end_may_lead_to_another_step(make):
+    given = parameters((6,))
+    optimizer = make(given)
+    optimizer.step()
+
+    class Memory(ctypes.Array):
+        _type_, _length_ = ctypes.c_float, 6
+
+    memory = Memory()
+    given[0].grad = torch.frombuffer(memory, dtype=torch.float32)
+    steps = []
+    weakref.finalize(memory, lambda: steps.append(optimizer.step()))
+    del memory
+    schedule = optimizer._schedule
+    assert schedule.fits(optimizer.param_groups, optimizer.state)
+    given[0].grad = torch.ones(6)
+    schedule.release()
+    assert steps == [None]
+
+
+def test_gradients_are_let_go_after_a_step_that_fails(make):
+    given = parameters((6,), (3,))
+    optimizer = make(given)
+    optimizer.step()
+    gradient = weakref.ref(given[0].grad)
+    given[1].grad = torch.ones(3).to_sparse()
+    with pytest.raises(RuntimeError, match="must be dense"):
+        optimizer.step()
+    given[0].grad = None
+    assert gradient() is None
 
 
 def test_a_step_counts_as_one_change_of_every_parameter(make):

@@ -54,9 +54,27 @@ bool succeeds(const Find& find) {
     }
 }
 
+// Modes of PyTorch in which tensors made for an experiment are as they are without any.
+class OrdinaryModes {
+public:
+    OrdinaryModes() : stack_(py::module_::import("contextlib").attr("ExitStack")()) {
+        const py::module_ torch = py::module_::import("torch");
+        for (const py::object& mode : {torch.attr("inference_mode")(false), torch.attr("enable_grad")(),
+                                       torch.attr("device")("cpu").cast<py::object>()})
+            stack_.attr("enter_context")(mode);
+    }
+    ~OrdinaryModes() { stack_.attr("close")(); }
+    OrdinaryModes(const OrdinaryModes&) = delete;
+    OrdinaryModes& operator=(const OrdinaryModes&) = delete;
+
+private:
+    py::object stack_;
+};
+
 }  // namespace
 
 Glance::Glance(TensorReader& reader) {
+    const OrdinaryModes modes;
     // Without DLPack's C interface, sizes are read into memory of the reader's own.
     found_ = succeeds([&] {
         return reader.uses_exchange_api() && sizeof(void*) == 8 && find_words(reader) && sees_every_change(reader);

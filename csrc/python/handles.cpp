@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include <utility>
+
 namespace agr::python {
 namespace {
 
@@ -39,9 +41,10 @@ bool Handles::hold(const void* handle) {
 }
 
 void Handles::release() {
-    // What it answers is of no use: a reference is dropped or the process is coming to its end.
-    for (void* handle : held_) static_cast<void>(interface().delete_handle(handle));
+    // Taken first: what a tensor's end sets off may come back here. What deleting answers is of no use.
+    const std::vector<void*> held = std::move(held_);
     held_.clear();
+    for (void* handle : held) static_cast<void>(interface().delete_handle(handle));
 }
 
 }  // namespace agr::python

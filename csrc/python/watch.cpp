@@ -20,8 +20,16 @@ bool stands_for_its_negative(PyObject* tensor) {
 
 // Whether a tensor's gradient is what torch.Tensor says it is, and not what a class of somebody's own does.
 bool has_ordinary_gradient(py::handle tensor) {
-    const py::object base = py::module_::import("torch").attr("Tensor");
-    return py::isinstance(tensor, base) && py::type::of(tensor).attr("grad").is(base.attr("grad"));
+    const py::module_ torch = py::module_::import("torch");
+    const py::object base = torch.attr("Tensor");
+    if (!py::isinstance(tensor, base)) return false;
+    const py::type own = py::type::of(tensor);
+    if (!own.attr("grad").is(base.attr("grad"))) return false;
+    // Which may answer for every attribute. A method of a class is another object each time it is asked for.
+    auto function_of = [](const py::object& of) { return py::getattr(of, "__func__", of); };
+    const py::object intercepts = function_of(own.attr("__torch_function__"));
+    return intercepts.is(function_of(base.attr("__torch_function__"))) ||
+           intercepts.is(torch.attr("_C").attr("_disabled_torch_function_impl"));
 }
 
 }  // namespace
@@ -48,7 +56,8 @@ bool Watch::has_items(PyObject* dictionary, const std::vector<Item>& items) {
 Watch::Expected::Expected(PyObject* tensor, const char* role, Images& images) : object(tensor) {
     const TensorView view = reader().read_or_throw(tensor, role);
     if (!view.type) throw std::runtime_error(std::string("no kernel takes the type of the ") + role);
-    description.reset(new Description{view.data,
+    description.reset(new Description{Py_TYPE(tensor),
+                                      view.data,
                                       *view.type,
                                       view.device_type,
                                       view.device_index,
@@ -57,10 +66,10 @@ Watch::Expected::Expected(PyObject* tensor, const char* role, Images& images) : 
     look = glance().look(tensor, view, images);
 }
 
-bool Watch::Expected::fits(const TensorView& view) const {
+bool Watch::Expected::fits(PyObject* tensor, const TensorView& view) const {
     const Description& d = *description;
-    return view.type == d.type && view.device_type == d.device_type && view.device_index == d.device_index &&
-           static_cast<std::size_t>(view.dimensions) == d.shape.size() &&
+    return Py_TYPE(tensor) == d.class_ && view.type == d.type && view.device_type == d.device_type &&
+           view.device_index == d.device_index && static_cast<std::size_t>(view.dimensions) == d.shape.size() &&
            std::equal(d.shape.begin(), d.shape.end(), view.shape) &&
            std::equal(d.strides.begin(), d.strides.end(), view.strides);
 }
@@ -69,7 +78,7 @@ bool Watch::Expected::find(PyObject* tensor, void*& there, Images& images) {
     there = glance().find(tensor, look);
     if (there != nullptr) return true;
     TensorView view;
-    if (!reader().read(tensor, view) || !fits(view) || stands_for_its_negative(tensor)) return false;
+    if (!reader().read(tensor, view) || !fits(tensor, view) || stands_for_its_negative(tensor)) return false;
     look = glance().look(tensor, view, images);  // as it shall look next time
     there = view.data;
     return true;
@@ -77,9 +86,9 @@ bool Watch::Expected::find(PyObject* tensor, void*& there, Images& images) {
 
 bool Watch::Expected::stays_as_pytorch_says(Images& images) {
     TensorView view;
-    if (!reader().read(object, view) || view.data != data() || !fits(view) || stands_for_its_negative(object))
+    if (!reader().read(object, view) || view.data != data() || !fits(object, view) || stands_for_its_negative(object))
         return false;
-    // Next time it looks as it does now: its class or flags may have changed, which need not fit.
+    // Next time it looks as it does now: flags may have changed that need not fit.
     look = glance().look(object, view, images);
     return true;
 }

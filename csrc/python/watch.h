@@ -44,6 +44,7 @@ public:
     bool count_changes() const;
 
     void release() {
+        const std::vector<pybind11::object> held = std::move(held_);
         held_.clear();
         handles_.release();
     }
@@ -67,6 +68,7 @@ private:
 
     private:
         struct Description {
+            PyTypeObject* class_;
             void* data;
             Type type;
             std::int32_t device_type, device_index;
@@ -74,7 +76,7 @@ private:
         };
         std::unique_ptr<Description> description;
 
-        bool fits(const TensorView& view) const;  // in all but the address
+        bool fits(PyObject* tensor, const TensorView& view) const;  // in all but the address
     };
 
     struct Item {

@@ -1,0 +1,80 @@
+"""Compiles every variant of the Triton kernels ahead of time, which needs no GPU, and writes down what came of it.
+
+Run in a process of its own, in which Triton does not interpret: python compile_kernels.py FOLDER. For every variant and
+target it leaves the assembly and, for NVIDIA, the machine code; and then an index of them.
+"""
+
+import inspect
+import json
+import sys
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from agr_cuda import triton as backend
+from agr_cuda import triton_kernels
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TYPES = [
+    *((t, t) for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)),
+    *((t, torch.float32) for t in (torch.bfloat16, torch.float16)),
+]
+# What pointers point to: all others to words of 64 bits.
+POINTERS = {"begun": "*i32", "grad_scale": "*fp32", "found_inf": "*fp32"}
+FLOATS = ("groups_float", "magnitude_sums", "square_sums", "sums", "numbers", "clip")
+
+
+def source(kernel, constants):
+    """Return what is compiled, all pointers being aligned to 16 bytes as PyTorch's allocators give them out."""
+    names = [name for name in kernel.arg_names if name not in constants]
+    signature = {n: POINTERS.get(n, "*fp64" if n in FLOATS else "*i64") for n in names}
+    if "constexprs" in inspect.signature(ASTSource).parameters:
+        at = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        signature |= dict.fromkeys(constants, "constexpr")
+        aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in names}
+        return ASTSource(fn=kernel, signature=signature, constexprs=at, attrs=aligned)
+    return ASTSource(fn=kernel, signature=signature, constants=constants)  # Triton 3.2
+
+
+def variants():
+    """Yield name, kernel, constants and type of parameters of everything that launches ask for."""
+    for rule in ("adamw", "adan"):
+        for parameter, gradient in TYPES:
+            constants = triton_kernels.constants(rule, parameter, gradient)
+            types = f"{str(parameter)[6:]}-{str(gradient)[6:]}"
+            sizes = {"BLOCK": backend.block_elements(parameter), "REST": backend.REST, "SUMS": backend.SUMS}
+            yield f"update-{rule}-{types}", triton_kernels.update_step, constants | sizes, parameter
+            del constants["PARAMETER"]
+            sizes = {"BLOCK": backend.block_elements(parameter), "TENSORS": backend.TENSORS}
+            for squares in (False, True):
+                name = f"reduce-{rule}-{types}" + ("-squares" if squares else "")
+                yield name, triton_kernels.reduce_step, constants | sizes | {"SQUARES": squares}, parameter
+
+
+def main(folder):
+    index = {}
+    for target_name, target in TARGETS.items():
+        for name, kernel, constants, parameter in variants():
+            options = backend.compiler_options(parameter, nvidia=target.backend == "cuda")
+            made = triton.compile(source(kernel, constants), target=target, options=options)
+            path = folder / f"{name}-{target_name}"
+            for kind in ("ptx", "amdgcn"):
+                if kind in made.asm:
+                    path.with_suffix(".s").write_text(made.asm[kind])
+            if "cubin" in made.asm:
+                path.with_suffix(".cubin").write_bytes(made.asm["cubin"])
+            kind, rule, *types = name.removesuffix("-squares").split("-")
+            index[path.name] = {"kernel": kind, "rule": rule, "types": "-".join(types), "target": target_name}
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,160 @@
+"""The second launch of a step: psi and the update rule, a chunk for each program."""
+
+import triton
+import triton.language as tl
+
+from . import tables as t
+from .rules import adamw, adan, aligned, regularized
+
+
+@triton.jit
+def _count_step(tensor, row, numbers, begun):
+    """Count the step of a tensor that has a count of its own, and note that one has been made."""
+    tl.store(begun + tensor, 1)
+    step = tl.load(row + t.STEP)
+    if step != 0:
+        tl.store(step.to(tl.pointer_type(tl.float32)), tl.load(numbers + t.NUMBERS_T).to(tl.float32))
+
+
+@triton.jit
+def _count_steps_of_groups(groups, count):
+    """Count the step of groups, whether they have tensors here or not. Nothing else in this launch reads the counts."""
+    for i in range(0, count):
+        group = groups + i * t.GROUP
+        counter = tl.load(group + t.COUNT)
+        if (tl.load(group + t.COUNTS) != 0) & (counter != 0):
+            at = counter.to(tl.pointer_type(tl.float32))
+            tl.store(at, tl.load(at) + 1.0)
+
+
+@triton.jit
+def _abs_sum(row, sums, scale, TYPE: tl.constexpr, SUMS: tl.constexpr):
+    """Return a tensor's abs-sum as `regularized` takes it, added up in an order that sizes alone decide.
+
+    `scale` is what the gradient is multiplied by afterwards: psi(c g) = c psi(g). The one thing that scaling first
+    would have changed: 0 times an infinite sum is NaN, and shall be.
+    """
+    first = tl.load(row + t.FIRST_CHUNK)
+    chunks = tl.load(row + t.CHUNKS).to(tl.int32)
+    lanes = tl.arange(0, SUMS)
+    partial = tl.zeros((SUMS,), tl.float64)
+    for start in range(0, chunks, SUMS):
+        partial += tl.load(sums + first + start + lanes, mask=start + lanes < chunks, other=0.0)
+    total = tl.sum(partial, 0)
+    scaled = total * scale
+    if total.dtype == TYPE:
+        lift = tl.where(total < 2.0**-1000, 2.0**500, 1.0)
+    else:
+        lift = tl.where(total < 2.0**-100, 2.0**60, 1.0)
+    lifted = total * lift
+    rounded = lifted.to(TYPE)
+    # With an inverse of 1, S = 0 gives psi = 0, and an infinite S a share of infinity, which `regularized` clamps to 1.
+    ordinary = (rounded - rounded == 0.0) & (rounded != 0.0) & (scaled == scaled)
+    rest = tl.where(ordinary, lifted - rounded.to(tl.float64), 0.0).to(TYPE)
+    inverse = 1.0 / tl.where(ordinary, rounded, 1.0).to(TYPE)
+    lift = tl.where(ordinary, lift, 1.0).to(TYPE)
+    return tl.where(scaled == scaled, rounded, scaled.to(TYPE)), rest, inverse, lift
+
+
+@triton.jit
+def _load(address, offsets, mask, TYPE: tl.constexpr):
+    # Nothing is wanted again after this.
+    return tl.load(address + offsets, mask=mask, eviction_policy="evict_first").to(TYPE)
+
+
+@triton.jit
+def _store(address, offsets, value, mask):
+    tl.store(address + offsets, value.to(address.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit
+def _update_elements(
+    begin, end, p_at, g_at, s0_at, s1_at, s2_at, s3_at, amsgrad, regularize, scale, total, rest, inverse, lift,
+    c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11,
+    ADAN: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    lanes = tl.arange(0, BLOCK)
+    for start in range(begin, end, BLOCK):
+        at = start + lanes
+        mask = at < end if MASKED else None
+        g = _load(g_at, at, mask, TYPE)
+        p = _load(p_at, at, mask, TYPE)
+        g = tl.where(regularize, regularized(g, total, rest, inverse, lift), g) * scale
+        s0 = _load(s0_at, at, mask, TYPE)
+        s1 = _load(s1_at, at, mask, TYPE)
+        if ADAN:
+            s2 = _load(s2_at, at, mask, TYPE)
+            s3 = _load(s3_at, at, mask, TYPE)
+            p, s0, s1, s2, s3 = adan(p, g, s0, s1, s2, s3, c11 != 0, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10)
+            _store(s2_at, at, s2, mask)
+            _store(s3_at, at, s3, mask)
+        else:
+            # A tensor without AMSGrad has no third state: none of its elements are loaded or stored.
+            third = at < amsgrad * end if MASKED else tl.broadcast_to(amsgrad, (BLOCK,)) != 0
+            s2 = tl.load(s2_at + at, mask=third, other=0.0, eviction_policy="evict_first").to(TYPE)
+            p, s0, s1, s2 = adamw(p, g, s0, s1, s2, amsgrad != 0, c0, c1, c2, c3, c4, c5, c6)
+            _store(s2_at, at, s2, third)
+        _store(p_at, at, p, mask)
+        _store(s0_at, at, s0, mask)
+        _store(s1_at, at, s1, mask)
+
+
+@triton.jit
+def update_step(
+    limits, rows, tasks, gradients, groups, sums, numbers, begun, clip, found_inf,
+    ADAN: tl.constexpr, PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, TYPE: tl.constexpr,
+    BLOCK: tl.constexpr, REST: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """Do the second launch of a step: nothing if `found_inf`."""
+    skipped = (tl.load(found_inf) != 0.0).to(tl.int32)
+    tensor = tl.load(tasks + 2 * tl.program_id(0))
+    chunk = tl.load(tasks + 2 * tl.program_id(0) + 1)
+    row = rows + tensor * t.ROW
+    chunk_elements = tl.load(limits + 1)
+    first = chunk * chunk_elements
+    count = tl.minimum(tl.load(row + t.ELEMENTS) - first, chunk_elements).to(tl.int32)
+    count = tl.where(skipped != 0, 0, count)
+
+    numbers += tensor * t.NUMBERS
+    scale = tl.load(numbers + t.NUMBERS_SCALE) * tl.load(clip)
+    regularize = tl.load(row + t.REGULARIZE) != 0
+    amsgrad = tl.load(row + t.AMSGRAD).to(tl.int32)
+    total, rest, inverse, lift = _abs_sum(row, sums, scale, TYPE, SUMS)
+    scale = scale.to(TYPE)
+    c0 = tl.load(numbers + 0).to(TYPE)
+    c1 = tl.load(numbers + 1).to(TYPE)
+    c2 = tl.load(numbers + 2).to(TYPE)
+    c3 = tl.load(numbers + 3).to(TYPE)
+    c4 = tl.load(numbers + 4).to(TYPE)
+    c5 = tl.load(numbers + 5).to(TYPE)
+    c6 = tl.load(numbers + 6).to(TYPE)
+    c7 = tl.load(numbers + 7).to(TYPE) if ADAN else c6
+    c8 = tl.load(numbers + 8).to(TYPE) if ADAN else c6
+    c9 = tl.load(numbers + 9).to(TYPE) if ADAN else c6
+    c10 = tl.load(numbers + 10).to(TYPE) if ADAN else c6
+    c11 = tl.load(numbers + 11).to(TYPE) if ADAN else c6
+
+    p = tl.load(row + t.PARAMETER).to(tl.pointer_type(PARAMETER)) + first
+    g = tl.load(gradients + tensor).to(tl.pointer_type(GRADIENT)) + first
+    s0 = tl.load(row + t.STATE + 0).to(tl.pointer_type(PARAMETER)) + first
+    s1 = tl.load(row + t.STATE + 1).to(tl.pointer_type(PARAMETER)) + first
+    s2 = tl.load(row + t.STATE + 2).to(tl.pointer_type(PARAMETER)) + first
+    s3 = tl.load(row + t.STATE + 3).to(tl.pointer_type(PARAMETER)) + first
+    # What can be loaded together, and then the rest: elements of a tensor that is not aligned, and what is left over.
+    # That has fewer at a time, since each takes an address of its own.
+    together = p.to(tl.int64) | g.to(tl.int64) | s0.to(tl.int64) | s1.to(tl.int64) | s2.to(tl.int64) | s3.to(tl.int64)
+    full = tl.where(together % 16 == 0, count // BLOCK * BLOCK, 0)
+    _update_elements(
+        0, full, aligned(p), aligned(g), aligned(s0), aligned(s1), aligned(s2), aligned(s3),
+        amsgrad, regularize, scale, total, rest, inverse, lift,
+        c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, ADAN, TYPE, BLOCK, False,
+    )  # fmt: skip
+    _update_elements(
+        full, count, p, g, s0, s1, s2, s3, amsgrad, regularize, scale, total, rest, inverse, lift,
+        c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, ADAN, TYPE, REST, True,
+    )  # fmt: skip
+    if skipped == 0:
+        if chunk == 0:
+            _count_step(tensor, row, numbers, begun)
+        if tl.program_id(0) == 0:
+            _count_steps_of_groups(groups, tl.load(limits + 2).to(tl.int32))
