@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from inspect import signature
+from typing import Any, Literal
 
 import torch
 
@@ -13,6 +14,8 @@ from bench.workload import SHARED_COPIES
 
 Parameters = list[torch.nn.Parameter]
 Step = Callable[[], object]
+
+Unmeasured = Literal["not installed", "not available"]
 
 LEARNING_RATE = 1e-6  # so small that the parameters stay finite whatever the number of rounds
 WEIGHT_DECAY = 1e-2
@@ -59,12 +62,20 @@ class Contender:
         return {"AdamW": 2, "Adan": 4}[self.rule] + self.writes_gradients
 
 
-class NotInstalledError(Exception):
-    """A contender's package is not there; the message names it as pip does."""
+class LeftOutError(Exception):
+    """A contender cannot run here, by no fault of its own; the message says why, or what it needs."""
+
+    status: Unmeasured = "not available"
+
+
+class NotInstalledError(LeftOutError):
+    """Its package is not there; the message names it as pip does."""
+
+    status = "not installed"
 
 
 def build(contender: Contender, parameters: Parameters, eps: float) -> Step:
-    """Return the contender's step. Raises NotInstalledError where its package is missing."""
+    """Return the contender's step. Raises LeftOutError where it cannot run."""
     try:
         import_module(contender.module)
     except ModuleNotFoundError as error:
@@ -120,9 +131,51 @@ def _three_lines_compiled(parameters: Parameters, eps: float) -> Step:
     return _before_fused(lambda gradient: compiled(gradient.view(-1)), parameters, eps)
 
 
-def _ours(name: str, label: str, rule: str, agr: bool = True, scratch: int = 0, **options: Any) -> Contender:
-    build = _optimizer("agr_cuda", rule, agr=agr, **options)
-    return Contender(name, f"agr_cuda {label}", rule, agr, build, "agr_cuda", scratch=scratch)
+def why_not(backend: str, tensor: torch.Tensor) -> str | None:
+    """Return why agr_cuda's backend does not take parameters like `tensor` here, or None if it does."""
+    backends = import_module("agr_cuda.backends")
+    reason: str | None = backends.why_missing(backend) or backends.why_not(backend, tensor)
+    return reason
+
+
+def of_backend(backend: str, rule: str, **options: Any) -> Callable[[Parameters, float], Step]:
+    """Return a builder for one of agr_cuda's optimizers on a backend; it raises LeftOutError where that is missing."""
+    make = _optimizer("agr_cuda", rule, backend=backend, **options)
+
+    def checked(parameters: Parameters, eps: float) -> Step:
+        reason = why_not(backend, parameters[0])
+        if reason is not None:
+            raise LeftOutError(f"no {backend} backend: {reason}")
+        return make(parameters, eps)
+
+    return checked
+
+
+def _native(rule: str, agr: bool) -> Callable[[Parameters, float], Step]:
+    """Return a builder for one of agr_cuda's optimizers on the backend that is made for the parameters' device.
+
+    On a CPU agr_cuda chooses. On a GPU it could choose another than cuda, which has a row of its own.
+    """
+    on_cpu, on_gpu = _optimizer("agr_cuda", rule, agr=agr), of_backend("cuda", rule, agr=agr)
+
+    def make(parameters: Parameters, eps: float) -> Step:
+        return (on_gpu if parameters[0].is_cuda else on_cpu)(parameters, eps)
+
+    return make
+
+
+def _ours(name: str, label: str, rule: str, agr: bool = True) -> Contender:
+    return Contender(name, f"agr_cuda {label}", rule, agr, _native(rule, agr), "agr_cuda")
+
+
+def _reference(name: str, rule: str, scratch: int) -> Contender:
+    build = _optimizer("agr_cuda", rule, backend="reference", foreach=True)
+    return Contender(name, f"agr_cuda {rule}, foreach", rule, True, build, "agr_cuda", scratch=scratch)
+
+
+def _triton(name: str, rule: str) -> Contender:
+    build = of_backend("triton", rule)
+    return Contender(name, f"agr_cuda {rule}, Triton", rule, True, build, "agr_cuda", devices=("cuda",))
 
 
 def _torch(name: str, label: str, scratch: int = 0, **options: Any) -> Contender:
@@ -130,17 +183,31 @@ def _torch(name: str, label: str, scratch: int = 0, **options: Any) -> Contender
     return Contender(name, f"torch {label}", "AdamW", False, build, "torch", scratch=scratch)
 
 
-def _peer_adan(
-    name: str, module: str, label: str, writes_gradients: bool = False, scratch: int = 0, **options: Any
-) -> Contender:
-    build = _optimizer(module, "Adan", **options)
-    return Contender(name, f"{module} {label}", "Adan", False, build, module, writes_gradients, scratch)
+def _peer_adan(name: str, module: str, label: str, foreach: bool = False, **more: Any) -> Contender:
+    build = _optimizer(module, "Adan", **({"foreach": True} if foreach else {}))
+    return Contender(name, f"{module} {label}", "Adan", False, build, module, **more)
+
+
+def _peer_triton(name: str, rule: str) -> Contender:
+    """One of optimi's optimizers by its Triton kernels, a launch for each tensor; without AGR."""
+
+    def build(parameters: Parameters, eps: float) -> Step:
+        if "triton" not in signature(getattr(import_module("optimi"), rule)).parameters:
+            raise LeftOutError("this torch-optimi has no Triton kernels: pip install 'torch-optimi>=0.3'")
+        try:
+            # Kahan sums, its default for AdamW in 16 bits, would be one more tensor to read and write.
+            return _optimizer("optimi", rule, triton=True, kahan_sum=False)(parameters, eps)
+        except ImportError as error:
+            raise LeftOutError(str(error)) from error
+
+    return Contender(name, f"optimi {rule}, Triton", rule, False, build, "optimi", devices=("cuda",))
 
 
 ALL = (
     _ours("agr-adamw", "AdamW", "AdamW"),
+    _triton("agr-adamw-triton", "AdamW"),
     _ours("agr-adamw-off", "AdamW, agr off", "AdamW", agr=False),
-    _ours("reference-adamw", "AdamW, foreach", "AdamW", backend="reference", foreach=True, scratch=3),
+    _reference("reference-adamw", "AdamW", scratch=3),
     _torch(YARDSTICK, "AdamW, fused", fused=True),
     _torch("torch-adamw-foreach", "AdamW, foreach", foreach=True, scratch=1),
     Contender("three-lines", "three-line AGR + torch fused", "AdamW", True, _three_lines, "torch", True, scratch=1),
@@ -154,11 +221,14 @@ ALL = (
         writes_gradients=True,
         devices=("cuda",),  # on a CPU, compiling would take longer than the benchmark
     ),
+    _peer_triton("optimi-adamw-triton", "AdamW"),
     _ours("agr-adan", "Adan", "Adan"),
+    _triton("agr-adan-triton", "Adan"),
     _ours("agr-adan-off", "Adan, agr off", "Adan", agr=False),
-    _ours("reference-adan", "Adan, foreach", "Adan", backend="reference", foreach=True, scratch=5),
+    _reference("reference-adan", "Adan", scratch=5),
+    _peer_triton("optimi-adan-triton", "Adan"),
     _peer_adan("optimi-adan-foreach", "optimi", "Adan, foreach", foreach=True, writes_gradients=True),
-    _peer_adan("optimi-adan", "optimi", "Adan, default"),
+    _peer_adan("optimi-adan", "optimi", "Adan, default", devices=("cpu",)),  # on a GPU that is Triton's, or foreach
     _peer_adan("pytorch-optimizer-adan", "pytorch_optimizer", "Adan", scratch=1),
 )
 BY_NAME = {contender.name: contender for contender in ALL}

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 from bench.gpu_runner import Digest
 
 SHOWN_FAILURES = 5  # of tests
+LONGEST_REASON = 300  # characters of why a contender was not measured
 SHOWN_SETTINGS = 8  # the fastest of the tunables' sweep
 
 
@@ -64,12 +65,28 @@ def medians(document: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def shortened(reason: str) -> str:
+    """Return a reason in one line, without the middle of a long one: compilers begin with where and end with what."""
+    line = " ".join(reason.split())
+    return line if len(line) <= LONGEST_REASON else f"{line[: LONGEST_REASON // 2]} ... {line[-LONGEST_REASON // 2 :]}"
+
+
 def step_table(document: Mapping[str, Any]) -> list[str]:
-    """Return a Markdown table: a contender a row, a set a column."""
+    """Return a Markdown table: a contender a row, a set a column; below it, once each, why some were not measured.
+
+    A contender that was measured on no set has no row.
+    """
     sets = document["sets"]
     headings = [f"{entry['name']} ({entry['copy']['median'] / 1e12:.2f} TB/s)" for entry in sets]
     lines = [f"| {document['settings']['dtype']} | " + " | ".join(headings) + " |", "| --- " * (1 + len(sets)) + "|"]
+    reasons: dict[str, list[str]] = {}  # with the sets that each is of
     for place, row in enumerate(sets[0]["rows"]):
+        for entry in sets:
+            if reason := entry["rows"][place]["reason"]:
+                text = f"{row['name']}, {entry['rows'][place]['status']}: {shortened(reason)}"
+                reasons.setdefault(text, []).append(entry["name"])
+        if not any(entry["rows"][place]["figures"] for entry in sets):
+            continue
         cells = []
         for entry in sets:
             figures = entry["rows"][place]["figures"]
@@ -79,10 +96,8 @@ def step_table(document: Mapping[str, Any]) -> list[str]:
             time, ratio = figures["step_s"]["median"] * 1e6, figures["ratio"]["median"]
             cells.append(f"{time:.0f} us {ratio:.2f}x {100 * figures['share_of_copy']:.0f}%")
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
-    reasons = [
-        f"{row['name']}, {entry['name']}: {row['reason']}" for entry in sets for row in entry["rows"] if row["reason"]
-    ]
-    return [*lines, "", *reasons]
+    below = [f"{text} ({', '.join(names)})" if len(names) < len(sets) else text for text, names in reasons.items()]
+    return [*lines, "", *below]
 
 
 def overhead_lines(document: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,8 @@
 """Everything that needs a GPU, unattended: `python -m bench.gpu_report --out FOLDER`, or `make gpu-report`.
 
 Builds the package for the GPU that is there, runs the tests of its backends, looks for bad memory accesses and races,
-times, profiles and tunes. Needs no network, changes no setting of the GPU, and takes at most eight minutes: every stage
+times, profiles and tunes. Where the cuda backend cannot be built, stages that are for it alone are skipped, and the
+others are about triton. Needs no network, changes no setting of the GPU, and takes at most eight minutes: every stage
 has its own time limit, and one that fails or runs out of time leaves the others alone.
 
 FOLDER gets a few files, so that they are easily brought home from a machine that is only lent: SUMMARY.md (printed at

@@ -21,14 +21,16 @@ from bench.gpu_runner import Command, Digest, Run, Skip, Stage
 TAG = "gpu-report"
 SETS = ("gpt2", "resnet50", "vit-b-16", "llama-3.2-1b", "321x64", "321x4096")
 CONTENDERS = (
-    *("agr-adamw", "agr-adamw-off", "torch-adamw-fused", "torch-adamw-foreach", "three-lines", "three-lines-compiled"),
-    *("agr-adan", "agr-adan-off", "reference-adan"),
+    *("agr-adamw", "agr-adamw-triton", "agr-adamw-off", "torch-adamw-fused", "torch-adamw-foreach"),
+    *("three-lines", "three-lines-compiled", "optimi-adamw-triton"),
+    *("agr-adan", "agr-adan-triton", "agr-adan-off", "reference-adan", "optimi-adan-triton"),
 )
 PREDICTED_SETS = ("gpt2", "vit-b-16", "llama-3.2-1b")
 KERNEL = "agr_step"  # in the name of what makes the step
 KERNELS = "agr_"  # in the names of all kernels of the cuda backend
 # Tests that a GPU makes a difference to: those of its backends, by the names in their parameters, and its own file.
-TESTS = "(cuda or triton or test_gpu) and not (native or packaging or gpu_report)"
+TESTS = "({} or test_gpu) and not (native or packaging or gpu_report or test_bench)"
+BACKENDS = ("cuda", "triton")  # those of a GPU
 MOST_FAILURES = 25  # of tests, before the rest is left
 QUERY = "name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
 
@@ -44,7 +46,22 @@ for package in packages:
         found[package] = None
 print(json.dumps(found))
 """
-HAS_CUDA_BACKEND = "import agr_cuda, sys; sys.exit('cuda' not in agr_cuda.available_backends())"
+# Where the core could not be compiled with the CUDA kernels, it is without: the triton backend needs no more of it.
+WITHOUT_CUDA = """
+import subprocess, sys
+from agr_cuda import native
+if native.why_missing():
+    sys.exit(subprocess.run(sys.argv[1:]).returncode)
+"""
+# Why a backend is not there, or null; and what the core was built for.
+WHICH_BACKENDS = """
+import json, sys
+from agr_cuda import backends, native
+reasons = {name: backends.why_missing(name) for name in backends.BACKENDS}
+built_for = "" if native.why_missing() else native.native().cuda_architectures
+with open(sys.argv[1], "w") as file:
+    json.dump({"reasons": reasons, "built_for": built_for}, file)
+"""
 
 
 @dataclass(frozen=True)
@@ -54,6 +71,24 @@ class Place:
     root: Path  # the repository
     work: Path  # for the files of the stages
     capability: tuple[int, int]  # of the GPU
+
+    @property
+    def backends(self) -> Path:
+        """The file in which the build leaves what WHICH_BACKENDS finds."""
+        return self.work / "backends.json"
+
+    def why_missing(self, backend: str) -> str | None:
+        """Return why the build left a backend out, or None: it is there, or nothing was built in this report."""
+        if not self.backends.exists():
+            return None
+        reason: str | None = json.loads(self.backends.read_text())["reasons"][backend]
+        return reason
+
+    def needs_cuda(self) -> None:
+        """Skip a stage that is for the cuda backend alone where that is not there."""
+        reason = self.why_missing("cuda")
+        if reason is not None:
+            raise Skip(f"no cuda backend: {reason}")
 
 
 def python(*words: str, limit: float | None = None, **environment: str) -> Command:
@@ -98,24 +133,31 @@ def machine(place: Place) -> Stage:
 
 
 def build(place: Place) -> Stage:
-    """Install the package from source, for this GPU alone."""
+    """Install the package from source, for this GPU alone; without CUDA kernels if they cannot be compiled."""
 
     def commands() -> list[Command]:
         options = ("--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check")
         architecture = "{}{}".format(*place.capability)
+        install = python("-m", "pip", "install", "-v", *options, "--editable", str(place.root))
         return [
-            python("-m", "pip", "install", "-v", *options, "--editable", str(place.root), AGR_CUDA_ARCHS=architecture),
+            Command(install.words, {**install.environment, "AGR_CUDA_ARCHS": architecture}),
+            python("-c", WITHOUT_CUDA, *install.words, AGR_CUDA_ARCHS="none"),
             python("-m", "agr_cuda"),
-            python("-c", HAS_CUDA_BACKEND),
+            python("-c", WHICH_BACKENDS, str(place.backends)),
         ]
 
     def digest(runs: Sequence[Run]) -> Digest:
-        problem = "the cuda backend is not there" if runs[-1].code else ""
         spills = [line.strip() for line in runs[0].output.splitlines() if re.search(r"[1-9]\d* bytes spill", line)]
+        missing = {name: reason for name in BACKENDS if (reason := place.why_missing(name))}
         lines = [f"installed in {runs[0].seconds:.0f} s", *spills[:3]]
-        return Digest(lines, {"install_s": runs[0].seconds, "spills": spills}, problem)
+        lines += [f"no {name} backend: {reason}" for name, reason in missing.items()]
+        # Without nvcc there is no cuda backend, and the report is about triton.
+        built = json.loads(place.backends.read_text())["built_for"]
+        wrong = len(missing) == len(BACKENDS) or ("cuda" in missing and built)
+        problem = "; ".join(f"the {name} backend is not there" for name in missing) if wrong else ""
+        return Digest(lines, {"install_s": runs[0].seconds, "spills": spills, "missing": missing}, problem)
 
-    return Stage("build", 60, commands, digest)
+    return Stage("build", 50, commands, digest)
 
 
 def tests(place: Place) -> Stage:
@@ -123,7 +165,16 @@ def tests(place: Place) -> Stage:
     report = place.work / "tests.xml"
 
     def commands() -> list[Command]:
-        options = ["-v", "-k", TESTS, "--maxfail", str(MOST_FAILURES), "--junitxml", str(report)]
+        names = [name for name in BACKENDS if place.why_missing(name) is None]
+        options = [
+            "-v",
+            "-k",
+            TESTS.format(" or ".join(names or BACKENDS)),
+            "--maxfail",
+            str(MOST_FAILURES),
+            "--junitxml",
+            str(report),
+        ]
         # More processes would wait for one GPU, and each takes half a gigabyte of its memory.
         parallel = ["-n", "8"] if find_spec("xdist") else []
         # A kernel that never ends takes its process with it, and xdist carries on with another one.
@@ -133,7 +184,7 @@ def tests(place: Place) -> Stage:
     def digest(runs: Sequence[Run]) -> Digest:
         return gpu_digest.junit(report) if report.exists() else gpu_digest.stopped_tests(runs[-1].output)
 
-    return Stage("tests", 90, commands, digest)
+    return Stage("tests", 105, commands, digest)
 
 
 def sanitizer(place: Place) -> Stage:
@@ -142,6 +193,7 @@ def sanitizer(place: Place) -> Stage:
     summary = re.compile(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", re.MULTILINE)
 
     def commands() -> list[Command]:
+        place.needs_cuda()
         program = tool("compute-sanitizer")
         # PyTorch's own kernels and calls are not what is looked at; its cache of memory would hide accesses that leave
         # a tensor, and padding keeps two tensors from lying side by side.
@@ -159,7 +211,7 @@ def sanitizer(place: Place) -> Stage:
         problem = "" if all(found.values()) else "a tool did not come to its summary"
         return Digest([*lines, *wrong[:5]], {"summaries": found, "wrong": wrong}, problem)
 
-    return Stage("sanitizer", 55, commands, digest)
+    return Stage("sanitizer", 50, commands, digest)
 
 
 def step(place: Place) -> Stage:
@@ -182,7 +234,7 @@ def step(place: Place) -> Stage:
         sets = {name: gpu_digest.medians(document) for name, document in documents.items()}
         return Digest(lines, {"targets": targets, "sets": sets})
 
-    return Stage("step", 110, commands, digest)
+    return Stage("step", 115, commands, digest)
 
 
 def overhead(place: Place) -> Stage:
@@ -218,6 +270,7 @@ def profile(place: Place) -> Stage:
     report = place.work / f"{KERNEL}-gpt2.ncu-rep"
 
     def commands() -> list[Command]:
+        place.needs_cuda()
         ncu = tool("ncu")
         always = (ncu, "--clock-control", "none", "--profile-from-start", "off", "--kernel-name", f"regex:{KERNEL}")
         metrics = ("--metrics", ",".join(gpu_profile.METRICS))
@@ -241,10 +294,11 @@ def profile(place: Place) -> Stage:
 
 
 def tune(place: Place) -> Stage:
-    """Sweep the launch's tunables."""
+    """Sweep the CUDA launch's tunables."""
     path = place.work / "tune.json"
 
     def commands() -> list[Command]:
+        place.needs_cuda()
         return [python("-m", "bench.gpu_tune", "--device", "cuda", "--seconds", "5", "--out", str(path))]
 
     def digest(runs: Sequence[Run]) -> Digest:
@@ -252,7 +306,7 @@ def tune(place: Place) -> Stage:
         sweep, together = document["sweep"]["ranking"], document["together"]["ranking"]
         return Digest(gpu_digest.tune_tables(sweep, together), {"sweep": sweep, "together": together})
 
-    return Stage("tune", 45, commands, digest)
+    return Stage("tune", 40, commands, digest)
 
 
 STAGES: dict[str, Callable[[Place], Stage]] = {

@@ -1,15 +1,16 @@
 """Time what step() costs the host: many small tensors, agr_cuda's optimizers beside torch's fused and foreach AdamW.
 
-On a GPU, steps are launched for real, each on an idle device, and timed until step() returns. Without one, agr_cuda's
-launches are rehearsed (the cuda backend does everything but the launch itself, on tensors on the CPU), torch's fused
-AdamW runs without its fused operation, so that what is left of it is less than what it costs on a GPU, and foreach runs
-its operations on the CPU.
+On a GPU, steps are launched for real, each on an idle device, and timed until step() returns; agr_cuda's backends cuda
+and triton are measured, or the one that is there. Without a GPU, the cuda backend's launches are rehearsed (it does
+everything but the launch itself, on tensors on the CPU), torch's fused AdamW runs without its fused operation, so that
+what is left of it is less than what it costs on a GPU, and foreach runs its operations on the CPU.
 
 Every optimizer is measured twice: with the same gradients all the time, and with new ones for every step, made by
 backward() outside the clock, as zero_grad() and backward() make them in training. Optimizers take turns in blocks of
 steps; a block's first steps are not timed, so that the caches hold what they hold in a loop.
 
-Writes overhead-DEVICE-TAG.json into the output folder. Exit code 0, or 2 where agr_cuda's cuda backend is missing.
+The targets are the cuda backend's. Writes overhead-DEVICE-TAG.json into the output folder. Exit code 0, or 2 where
+agr_cuda has no backend to measure.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -35,6 +36,7 @@ UNTIMED = 5  # steps at the beginning of a block
 MOST_HOST_US = 100.0
 MOST_OF_FUSED = 0.25
 EPS = 1e-8
+BACKENDS = {"cuda": "", "triton": ", Triton"}  # those that launch on a GPU, and what labels say of them
 Around = Callable[[], AbstractContextManager[object]]
 
 
@@ -44,7 +46,7 @@ class Entry:
 
     label: str
     build: Callable[[Parameters], Step]
-    ours: bool = False
+    backend: str = ""  # of agr_cuda's optimizers
     yardstick: bool = False
     around: Around = nullcontext  # a block of its steps
 
@@ -55,7 +57,7 @@ class Row:
 
     label: str
     gradients: str  # "kept" or "new"
-    ours: bool
+    backend: str  # of agr_cuda's optimizers; of others nothing
     host_s: Summary  # a step
     ratio: Summary  # of blocks' medians, to the yardstick's with the same kind of gradients
 
@@ -78,15 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_arguments(parser)
 
 
-def ours(rule: str) -> Entry:
-    """Return agr_cuda's optimizer of that rule on the cuda backend."""
+def ours(rule: str, backend: str) -> Entry:
+    """Return agr_cuda's optimizer of that rule on a backend that launches on a GPU."""
 
     def build(parameters: Parameters) -> Step:
-        make = getattr(import_module("agr_cuda"), rule)
-        step: Step = make(parameters, lr=contenders.LEARNING_RATE, backend="cuda").step
-        return step
+        return contenders.of_backend(backend, rule)(parameters, EPS)
 
-    return Entry(f"agr_cuda {rule}", build, ours=True)
+    return Entry(f"agr_cuda {rule}{BACKENDS[backend]}", build, backend)
 
 
 def torchs(name: str, note: str = "", around: Around = nullcontext, yardstick: bool = False) -> Entry:
@@ -111,8 +111,17 @@ def without_fused_operation() -> Iterator[None]:
         namespace._fused_adamw_ = operation
 
 
-def entries(on_gpu: bool) -> list[Entry]:
-    """Return the optimizers, the yardstick among them."""
+def launching(like: torch.Tensor, log: Callable[[str], object]) -> list[str]:
+    """Return agr_cuda's backends that take such parameters, and say why others do not."""
+    reasons = {backend: contenders.why_not(backend, like) for backend in BACKENDS}
+    for backend, reason in reasons.items():
+        if reason is not None:
+            log(f"No {backend} backend: {reason}")
+    return [backend for backend, reason in reasons.items() if reason is None]
+
+
+def entries(on_gpu: bool, backends: Sequence[str]) -> list[Entry]:
+    """Return the optimizers, agr_cuda's on these backends, the yardstick among them."""
     if on_gpu:
         peers = [torchs(YARDSTICK, yardstick=True)]
     else:
@@ -120,7 +129,8 @@ def entries(on_gpu: bool) -> list[Entry]:
             torchs(YARDSTICK, ", its operation left out", without_fused_operation, yardstick=True),
             torchs(YARDSTICK, ", on the CPU"),
         ]
-    return [ours("AdamW"), ours("Adan"), *peers, torchs("torch-adamw-foreach", "" if on_gpu else ", on the CPU")]
+    own = [ours(rule, backend) for backend in backends for rule in ("AdamW", "Adan")]
+    return [*own, *peers, torchs("torch-adamw-foreach", "" if on_gpu else ", on the CPU")]
 
 
 class Track:
@@ -157,10 +167,10 @@ class Track:
         self.blocks.append(times[UNTIMED:])
 
 
-def measure_all(args: argparse.Namespace) -> list[Row]:
-    """Measure every optimizer with both kinds of gradients."""
+def measure_all(args: argparse.Namespace, backends: Sequence[str]) -> list[Row]:
+    """Measure every optimizer, agr_cuda's on these backends, with both kinds of gradients."""
     on_gpu = args.device.type == "cuda"
-    tracks = [Track(entry, new, args) for entry in entries(on_gpu) for new in (False, True)]
+    tracks = [Track(entry, new, args) for entry in entries(on_gpu, backends) for new in (False, True)]
     with measure.collector_off():
         for _ in range(max(1, round(args.steps / args.block))):
             for track in tracks:
@@ -170,15 +180,16 @@ def measure_all(args: argparse.Namespace) -> list[Row]:
         unit = next(t for t in tracks if t.entry.yardstick and t.new_gradients == track.new_gradients)
         ratio = paired_ratios([median(block) for block in track.blocks], [median(block) for block in unit.blocks])
         host_s = summarize([seconds for block in track.blocks for seconds in block])
-        rows.append(Row(track.entry.label, "new" if track.new_gradients else "kept", track.entry.ours, host_s, ratio))
+        gradients = "new" if track.new_gradients else "kept"
+        rows.append(Row(track.entry.label, gradients, track.entry.backend, host_s, ratio))
     return rows
 
 
 def judge(rows: list[Row], on_gpu: bool) -> list[Target]:
-    """Return the design's targets for the host's time. They are stated for 321 small float32 tensors."""
+    """Return the design's targets for the host's time. They are stated for 321 small float32 tensors and cuda alone."""
     where = "" if on_gpu else ", rehearsed"
     targets = []
-    for row in (row for row in rows if row.ours):
+    for row in (row for row in rows if row.backend == "cuda"):
         text = f"{row.label}, {row.gradients} gradients{where}: host time of step()"
         fastest = row.host_s.smallest * 1e6
         targets.append(Target(text, MOST_HOST_US, row.host_s.median * 1e6, fastest, unit="us"))
@@ -197,7 +208,7 @@ def table(rows: list[Row], title: str) -> terminal.Table:
         figures = (row.host_s.median, row.host_s.smallest)
         shown, fastest = map(report.duration, figures)
         cells = (shown, report.span(row.host_s), fastest, str(row.host_s.count), report.times(row.ratio.median))
-        made.add_row(row.label, row.gradients, *cells, style="bold" if row.ours else None)
+        made.add_row(row.label, row.gradients, *cells, style="bold" if row.backend else None)
     return made
 
 
@@ -211,7 +222,7 @@ def rehearsal() -> AbstractContextManager[object] | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark. Returns 2 where agr_cuda's cuda backend is missing, else 0."""
+    """Run the benchmark. Returns 2 where agr_cuda has no backend to measure, else 0."""
     # More would wait by spinning for work that there is none of, and take the host's core where there are few.
     torch.set_num_threads(args.threads or 1)
     console = terminal.console()
@@ -222,12 +233,15 @@ def run(args: argparse.Namespace) -> int:
     if around is None:
         console.print("agr_cuda.cuda.rehearsal is missing: this version of agr_cuda has no cuda backend to measure.")
         return 2
-    if on_gpu and "cuda" not in machine.our_backends():
-        console.print("agr_cuda's cuda backend is not there: python -m agr_cuda says why.")
-        return 2
+    backends = ["cuda"]
+    if on_gpu:
+        like = torch.empty(0, device=args.device, dtype=options.DTYPES[args.dtype])
+        backends = launching(like, lambda text: console.print(text, highlight=False, markup=False))
+        if not backends:
+            return 2
     description = machine.describe(args.device)
     with around:
-        rows = measure_all(args)
+        rows = measure_all(args, backends)
     title = f"{description['device_name']}, torch {torch.__version__}: {args.tensors} tensors of {args.elements}"
     console.print(table(rows, title))
     stated = (args.tensors, args.elements, args.dtype) == (321, 64, "float32")
@@ -235,7 +249,7 @@ def run(args: argparse.Namespace) -> int:
     if judged:
         console.print(report.targets_table(judged))
     document = {
-        "format": 1,
+        "format": 2,
         "machine": description,
         "settings": {key: getattr(args, key) for key in ("tensors", "elements", "steps", "block", "dtype", "tag")},
         "rehearsed": not on_gpu,

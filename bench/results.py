@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from bench.contenders import YARDSTICK, Contender
+from bench.contenders import YARDSTICK, Contender, Unmeasured
 from bench.measure import Timing
 from bench.shapes import ModelSet
 from bench.stats import Summary, paired_ratios, ratio_of_fastest, ratio_of_medians, summarize
 
 DISTURBING = 0.1  # share of the processors
-Status = Literal["measured", "not installed", "failed"]
+Status = Literal["measured", "failed"] | Unmeasured
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ budget cannot hold all contenders, they run in batches, each with torch's fused 
 Rounds alternate between two sets of gradients, as training brings new ones at new addresses. Warm-up rounds
 come first, and Python's garbage collector is off.
 
+On a GPU, agr_cuda's rows are of its cuda backend, but for those of its triton backend. Where a backend or a package is
+not there, its rows are left out and say why.
+
 Writes step-DEVICE-DTYPE-TAG.json and .png into the output folder, anew after each model set. Exit code 0, or
 1 if an installed contender failed or made a parameter infinite, or 2 for bad arguments.
 """
@@ -32,7 +35,6 @@ from bench.workload import PrivateGradients, Workload
 EPS = {torch.float16: 1e-4}  # 1e-8 is zero in float16, and plain foreach operations would divide by it
 DEFAULT_EPS = 1e-8
 SHARE_OF_FREE_MEMORY = 0.75
-FAST_BACKENDS = {"cpu": {"cpu"}, "cuda": {"cuda", "triton"}}
 COPY_MEBIBYTES = {"cpu": 256, "cuda": 1024}
 
 
@@ -65,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_argument(contenders.contender),
         default=list(contenders.ALL),
         help=f"rows, of {', '.join(contenders.BY_NAME)}; {YARDSTICK} is always added, and those that are for a GPU "
-        "alone are left out elsewhere (default: all)",
+        "alone or for a CPU alone are left out elsewhere (default: all)",
     )
     parser.add_argument(
         "--rounds",
@@ -174,8 +176,8 @@ class Bench:
                 for number in range(self.args.warmup):
                     workload.turn(number)
                     lane.visit(self.clock)
-            except contenders.NotInstalledError as error:
-                unmeasured[contender.name] = results.row(contender, "not installed", str(error))
+            except contenders.LeftOutError as error:
+                unmeasured[contender.name] = results.row(contender, error.status, str(error))
             except Exception as error:  # one contender's failure must not cost the others' figures
                 if contender.name == YARDSTICK:
                     raise
@@ -242,7 +244,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"{subtitle}, {description['date']}", highlight=False)
 
     backends = machine.our_backends()
-    if not set(backends) & FAST_BACKENDS[args.device.type]:
+    if args.device.type == "cpu" and "cpu" not in backends:
         console.print(f"[red]agr_cuda's backends here are {backends}: its rows measure plain operations.")
 
     on_gpu = args.device.type == "cuda"

@@ -9,7 +9,9 @@ from bench.contenders import YARDSTICK
 from bench.results import SetResult, compare
 
 LARGE_MODEL = 100_000_000  # elements
+LARGE_TITLE = "100M elements and more"  # what stands for a large model where none was measured
 SMALL_TENSORS = "321x64"  # the set that "about 300 small tensors" stands for
+MOST_OF_CUDA = 1.25  # the triton backend's time to the cuda backend's
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,12 @@ def cpu_targets(results: Sequence[SetResult]) -> Iterator[Target]:
 
 
 def gpu_targets(results: Sequence[SetResult]) -> Iterator[Target]:
-    """Yield the targets for a GPU, all for float32: bandwidth of large models, speed on all, host time."""
+    """Yield the targets for a GPU, all for float32: cuda's bandwidth, speed and host time, then triton's speed."""
     large = [result for result in results if result.elements >= LARGE_MODEL]
     for name, label, budget in (("agr-adamw", "AGR-AdamW", 28), ("agr-adan", "AGR-Adan", 44)):
         text = f"share of the copy bandwidth at {budget} bytes"
         if not large:
-            yield Target(f"{label}, 100M elements and more: {text}", 0.9, None, at_least=True, unit="%")
+            yield Target(f"{label}, {LARGE_TITLE}: {text}", 0.9, None, at_least=True, unit="%")
         for result in large:
             found = result.figures(name)
             share = found.share_of_copy if found else None
@@ -100,6 +102,17 @@ def gpu_targets(results: Sequence[SetResult]) -> Iterator[Target]:
     yield Target(f"{text}: host time of step()", 100.0, host_us, unit="us")
     yield Target(f"{text}: host time against torch's fused AdamW", 0.25, host_ratio)
     yield Target(f"{text}: kernel launches a step", 1.0, small.kernels if small else None, unit="")
+    for rule in ("AdamW", "Adan"):
+        name = f"agr-{rule.lower()}-triton"
+        peers = (
+            ("the cuda backend", MOST_OF_CUDA, f"agr-{rule.lower()}"),
+            (f"optimi's Triton {rule}", 1.0, f"optimi-{rule.lower()}-triton"),
+        )
+        for peer_label, limit, peer in peers:
+            if not large:
+                yield Target(f"AGR-{rule} by Triton, {LARGE_TITLE}, against {peer_label}", limit, None)
+            for result in large:
+                yield _ratio(f"AGR-{rule} by Triton, {result.title}, against {peer_label}", limit, result, name, peer)
 
 
 def judge(results: Sequence[SetResult], device_type: str) -> list[Target]:

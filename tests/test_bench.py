@@ -15,6 +15,8 @@ import subprocess
 import sys
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -182,7 +184,7 @@ def test_contenders_train_and_write_gradients_only_where_declared(
     workload = Workload(((8, 4), (64,)), torch.device("cpu"), torch.float32)
     try:
         step = contenders.build(contender, list(workload.parameters), 1e-8)
-    except contenders.NotInstalledError as error:
+    except contenders.LeftOutError as error:
         pytest.skip(str(error))
     gradients = [gradient.clone() for gradient in workload.gradients]
     parameters = [parameter.detach().clone() for parameter in workload.parameters]
@@ -194,6 +196,38 @@ def test_contenders_train_and_write_gradients_only_where_declared(
     for parameter, before in zip(workload.parameters, parameters, strict=True):
         assert not torch.equal(parameter, before)
         torch.testing.assert_close(parameter.detach(), before, atol=1e-5, rtol=0)
+
+
+def test_on_a_gpu_rows_ask_for_their_backend_and_say_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def why_not(backend: str, tensor: torch.Tensor) -> str:
+        asked.append(backend)
+        return "it was not built"
+
+    monkeypatch.setattr(contenders, "why_not", why_not)
+    parameters: Any = [SimpleNamespace(is_cuda=True)]
+    for name in ("agr-adamw", "agr-adan-off", "agr-adamw-triton", "agr-adan-triton"):
+        with pytest.raises(contenders.LeftOutError, match=r"no (cuda|triton) backend: it was not built") as left_out:
+            contenders.build(BY_NAME[name], parameters, 1e-8)
+        assert left_out.value.status == "not available"
+    assert asked == ["cuda", "cuda", "triton", "triton"]
+
+
+@pytest.mark.parametrize("rule", ["AdamW", "Adan"])
+def test_optimi_is_asked_for_its_triton_kernels_if_it_has_them(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(parameters: object, lr: float, eps: float, weight_decay: float, foreach: object = None) -> None:
+        raise AssertionError("it has no such option")
+
+    def having(parameters: object, triton: bool | None = None, **options: object) -> object:
+        assert triton
+        raise ImportError("Triton could not be imported on this system.")
+
+    for maker, message in ((without, "torch-optimi>=0.3"), (having, "could not be imported")):
+        monkeypatch.setitem(sys.modules, "optimi", SimpleNamespace(**{rule: maker}))
+        with pytest.raises(contenders.LeftOutError, match=message) as left_out:
+            contenders.build(BY_NAME[f"optimi-{rule.lower()}-triton"], [], 1e-8)
+        assert left_out.value.status == "not available"
 
 
 @pytest.mark.parametrize("name", ["reference-adamw", "reference-adan"])
@@ -209,17 +243,26 @@ def test_the_reference_rows_are_plain_foreach_operations(name: str) -> None:
 
 def test_batches_fit_the_budget_and_keep_targets_sides_together() -> None:
     gpt2 = 4 * 124_439_808
-    assert [len(batch) for batch in contenders.batches(ALL, gpt2, 64 * 2**30)] == [len(ALL)]
-    for gibibytes, count in ((20, 2), (16, 3), (10, 5)):
+    on_cpu, on_gpu = ([entry for entry in ALL if kind in entry.devices] for kind in ("cpu", "cuda"))
+    for entries in (on_cpu, on_gpu):
+        assert [len(batch) for batch in contenders.batches(entries, gpt2, 64 * 2**30)] == [len(entries)]
+    for entries, gibibytes, count in ((on_cpu, 20, 2), (on_cpu, 16, 3), (on_cpu, 10, 4), (on_gpu, 16, 3)):
         budget = gibibytes * 2**30
-        batches = contenders.batches(ALL, gpt2, budget)
+        batches = contenders.batches(entries, gpt2, budget)
         assert len(batches) == count
         assert all(contenders.bytes_needed(batch, gpt2) <= budget for batch in batches)
         assert all(batch[0].name == YARDSTICK for batch in batches)
         others = [entry for batch in batches for entry in batch[1:]]
-        assert sorted(entry.name for entry in [BY_NAME[YARDSTICK], *others]) == sorted(BY_NAME)
-    names = [{entry.name for entry in batch} for batch in contenders.batches(ALL, gpt2, 16 * 2**30)]
-    assert any({"agr-adan", "reference-adan", "optimi-adan-foreach"} <= batch for batch in names)
+        assert sorted(entry.name for entry in [BY_NAME[YARDSTICK], *others]) == sorted(e.name for e in entries)
+
+    def names(entries: list[Contender], gibibytes: int) -> list[set[str]]:
+        return [{entry.name for entry in batch} for batch in contenders.batches(entries, gpt2, gibibytes * 2**30)]
+
+    assert any({"agr-adan", "reference-adan", "optimi-adan-foreach"} <= batch for batch in names(on_cpu, 16))
+    for rule in ("adamw", "adan"):
+        together = {f"agr-{rule}", f"agr-{rule}-triton"}
+        assert any(together <= batch for batch in names(on_gpu, 10))
+        assert any({*together, f"optimi-{rule}-triton"} <= batch for batch in names(on_gpu, 16))
     assert contenders.batches([BY_NAME[YARDSTICK]], gpt2, 1) == [[BY_NAME[YARDSTICK]]]
 
 
@@ -289,7 +332,37 @@ def test_gpu_targets_are_judged() -> None:
         "AGR-AdamW, 321 tensors of 64: host time of step()": "missed",
         "AGR-AdamW, 321 tensors of 64: host time against torch's fused AdamW": "missed",
         "AGR-AdamW, 321 tensors of 64: kernel launches a step": "not measured",
+        "AGR-AdamW by Triton, GPT-2 124M, against the cuda backend": "not measured",
+        "AGR-AdamW by Triton, GPT-2 124M, against optimi's Triton AdamW": "not measured",
+        "AGR-Adan by Triton, GPT-2 124M, against the cuda backend": "not measured",
+        "AGR-Adan by Triton, GPT-2 124M, against optimi's Triton Adan": "not measured",
     }
+
+
+def test_tritons_targets_are_judged_on_large_models_against_cuda_and_optimi() -> None:
+    gpt2 = {
+        YARDSTICK: (0, [1.0] * 2),
+        "agr-adamw": (0, [0.8] * 2),
+        "agr-adamw-triton": (0, [1.0] * 2),
+        "optimi-adamw-triton": (1, [0.9] * 2),
+        "agr-adan": (0, [1.0] * 2),
+        "agr-adan-triton": (0, [1.3] * 2),
+        "optimi-adan-triton": (0, [1.3] * 2),
+    }
+    small = {YARDSTICK: (0, [1.0]), "agr-adamw": (0, [0.1]), "agr-adamw-triton": (0, [0.9])}
+
+    def judged(*measured: results.SetResult) -> dict[str, tuple[float | None, str]]:
+        found = targets.judge(measured, "cuda")
+        return {t.text: (t.measured, t.verdict) for t in found if t.text.startswith("AGR-") and "by Triton" in t.text}
+
+    assert judged(result_of("gpt2", gpt2), result_of("321x64", small)) == {
+        "AGR-AdamW by Triton, GPT-2 124M, against the cuda backend": (1.25, "met"),
+        "AGR-AdamW by Triton, GPT-2 124M, against optimi's Triton AdamW": (pytest.approx(1 / 0.9), "missed"),
+        "AGR-Adan by Triton, GPT-2 124M, against the cuda backend": (1.3, "missed"),
+        "AGR-Adan by Triton, GPT-2 124M, against optimi's Triton Adan": (1.0, "met"),
+    }
+    assert set(judged(result_of("321x64", small)).values()) == {(None, "not measured")}
+    assert "AGR-Adan by Triton, 100M elements and more, against the cuda backend" in judged(result_of("321x64", small))
 
 
 def test_the_table_of_a_gpu_shows_host_times_and_the_chart_is_drawn(tmp_path: Path) -> None:
@@ -358,9 +431,9 @@ def test_without_rich_tables_are_plain_text(
 def rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cpu backend in the place of the cuda one."""
 
-    def ours(rule: str) -> overhead.Entry:
+    def ours(rule: str, backend: str) -> overhead.Entry:
         build = contenders.BY_NAME[f"agr-{rule.lower()}"].build
-        return overhead.Entry(f"agr_cuda {rule}", lambda parameters: build(parameters, 1e-8), ours=True)
+        return overhead.Entry(f"agr_cuda {rule}", lambda parameters: build(parameters, 1e-8), backend)
 
     monkeypatch.setattr(overhead, "ours", ours)
     monkeypatch.setattr(overhead, "rehearsal", contextlib.nullcontext)
@@ -405,6 +478,32 @@ def test_overhead_says_that_the_cuda_backend_is_missing(
     monkeypatch.setitem(sys.modules, "agr_cuda.cuda", None)
     assert main(overhead_args(tmp_path)) == 2
     assert "rehearsal is missing" in capsys.readouterr().out
+
+
+def test_on_a_gpu_overhead_measures_the_backends_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons: dict[str, str | None] = {"cuda": "nvcc was not found", "triton": None}
+    monkeypatch.setattr(contenders, "why_not", lambda backend, tensor: reasons[backend])
+    said: list[str] = []
+    assert overhead.launching(torch.empty(0), said.append) == ["triton"]
+    assert said == ["No cuda backend: nvcc was not found"]
+    reasons["cuda"] = None
+    assert overhead.launching(torch.empty(0), said.append) == ["cuda", "triton"]
+    labels = [entry.label for entry in overhead.entries(True, ["cuda", "triton"])]
+    assert labels == [
+        *("agr_cuda AdamW", "agr_cuda Adan", "agr_cuda AdamW, Triton", "agr_cuda Adan, Triton"),
+        *("torch AdamW, fused", "torch AdamW, foreach"),
+    ]
+
+
+def test_the_hosts_targets_are_the_cuda_backends_alone() -> None:
+    one = stats.summarize([50e-6])
+    rows = [
+        overhead.Row(f"on {backend}", "kept", backend, one, stats.summarize([0.5]))
+        for backend in ("cuda", "triton", "")
+    ]
+    judged = overhead.judge(rows, True)
+    assert [target.verdict for target in judged] == ["met", "missed"]
+    assert all(target.text.startswith("on cuda") for target in judged)
 
 
 def test_new_gradients_are_new_tensors_and_kept_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -499,6 +598,20 @@ def test_a_missing_peer_gets_a_row_that_names_its_package(
     assert "pip install torch-optimi" in rows["optimi-adan"]["reason"]
     assert rows["torch-adamw-foreach"]["status"] == rows[YARDSTICK]["status"] == "measured"
     assert "pip install torch-optimi" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_missing_backend_gets_a_row_that_says_why_and_fails_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "agr-adamw-triton"
+    monkeypatch.setattr(contenders, "why_not", lambda backend, tensor: f"{backend} is elsewhere")
+    here = dataclasses.replace(BY_NAME[name], devices=("cpu",))
+    monkeypatch.setattr(contenders, "ALL", (BY_NAME[YARDSTICK], here))
+    assert main(tiny(tmp_path, "--sets", "3x16", "--contenders", name)) == 0
+    rows = {row["name"]: row for row in written(tmp_path)["sets"][0]["rows"]}  # type: ignore[index]
+    assert (rows[name]["status"], rows[name]["reason"]) == ("not available", "no triton backend: triton is elsewhere")
+    assert "agr_cuda AdamW, Triton: no triton backend: triton is elsewhere" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("threads")

@@ -1,11 +1,14 @@
-"""What only an NVIDIA GPU can show: captured graphs, launches and synchronizations, streams, two devices, and tensors
-of more than 2^31 elements."""
+"""What only a GPU can show of its backends: captured graphs, launches and synchronizations, streams, two devices, and
+tensors of more than 2^31 elements."""
 
 from __future__ import annotations
 
 import copy
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,11 +43,23 @@ from helpers import (
 from torch import Tensor
 
 import agr_cuda
+from agr_cuda import backends
 
-if not torch.cuda.is_available() or torch.version.hip or "cuda" not in agr_cuda.available_backends():
-    pytest.skip("needs an NVIDIA GPU and the cuda backend", allow_module_level=True)
+GPU = torch.device("cuda")  # or AMD's, which PyTorch gives the same name
 
-GPU = torch.device("cuda")
+
+def takes_the_gpu(backend: str) -> bool:
+    """Whether a backend is there and takes parameters on the GPU: not so one that rehearses its launches on the CPU."""
+    return backends.why_missing(backend) is None and backends.why_not(backend, torch.empty(0, device=GPU)) is None
+
+
+ON_GPU = [backend for backend in ("cuda", "triton") if torch.cuda.is_available() and takes_the_gpu(backend)]
+if not ON_GPU:
+    pytest.skip("needs a GPU, and the cuda or the triton backend on it", allow_module_level=True)
+needs_cuda = pytest.mark.skipif("cuda" not in ON_GPU, reason="needs the cuda backend")
+needs_triton = pytest.mark.skipif("triton" not in ON_GPU, reason="needs the triton backend")
+
+ROOT = Path(__file__).parent.parent
 SMALL = [(7,), (64, 33), (31,), (4097,)]
 MANY = [(2 + k * 7 % 61,) for k in range(700)]  # more addresses than kernel parameters have room for
 UNEVEN = [(70_001,), (3,), (513, 257), (1,), (33, 5, 7), (16_384,), (16_385,), (1_000_003,)]
@@ -64,16 +79,22 @@ def name(case: Any) -> str:
     return case.name if isinstance(case, Method) else ",".join(f"{k}={v}" for k, v in case.items()) or "defaults"
 
 
+@pytest.fixture(params=ON_GPU)
+def ours_on_gpu(request: pytest.FixtureRequest) -> str:
+    """Each backend that takes parameters on this GPU."""
+    return request.param
+
+
 def twins(
-    method: Method, shapes: Sequence, generator: torch.Generator, dtype: torch.dtype = torch.float32, **options: Any
+    method: Method, backend: str, shapes: Sequence, generator: torch.Generator, **options: Any
 ) -> tuple[Any, Any]:
     """Two optimizers of equal parameters on the GPU, with gradients of zero that stay where they are."""
-    params = parameters(generator, shapes, dtype, GPU)
+    params = parameters(generator, shapes, device=GPU)
     made = []
     for own in (params, copies(params)):
         for p in own:
             p.grad = torch.zeros_like(p)
-        made.append(method.ours(own, backend="cuda", **options))
+        made.append(method.ours(own, backend=backend, **options))
     return made[0], made[1]
 
 
@@ -124,9 +145,9 @@ def captured(optimizer: torch.optim.Optimizer) -> torch.cuda.CUDAGraph:
 
 
 @pytest.mark.parametrize(("method", "options"), OPTIONS, ids=name)
-def test_replays_are_steps(method: Method, options: dict, generator) -> None:
+def test_replays_are_steps(method: Method, options: dict, ours_on_gpu, generator) -> None:
     """Of which each reads gradients and learning rate anew, and is counted."""
-    graphed, eager = twins(method, SHAPES, generator, capturable=True, **options)
+    graphed, eager = twins(method, ours_on_gpu, SHAPES, generator, capturable=True, **options)
     for optimizer in (graphed, eager):
         optimizer.param_groups[0]["lr"] = torch.tensor(1e-2, device=GPU)
     expected = oracle_for(method, graphed, options.get("max_grad_norm"))
@@ -159,9 +180,11 @@ def test_replays_are_steps(method: Method, options: dict, generator) -> None:
 
 @pytest.mark.parametrize("first_skipped", [False, True])
 @pytest.mark.parametrize(("method", "options"), OPTIONS, ids=name)
-def test_replays_under_a_grad_scaler(method: Method, options: dict, first_skipped: bool, generator) -> None:
+def test_replays_under_a_grad_scaler(
+    method: Method, options: dict, first_skipped: bool, ours_on_gpu, generator
+) -> None:
     """The scale and the finding change in place between them. `first_skipped`: so were all steps of the warm-up."""
-    graphed, eager = twins(method, SHAPES, generator, capturable=True, **options)
+    graphed, eager = twins(method, ours_on_gpu, SHAPES, generator, capturable=True, **options)
     expected = oracle_for(method, graphed, options.get("max_grad_norm"))
     scale, found_inf = torch.ones((), device=GPU), torch.full((), float(first_skipped), device=GPU)
     for optimizer in (graphed, eager):
@@ -196,10 +219,10 @@ def test_replays_under_a_grad_scaler(method: Method, options: dict, first_skippe
 
 @pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize("shapes", [SHAPES, MANY], ids=["few", "many"])
-def test_eager_steps_between_replays(shapes: list, elsewhere: bool, method, generator) -> None:
+def test_eager_steps_between_replays(shapes: list, elsewhere: bool, method, ours_on_gpu, generator) -> None:
     """They go on from the replays, and replays from them, each on gradients of its own. `elsewhere`: the eager
     steps' gradients are in other memory."""
-    graphed, eager = twins(method, shapes, generator, capturable=True, max_grad_norm=3.0)
+    graphed, eager = twins(method, ours_on_gpu, shapes, generator, capturable=True, max_grad_norm=3.0)
     grads = draw(all_params(graphed), 9)
     for optimizer in (graphed, eager):
         feed(optimizer, grads[0])
@@ -222,10 +245,10 @@ def test_eager_steps_between_replays(shapes: list, elsewhere: bool, method, gene
     assert steps_taken(graphed) == {WARM_UP + 9}
 
 
-def test_mixed_types_in_one_graph(method, generator) -> None:
+def test_mixed_types_in_one_graph(method, ours_on_gpu, generator) -> None:
     params = [p for dtype in FLOATS for p in parameters(generator, SMALL, dtype, GPU)]
     graphed, eager = (
-        method.ours(own, lr=1e-2, eps=1e-3, capturable=True, max_grad_norm=0.5, backend="cuda")
+        method.ours(own, lr=1e-2, eps=1e-3, capturable=True, max_grad_norm=0.5, backend=ours_on_gpu)
         for own in (params, copies(params))
     )
     grads = draw(params, REPLAYS)
@@ -244,9 +267,9 @@ def test_mixed_types_in_one_graph(method, generator) -> None:
     assert steps_taken(graphed) == {WARM_UP + REPLAYS}
 
 
-def test_two_graphs_of_one_optimizer(method, generator) -> None:
+def test_two_graphs_of_one_optimizer(method, ours_on_gpu, generator) -> None:
     """Captured on different gradients, and replayed in turns."""
-    graphed, eager = twins(method, SHAPES, generator, capturable=True)
+    graphed, eager = twins(method, ours_on_gpu, SHAPES, generator, capturable=True)
     grads = draw(all_params(graphed), 10)
     warm_up(graphed.step)
     graphs, static = [], []
@@ -267,9 +290,9 @@ def test_two_graphs_of_one_optimizer(method, generator) -> None:
     assert steps_taken(graphed) == {WARM_UP + 10}
 
 
-def test_a_graph_of_backward_and_step(method, generator) -> None:
+def test_a_graph_of_backward_and_step(method, ours_on_gpu, generator) -> None:
     """The whole iteration, as PyTorch's documentation captures it: the gradients are in the graph's own memory."""
-    graphed, eager = twins(method, SMALL, generator, capturable=True, max_grad_norm=1.0)
+    graphed, eager = twins(method, ours_on_gpu, SMALL, generator, capturable=True, max_grad_norm=1.0)
     targets = [torch.randn(p.shape, generator=generator).to(GPU) for p in all_params(graphed)]
     x = torch.ones((), device=GPU)
 
@@ -300,9 +323,9 @@ def test_a_graph_of_backward_and_step(method, generator) -> None:
 
 
 @pytest.mark.parametrize("capturable", [True, False])
-def test_a_checkpoint_after_replays(capturable: bool, method, generator) -> None:
+def test_a_checkpoint_after_replays(capturable: bool, method, ours_on_gpu, generator) -> None:
     """It has the steps that were replayed, and goes on with or without `capturable`."""
-    graphed, eager = twins(method, SHAPES, generator, capturable=True)
+    graphed, eager = twins(method, ours_on_gpu, SHAPES, generator, capturable=True)
     expected = oracle_for(method, graphed)
     grads = draw(all_params(graphed), 8)
     for optimizer in (graphed, eager):
@@ -319,7 +342,7 @@ def test_a_checkpoint_after_replays(capturable: bool, method, generator) -> None
         assert type(saved["param_groups"][0]["step"]) is int
         assert saved["param_groups"][0]["step"] == WARM_UP + 4
     saved["param_groups"][0]["capturable"] = capturable
-    resumed = method.ours(copies(all_params(graphed)), capturable=capturable, backend="cuda")
+    resumed = method.ours(copies(all_params(graphed)), capturable=capturable, backend=ours_on_gpu)
     resumed.load_state_dict(saved)
     for step in range(4, 8):
         for p, g in zip(all_params(resumed), grads[step], strict=True):
@@ -415,19 +438,26 @@ def assert_launches_alone(step: Callable[[], Any], launches: int, tracing: Calla
     assert [call for call in seen.calls if TOUCHES_MEMORY_OR_WAITS.search(call)] == []
 
 
-@pytest.mark.parametrize("options", [{}, {"capturable": True}, {"max_grad_norm": 0.5}, {"amp": True}], ids=name)
-def test_a_step_is_one_launch(options: dict, method, generator, tracing) -> None:
+def with_gradients(method: Method, backend: str, options: dict, generator: torch.Generator) -> Any:
+    """An optimizer on the GPU, with capturable=True with a learning rate there, with amp=True under a scaler."""
     options = dict(options)
     amp = options.pop("amp", False)
     if options.get("capturable"):
         options["lr"] = torch.tensor(1e-3, device=GPU)
-    optimizer, _ = twins(method, UNEVEN, generator, **options)
+    optimizer, _ = twins(method, backend, UNEVEN, generator, **options)
     feed(optimizer, draw(all_params(optimizer), 1)[0])
     if amp:
         optimizer.grad_scale, optimizer.found_inf = torch.full((), 8.0, device=GPU), torch.zeros((), device=GPU)
-    assert_launches_alone(optimizer.step, 1, tracing)
+    return optimizer
 
 
+@needs_cuda
+@pytest.mark.parametrize("options", [{}, {"capturable": True}, {"max_grad_norm": 0.5}, {"amp": True}], ids=name)
+def test_a_step_is_one_launch(options: dict, method, generator, tracing) -> None:
+    assert_launches_alone(with_gradients(method, "cuda", options, generator).step, 1, tracing)
+
+
+@needs_cuda
 def test_groups_share_a_launch_and_gradients_may_move(method, generator, tracing) -> None:
     """Gradients in other memory at every step need no copy either, nor numbers that differ between groups."""
     params = parameters(generator, MANY[:150], device=GPU)
@@ -446,6 +476,7 @@ def test_groups_share_a_launch_and_gradients_may_move(method, generator, tracing
     assert_launches_alone(step, 1, tracing)
 
 
+@needs_cuda
 def test_a_launch_for_each_type(method, generator, tracing) -> None:
     params = [p for dtype in FLOATS for p in parameters(generator, SMALL, dtype, GPU)]
     optimizer = method.ours(params, backend="cuda")
@@ -453,11 +484,95 @@ def test_a_launch_for_each_type(method, generator, tracing) -> None:
     assert_launches_alone(optimizer.step, len(FLOATS), tracing)
 
 
-def test_grad_scaler_waits_for_nothing(method, generator) -> None:
+# What the host alone knows of a step, it sends: its number in Adan, unless that is counted on the GPU.
+TWO_KERNELS = [
+    (ADAMW, {}),
+    *((method, options) for method in METHODS for options in ({"capturable": True}, {"amp": True})),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize(("method", "options"), TWO_KERNELS, ids=name)
+def test_a_step_of_triton_is_two_kernels_and_nothing_else(method: Method, options: dict, generator, tracing) -> None:
+    """Where gradients are where they were, and numbers what they were."""
+    assert_launches_alone(with_gradients(method, "triton", options, generator).step, 2, tracing)
+
+
+@needs_triton
+@pytest.mark.parametrize("options", [{}, {"capturable": True}, {"amp": True}], ids=name)
+def test_new_gradients_cost_triton_one_copy_and_no_waiting(options: dict, method, generator, tracing) -> None:
+    """Nor do new numbers; but checking them reads a learning rate that is on the GPU, and so waits for it."""
+    optimizer = with_gradients(method, "triton", options, generator)
+    numbers_change = not isinstance(optimizer.param_groups[0]["lr"], Tensor)
+    sets = draw(all_params(optimizer), 2)
+
+    def step() -> None:
+        for p, g in zip(all_params(optimizer), sets[0], strict=True):
+            p.grad = g
+        sets.reverse()
+        if numbers_change:
+            optimizer.param_groups[0]["weight_decay"] += 0.001
+        optimizer.step()
+
+    for _ in range(WARM_UP):
+        step()
+    torch.cuda.synchronize()
+    before = allocations()
+    with no_synchronization():
+        step()
+    assert allocations() == before
+    seen = tracing(step)
+    assert len(seen.kernels) == 2 * TRACED, seen.kernels
+    assert len(seen.copies) == TRACED, seen.copies
+    assert all(re.search("HtoD|HostToDevice", copied) for copied in seen.copies), seen.copies
+    assert [call for call in seen.calls if "synchronize" in call.lower()] == []
+
+
+STEPS_UNDER_A_SCHEDULE = """
+import sys
+from pathlib import Path
+
+import torch
+
+import agr_cuda
+
+device, compiled = sys.argv[1], Path(sys.argv[2])
+for make in (agr_cuda.AdamW, agr_cuda.Adan):
+    for max_grad_norm in (None, 0.5):
+        params = [torch.randn(n, device=device, requires_grad=True) for n in (7, 4097, 70_001)]
+        optimizer = make(params, max_grad_norm=max_grad_norm, backend="triton")
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
+
+        def steps(count):
+            for _ in range(count):
+                for p in params:
+                    p.grad = torch.randn_like(p)
+                optimizer.step()
+                schedule.step()
+            return len([path for path in compiled.rglob("*") if path.is_file()])
+
+        print(steps(1), steps(50))
+"""
+
+
+@needs_triton
+def test_fifty_steps_under_a_learning_rate_schedule_compile_nothing_new(tmp_path: Path) -> None:
+    """In a process of its own, and with Triton's cache where nothing has been compiled yet: files come with kernels."""
+    command = [sys.executable, "-c", STEPS_UNDER_A_SCHEDULE, str(GPU), str(tmp_path)]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    counts = [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
+    assert len(counts) == 4
+    assert counts[0][0] > 0
+    assert all(first == last for first, last in counts), counts
+
+
+def test_grad_scaler_waits_for_nothing(method, ours_on_gpu, generator) -> None:
     """An iteration under GradScaler is all asynchronous, and a skipped step is found out on the GPU."""
     params = parameters(generator, SMALL, device=GPU)
     targets = [torch.randn(p.shape, generator=generator).to(GPU) for p in params]
-    optimizer = method.ours(params, lr=1e-2, backend="cuda")
+    optimizer = method.ours(params, lr=1e-2, backend=ours_on_gpu)
     scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
     x = torch.ones((), device=GPU)
 
@@ -488,9 +603,9 @@ def test_grad_scaler_waits_for_nothing(method, generator) -> None:
 A_WHILE = 20_000_000  # cycles: some ten milliseconds
 
 
-def test_steps_on_changing_streams(method, generator) -> None:
+def test_steps_on_changing_streams(method, ours_on_gpu, generator) -> None:
     """Each on another stream than the last, behind gradients that are a while in coming."""
-    moving, still = twins(method, UNEVEN, generator, max_grad_norm=3.0)
+    moving, still = twins(method, ours_on_gpu, UNEVEN, generator, max_grad_norm=3.0)
     grads = draw(all_params(moving), 9)
     streams = [torch.cuda.Stream() for _ in range(3)]
     last = torch.cuda.current_stream()
@@ -510,10 +625,10 @@ def test_steps_on_changing_streams(method, generator) -> None:
     assert_same_bits(moving, still)
 
 
-def test_two_optimizers_on_two_streams_at_once(generator) -> None:
+def test_two_optimizers_on_two_streams_at_once(ours_on_gpu, generator) -> None:
     """Each has more chunks than the GPU has room for, so that one begins in the midst of the other."""
     shapes = [*UNEVEN, (6_000_011,)]
-    pairs = [twins(method, shapes, generator, max_grad_norm=3.0) for method in METHODS]
+    pairs = [twins(method, ours_on_gpu, shapes, generator, max_grad_norm=3.0) for method in METHODS]
     grads = [draw(all_params(pair[0]), 1)[0] for pair in pairs]
     streams = [torch.cuda.Stream() for _ in pairs]
     for (together, alone), own in zip(pairs, grads, strict=True):
@@ -534,10 +649,12 @@ def test_two_optimizers_on_two_streams_at_once(generator) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
-def test_two_gpus_in_one_optimizer(max_grad_norm: float | None, capturable: bool, method, generator) -> None:
+def test_two_gpus_in_one_optimizer(
+    max_grad_norm: float | None, capturable: bool, method, ours_on_gpu, generator
+) -> None:
     """Whichever of them is the current one. The norm is over both, and an infinity on one skips both."""
     params = [p for device in ("cuda:0", "cuda:1") for p in parameters(generator, SHAPES, device=device)]
-    optimizer = method.ours(params, max_grad_norm=max_grad_norm, capturable=capturable, backend="cuda")
+    optimizer = method.ours(params, max_grad_norm=max_grad_norm, capturable=capturable, backend=ours_on_gpu)
     expected = oracle_for(method, optimizer, max_grad_norm)
     scaler = torch.amp.GradScaler("cuda", init_scale=1000.0)
     for step in range(12):
@@ -564,7 +681,7 @@ def test_two_gpus_in_one_optimizer(max_grad_norm: float | None, capturable: bool
 
 
 @pytest.mark.parametrize(("method", "tensors"), [(ADAMW, 4), (ADAN, 6)], ids=str)
-def test_more_than_2_to_the_31_elements(method: Method, tensors: int) -> None:
+def test_more_than_2_to_the_31_elements(method: Method, tensors: int, ours_on_gpu) -> None:
     """A few large gradients at the ends of the 32-bit range among very many tiny ones, so that all positions and the
     abs-sum can be checked."""
     n = 2**31 + 4099
@@ -589,7 +706,7 @@ def test_more_than_2_to_the_31_elements(method: Method, tensors: int) -> None:
     )
     pieces = [to_numpy(p.grad[a:b]) for a, b in windows]
     pieces = [g * (1 - np.abs(g) / abs_sum) for g in pieces]
-    optimizer = method.ours([p], backend="cuda", **options)
+    optimizer = method.ours([p], backend=ours_on_gpu, **options)
     for scale in (1.0, 0.5):
         p.grad.mul_(scale)
         optimizer.step()
@@ -610,12 +727,13 @@ def test_more_than_2_to_the_31_elements(method: Method, tensors: int) -> None:
     p.grad = None
 
 
-def test_five_thousand_tensors(method, generator) -> None:
+def test_five_thousand_tensors(method, ours_on_gpu, generator) -> None:
     shapes = [(1 + k * 7 % 61,) for k in range(5000)]
     params = parameters(generator, shapes)
     on_gpu = [p.detach().to(GPU).requires_grad_() for p in params]
     one, other = (
-        method.ours(own, max_grad_norm=300.0, backend=backend) for own, backend in ((on_gpu, "cuda"), (params, "cpu"))
+        method.ours(own, max_grad_norm=300.0, backend=backend)
+        for own, backend in ((on_gpu, ours_on_gpu), (params, "cpu"))
     )
     for step in range(4):
         give_gradients(params, generator, step)
@@ -632,7 +750,7 @@ def test_five_thousand_tensors(method, generator) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(("method", "options"), OPTIONS, ids=name)
-def test_the_cpu_backend_agrees(method: Method, options: dict, dtype: torch.dtype, generator) -> None:
+def test_the_cpu_backend_agrees(method: Method, options: dict, dtype: torch.dtype, ours_on_gpu, generator) -> None:
     """Both are as near to the exact result as helpers.assert_close asks, and so twice as near to each other."""
     if dtype in (torch.bfloat16, torch.float16):
         options = {"lr": 1e-2, "eps": 1e-3, **options}
@@ -640,7 +758,7 @@ def test_the_cpu_backend_agrees(method: Method, options: dict, dtype: torch.dtyp
         options = {**options, "max_grad_norm": 200.0}  # half of the norm: squares in float16 stay normal numbers
     params = parameters(generator, [(31,), (70_001,), (0,), (513, 257), (33, 5, 7), (16_385,)], dtype)
     on_gpu = [p.detach().to(GPU).requires_grad_() for p in params]
-    one, other = method.ours(on_gpu, backend="cuda", **options), method.ours(params, backend="cpu", **options)
+    one, other = method.ours(on_gpu, backend=ours_on_gpu, **options), method.ours(params, backend="cpu", **options)
     for step in range(5):
         give_gradients(params, generator, step)
         for p, q in zip(on_gpu, params, strict=True):
@@ -660,12 +778,12 @@ def test_the_cpu_backend_agrees(method: Method, options: dict, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
-def test_twenty_runs_are_one(max_grad_norm: float | None, method, generator) -> None:
+def test_twenty_runs_are_one(max_grad_norm: float | None, method, ours_on_gpu, generator) -> None:
     params = parameters(generator, UNEVEN, device=GPU)
     grads = draw(params, 3)
     once = None
     for _ in range(20):
-        optimizer = method.ours(copies(params), max_grad_norm=max_grad_norm, lr=1e-2, backend="cuda")
+        optimizer = method.ours(copies(params), max_grad_norm=max_grad_norm, lr=1e-2, backend=ours_on_gpu)
         for own in grads:
             for p, g in zip(all_params(optimizer), own, strict=True):
                 p.grad = g
@@ -675,9 +793,9 @@ def test_twenty_runs_are_one(max_grad_norm: float | None, method, generator) -> 
         assert_same_bits(optimizer, once)
 
 
-def test_gradients_made_anew_at_each_step(method, generator) -> None:
+def test_gradients_made_anew_at_each_step(method, ours_on_gpu, generator) -> None:
     """And written over as soon as the step has returned, by whoever is given their memory."""
-    anew, still = twins(method, UNEVEN, generator)
+    anew, still = twins(method, ours_on_gpu, UNEVEN, generator)
     grads = draw(all_params(anew), 3)
     for step in range(21):
         for p, g in zip(all_params(anew), grads[step % 3], strict=True):
@@ -702,16 +820,16 @@ def test_groups_on_both_sides_share_a_step_count(method, generator) -> None:
         give_gradients(twins, torch.Generator().manual_seed(step), step)
         mixed.step()
         alone.step()
-    assert mixed.backends == ["cpu", "cuda"]
+    assert mixed.backends == ["cpu", ON_GPU[0]]
     for p, q in zip(on_both, twins, strict=True):
         assert relative_error(p, oracle.as_real(to_numpy(q))) <= 1e-6
 
 
-def test_a_stream_that_is_not_told_to_wait_still_gets_whole_steps(method, generator) -> None:
-    """The launch itself waits for the one before, which reads and writes the same table, when the stream changes."""
+def test_a_stream_that_is_not_told_to_wait_still_gets_whole_steps(method, ours_on_gpu, generator) -> None:
+    """The launch itself waits for the one before, which reads and writes the same tables, when the stream changes."""
     one = parameters(generator, [(3_000_001,), (7,)], device=GPU)
     other = copies(one)
-    plain, switching = method.ours(one, lr=1e-2), method.ours(other, lr=1e-2)
+    plain, switching = (method.ours(own, lr=1e-2, backend=ours_on_gpu) for own in (one, other))
     give_gradients(one, torch.Generator().manual_seed(1))
     give_gradients(other, torch.Generator().manual_seed(1))
     side = torch.cuda.Stream()

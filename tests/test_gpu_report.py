@@ -202,7 +202,8 @@ def test_the_stages_ask_benchmarks_for_what_they_take(tmp_path: Path, monkeypatc
     assert len(parsed) == 2 + 1 + 2 + 2 + 2 + 1
     step = next(args for args in parsed if getattr(args, "command", "") == "step")
     assert [model.name for model in step.sets] == list(gpu_stages.SETS)
-    assert "three-lines-compiled" in [contender.name for contender in step.contenders]
+    names = {contender.name for contender in step.contenders}
+    assert {"three-lines-compiled", "agr-adamw-triton", "agr-adan-triton", "optimi-adan-triton"} < names
 
 
 def test_the_build_is_for_this_gpu_and_nothing_sets_its_clocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,6 +222,92 @@ def test_stages_are_skipped_where_their_tool_is_missing(tmp_path: Path, monkeypa
     for name, program in (("sanitizer", "compute-sanitizer"), ("profile", "ncu")):
         with pytest.raises(Skip, match=f"{program} is not on PATH"):
             gpu_stages.STAGES[name](place(tmp_path)).commands()
+
+
+def left_by_the_build(folder: Path, **reasons: str | None) -> None:
+    """Why backends are not there. The core is built for a GPU unless there is no nvcc."""
+    built_for = "" if "nvcc" in str(reasons["cuda"]) else "90"
+    (folder / "backends.json").write_text(json.dumps({"reasons": reasons, "built_for": built_for}))
+
+
+def test_the_build_tells_which_backends_there_are(tmp_path: Path) -> None:
+    """Without nvcc, the one that is left will do; a cuda backend that was built and does not run will not."""
+    digest = gpu_stages.build(place(tmp_path)).digest
+    runs = [run_of(["pip"], "0 bytes spill stores\n8 bytes spill loads\n")]
+    left_by_the_build(tmp_path, cuda=None, triton=None)
+    assert digest(runs) == Digest(
+        ["installed in 1 s", "8 bytes spill loads"],
+        {"install_s": 1.0, "spills": ["8 bytes spill loads"], "missing": {}},
+    )
+    left_by_the_build(tmp_path, cuda="no nvcc", triton=None)
+    found = digest(runs)
+    assert not found.problem
+    assert found.lines[-1] == "no cuda backend: no nvcc"
+    left_by_the_build(tmp_path, cuda="cuda:0 has compute capability 9.0", triton=None)
+    assert digest(runs).problem == "the cuda backend is not there"
+    left_by_the_build(tmp_path, cuda="no nvcc", triton="no Triton")
+    assert digest(runs).problem == "the cuda backend is not there; the triton backend is not there"
+
+
+def test_without_a_cuda_backend_the_report_is_about_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left_by_the_build(tmp_path, cuda="no nvcc", triton=None)
+    monkeypatch.setattr(gpu_stages.shutil, "which", lambda name: f"/tools/{name}")
+    for name in ("sanitizer", "profile", "tune"):
+        with pytest.raises(Skip, match="no cuda backend: no nvcc"):
+            gpu_stages.STAGES[name](place(tmp_path)).commands()
+    for name in ("step", "overhead", "traffic"):
+        assert gpu_stages.STAGES[name](place(tmp_path)).commands()
+
+
+@pytest.mark.parametrize(
+    ("reasons", "names"),
+    [
+        (None, "cuda or triton"),
+        ({"cuda": None, "triton": None}, "cuda or triton"),
+        ({"cuda": "no nvcc", "triton": None}, "triton"),
+        ({"cuda": None, "triton": "no Triton"}, "cuda"),
+    ],
+)
+def test_the_tests_of_the_backends_that_are_there_are_run(
+    reasons: dict[str, str | None] | None, names: str, tmp_path: Path
+) -> None:
+    if reasons is not None:
+        left_by_the_build(tmp_path, **reasons)
+    (command,) = gpu_stages.tests(place(tmp_path)).commands()
+    wanted = command.words[list(command.words).index("-k") + 1]
+    assert wanted.startswith(f"({names} or test_gpu) and not (")
+
+
+def test_what_the_build_asks_python_works_here(tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The core is there, so that it is not installed again, and says which backends there are."""
+    _, without_cuda, _, which_backends = all_commands(tmp_path, monkeypatch)["build"]
+    assert without_cuda.environment["AGR_CUDA_ARCHS"] == "none"
+    assert list(without_cuda.words[3:6]) == [sys.executable, "-m", "pip"]
+    touched = tmp_path / "installed"
+    install = Command((*without_cuda.words[:3], sys.executable, "-c", f"open({str(touched)!r}, 'w')"))
+    for command in (install, which_backends):
+        run = gpu_runner.run_command(command, 60, log)
+        assert run.code == 0, run.output
+    assert not touched.exists()
+    found = json.loads(place(tmp_path).backends.read_text())
+    assert found["reasons"].keys() == {"cuda", "triton", "cpu", "reference"}
+    assert place(tmp_path).why_missing("cpu") is None
+
+
+def test_without_a_core_the_package_is_installed_without_cuda(
+    tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where Python looks first
+    package = tmp_path / "agr_cuda"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "native.py").write_text("def why_missing():\n    return 'it was not compiled'\n")
+    touched = tmp_path / "installed"
+    install = (sys.executable, "-S", "-c", f"open({str(touched)!r}, 'w')")
+    command = Command((sys.executable, "-S", "-c", gpu_stages.WITHOUT_CUDA, *install))
+    run = gpu_runner.run_command(command, 60, log)
+    assert run.code == 0, run.output
+    assert touched.exists()
 
 
 def run_of(words: Sequence[str], output: str, code: int = 0) -> Run:
@@ -318,12 +405,30 @@ def test_a_step_benchmark_becomes_a_table_with_the_reasons_below(tmp_path: Path)
         "| torch-adamw-fused | 1000 us 1.00x 91% | 1000 us 1.00x 91% |",
         "| agr-adamw | 980 us 0.98x 91% | failed |",
         "",
-        "agr-adamw, resnet50: RuntimeError: out of order",
+        "agr-adamw, failed: RuntimeError: out of order (resnet50)",
     ]
     assert digest.lines[6].startswith("| bfloat16 |")
     rows = digest.figures["sets"]["step-cuda-float32-gpu-report"]["gpt2"]["rows"]
     assert rows["agr-adamw"]["step_s"] == 0.98e-3
     assert "samples" not in rows["agr-adamw"]
+
+
+def test_a_contender_that_was_not_measured_is_left_out_of_the_table_and_says_why_once() -> None:
+    document = step_document("float32")
+    absent = {"name": "optimi-adamw-triton", "status": "not installed", "reason": "pip install it", "figures": None}
+    for entry in document["sets"]:  # type: ignore[attr-defined]
+        entry["rows"].append(absent)
+    lines = gpu_digest.step_table(document)
+    assert [line for line in lines if "optimi" in line] == ["optimi-adamw-triton, not installed: pip install it"]
+
+
+def test_a_long_reason_is_one_line_with_its_beginning_and_its_end() -> None:
+    assert gpu_digest.shortened("no\n  good") == "no good"
+    shown = gpu_digest.shortened("at 12:4:\n" + "    code\n" * 1000 + "CompilationError: no such type")
+    assert shown.startswith("at 12:4: code")
+    assert shown.endswith("CompilationError: no such type")
+    assert "\n" not in shown
+    assert len(shown) < 320
 
 
 NCU_HEADINGS = '"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size"'
