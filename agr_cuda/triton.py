@@ -140,7 +140,7 @@ class TritonLaunch(DeviceLaunch):
         self._options = compiler_options(first.parameter.dtype, nvidia)
         like: dict[str, Any] = {"device": self.device}
         self._limits = torch.tensor([len(bindings), chunk, groups], **like)
-        self._rows = torch.tensor(_rows(bindings, chunk), **like)
+        self._rows = torch.tensor(_rows(bindings, chunk, triton_kernels.ROW), **like)
         self._reduced = torch.tensor(reduced, dtype=torch.int64).reshape(-1, 2).to(self.device)
         self._updated = torch.tensor(updated, dtype=torch.int64).reshape(-1, 2).to(self.device)
         #: Of every chunk, the sum of its magnitudes and that of its squares.
@@ -148,7 +148,6 @@ class TritonLaunch(DeviceLaunch):
         self._numbers = torch.zeros(len(bindings), triton_kernels.NUMBERS, dtype=torch.float64, **like)
         self._begun = torch.tensor([not b.fresh for b in bindings], dtype=torch.int32, **like)
         # What changes from step to step: what groups say, then gradients' addresses. And what of it the device has.
-        self._groups = groups
         words = triton_kernels.GROUP * groups
         self._changing = torch.zeros(words + len(bindings), dtype=torch.int64, **like)
         self._of_groups, self._addresses = self._changing[:words], self._changing[words:]
@@ -276,30 +275,17 @@ def _address(tensor: Tensor) -> int:
     return (tensor.data_ptr() + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def _rows(bindings: Sequence[Binding], chunk: int) -> list[list[int]]:
-    """Return what the kernels are told of each tensor; see triton_kernels/tables.py."""
+def _rows(bindings: Sequence[Binding], chunk: int, length: int) -> list[list[int]]:
+    """Return what the kernels are told of each tensor, `length` words; see triton_kernels/tables.py."""
     rows = []
     first_chunk = 0
     for b in bindings:
-        chunks = -(-b.parameter.numel() // chunk)
         states = [_address(b.state[key]) for key in b.keys] + [0] * (4 - len(b.keys))
         step = _address(b.state["step"]) if "step" in b.state else 0
-        flags = [int(b.regularize), int(b.amsgrad)]
-        rows.append(
-            [
-                _address(b.parameter),
-                *states,
-                step,
-                b.parameter.numel(),
-                first_chunk,
-                chunks,
-                b.group,
-                *flags,
-                0,
-                0,
-                0,
-                0,
-            ]
-        )
+        elements = b.parameter.numel()
+        chunks = -(-elements // chunk)
+        place = [elements, first_chunk, chunks, b.group, int(b.regularize), int(b.amsgrad)]
+        row = [_address(b.parameter), *states, step, *place]
+        rows.append(row + [0] * (length - len(row)))
         first_chunk += chunks
     return rows

@@ -14,10 +14,10 @@ from . import tables
 from .reduce import reduce_step
 from .update import update_step
 
-__all__ = ["GROUP", "NUMBERS", "constants", "reduce_step", "update_step"]
+__all__ = ["GROUP", "NUMBERS", "ROW", "constants", "reduce_step", "update_step"]
 
-#: Words that a group takes in its table, and a tensor in that of numbers.
-GROUP, NUMBERS = tables.GROUP.value, tables.NUMBERS.value
+#: Words that a tensor takes in its table and in that of numbers, and a group in its own.
+ROW, NUMBERS, GROUP = tables.ROW.value, tables.NUMBERS.value, tables.GROUP.value
 
 _TYPES = {
     torch.float32: tl.float32,
