@@ -266,3 +266,20 @@ def test_no_gradients_at_all_is_no_step_for_the_parameters(method, backend, devi
     optimizer.step()
     assert all(same_bits(p, q) for p, q in zip(all_params(optimizer), all_params(before), strict=True))
     assert not any(optimizer.state.values())
+
+
+@pytest.mark.parametrize("others", [999, 20_479])
+def test_what_the_others_leave_to_an_element_that_outweighs_them(others: int, method, backend, device) -> None:
+    """1 - |g| / S is their small sum: neither rounding S may lose it, nor adding them to what has the large one.
+
+    The reference, which adds as PyTorch does, in float32, has some of it.
+    """
+    g = torch.full((others + 1,), 1e-9, device=device)
+    g[0] = 1.0
+    p = torch.zeros_like(g).requires_grad_()
+    p.grad = g
+    optimizer = method.ours([p], betas=(0.0, 0.9) if method.name == "AdamW" else (0.0, 0.9, 0.9), backend=backend)
+    optimizer.step()
+    exact = g.double()
+    left = float(exact[1:].sum() / exact.sum())
+    assert optimizer.state[p]["exp_avg"][0].item() == pytest.approx(left, rel=0.3 if backend == "reference" else 1e-5)
