@@ -82,7 +82,6 @@ def _device_types(backend: str) -> tuple[str, ...]:
 def choose(parameter: Tensor, gradient: Tensor | None = None) -> str:
     """Return the first available backend that takes `parameter`."""
     # What runs a GPU's kernels on the CPU takes what it is asked to, and nothing else away from the cpu backend.
-    names = (
-        b for b in available_backends() if b == "cpu" or "cpu" not in ("" if b == "reference" else _device_types(b))
-    )
+    emulated = [b for b in ("cuda", "triton") if "cpu" in _device_types(b)]
+    names = (b for b in available_backends() if b not in emulated)
     return next(b for b in names if why_not(b, parameter, gradient) is None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _public_raw_stream)
 _NOTHING = nullcontext()
 
 
-class DeviceLaunch:
+class DeviceLaunch(ABC):
     """One step of all parameters on one GPU, of one combination of types; the base of the backends' own.
 
     Where its device is the CPU, kernels run on the host, in a test or a rehearsal, and there are no streams.
@@ -98,10 +99,11 @@ class DeviceLaunch:
 
     # What a backend says of itself.
 
+    @abstractmethod
     def reduce(self, numbers: Sequence[tuple[Any, ...]], scaling: Scaling) -> Tensor:
         """Return the sum of the squares of all gradients' elements, and leave the abs-sums for `update`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(
         self,
         numbers: Sequence[tuple[Any, ...]],
@@ -125,15 +127,14 @@ class DeviceLaunch:
             fresh: out of which `stepped` is taken, after the launch.
             stepped: see there.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def begun(self) -> list[bool]:
         """Return of every binding whether a step has been made with its state. Waits for the device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tables(self) -> Iterator[Tensor]:
         """Yield what launches read and write of the backend's own."""
-        raise NotImplementedError
 
     # Streams and graphs.
 

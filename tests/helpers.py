@@ -181,6 +181,19 @@ def assert_rounded(label: str, x: Tensor, y: np.ndarray) -> None:
         assert off <= 0.08, f"{label}: {off:.1%} of the elements are not the oracle's"
 
 
+def follow(
+    method: Method, optimizer: Any, generator: torch.Generator, max_grad_norm: float | None = None, steps: int = STEPS
+) -> None:
+    """Steps beside the oracle, then the comparison."""
+    expected = oracle_for(method, optimizer, max_grad_norm)
+    params = all_params(optimizer)
+    for step in range(steps):
+        give_gradients(params, generator, step)
+        optimizer.step()
+        expected.step(oracle_gradients(params))
+    assert_close(optimizer, expected)
+
+
 def same_bits(x: Tensor, y: Tensor) -> bool:
     """Equal type, shape and bits: NaN equals itself, -0 differs from 0."""
     if x.dtype != y.dtype or x.shape != y.shape:

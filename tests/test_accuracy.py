@@ -20,6 +20,7 @@ from helpers import (
     all_params,
     assert_close,
     copies,
+    follow,
     give_gradients,
     gradient,
     oracle_for,
@@ -66,19 +67,6 @@ OPTIONS: list[tuple[Method, dict[str, Any]]] = [
 
 def name(case: Any) -> str:
     return case.name if isinstance(case, Method) else ",".join(f"{k}={v}" for k, v in case.items()) or "defaults"
-
-
-def follow(
-    method: Method, optimizer: Any, generator: torch.Generator, max_grad_norm: float | None = None, steps: int = STEPS
-) -> None:
-    """Steps beside the oracle, then the comparison."""
-    expected = oracle_for(method, optimizer, max_grad_norm)
-    params = all_params(optimizer)
-    for step in range(steps):
-        give_gradients(params, generator, step)
-        optimizer.step()
-        expected.step(oracle_gradients(params))
-    assert_close(optimizer, expected)
 
 
 def sixteen_bit(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -451,6 +451,20 @@ def with_gradients(method: Method, backend: str, options: dict, generator: torch
     return optimizer
 
 
+def on_moving_gradients(optimizer: Any, change: Callable[[], None]) -> Callable[[], None]:
+    """A step on gradients in other memory than those of the step before, and after a change."""
+    sets = draw(all_params(optimizer), 2)
+
+    def step() -> None:
+        change()
+        for p, g in zip(all_params(optimizer), sets[0], strict=True):
+            p.grad = g
+        sets.reverse()
+        optimizer.step()
+
+    return step
+
+
 @needs_cuda
 @pytest.mark.parametrize("options", [{}, {"capturable": True}, {"max_grad_norm": 0.5}, {"amp": True}], ids=name)
 def test_a_step_is_one_launch(options: dict, method, generator, tracing) -> None:
@@ -463,17 +477,12 @@ def test_groups_share_a_launch_and_gradients_may_move(method, generator, tracing
     params = parameters(generator, MANY[:150], device=GPU)
     groups = [{"params": params[i::4], "lr": 1e-3 * (i + 1), "weight_decay": 0.1 * i} for i in range(4)]
     optimizer = method.ours(groups, backend="cuda")
-    sets = draw(all_params(optimizer), 2)
 
-    def step() -> None:
+    def change() -> None:
         for group in optimizer.param_groups:
             group["lr"] *= 0.99
-        for p, g in zip(all_params(optimizer), sets[0], strict=True):
-            p.grad = g
-        sets.reverse()
-        optimizer.step()
 
-    assert_launches_alone(step, 1, tracing)
+    assert_launches_alone(on_moving_gradients(optimizer, change), 1, tracing)
 
 
 @needs_cuda
@@ -504,16 +513,12 @@ def test_new_gradients_cost_triton_one_copy_and_no_waiting(options: dict, method
     """Nor do new numbers; but checking them reads a learning rate that is on the GPU, and so waits for it."""
     optimizer = with_gradients(method, "triton", options, generator)
     numbers_change = not isinstance(optimizer.param_groups[0]["lr"], Tensor)
-    sets = draw(all_params(optimizer), 2)
 
-    def step() -> None:
-        for p, g in zip(all_params(optimizer), sets[0], strict=True):
-            p.grad = g
-        sets.reverse()
+    def change() -> None:
         if numbers_change:
             optimizer.param_groups[0]["weight_decay"] += 0.001
-        optimizer.step()
 
+    step = on_moving_gradients(optimizer, change)
     for _ in range(WARM_UP):
         step()
     torch.cuda.synchronize()

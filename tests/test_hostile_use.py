@@ -1,5 +1,7 @@
 """What programs do that nobody should: it gives an error or the right answer, and never half a step."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -8,6 +10,7 @@ from conftest import device_of
 from helpers import Method
 
 import agr_cuda
+from agr_cuda.native import native
 from agr_cuda.schedule import Schedule
 
 
@@ -163,3 +166,18 @@ def test_an_expanded_gradient_is_refused_before_any_is_regularized() -> None:
     with pytest.raises(RuntimeError, match="expanded"):
         agr_cuda.regularize_gradients_([good, bad])
     assert good.grad.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("mode", ["no_grad()", "inference_mode()", "device('meta')"])
+def test_what_is_found_does_not_depend_on_the_first_steps_surroundings(mode: str) -> None:
+    """What glances go by is found out in it, once for a process."""
+    program = (
+        "import torch, agr_cuda\n"
+        "from agr_cuda.native import native\n"
+        "p = torch.nn.Parameter(torch.ones(5))\n"
+        "p.grad = torch.ones(5)\n"
+        f"with torch.{mode}:\n"
+        "    print(native().glances(), native().finds_gradients(), native().counts_changes())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(native().glances())] * 3

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import device_of
-from helpers import Method, assert_close, give_gradients, oracle_for, oracle_gradients, parameters, run
+from helpers import Method, follow, parameters, run
 from test_device_code import tool
 
 import agr_cuda
@@ -183,23 +183,12 @@ def test_a_step_is_two_launches(counted) -> None:
 @pytest.mark.parametrize("sums", [8, 1024])
 def test_sums_of_many_chunks(chunk: int, sums: int, method: Method, monkeypatch, generator) -> None:
     """A tensor's sum is that of its chunks, however many, and however many of those are added at once."""
-    for name, value in {
-        "BLOCK": 16,
-        "WIDE_BLOCK": 8,
-        "CHUNK": chunk,
-        "MOST_CHUNKS": 1 << 20,
-        "SUMS": sums,
-        "TENSORS": 2,
-    }.items():
+    limits = {"BLOCK": 16, "REST": 8, "CHUNK": chunk, "MOST_CHUNKS": 1 << 20, "SUMS": sums, "TENSORS": 2}
+    for name, value in limits.items():
         monkeypatch.setattr(agr_cuda.triton, name, value)
     params = parameters(generator, [(7,), (401,), (0,), (16, 5), (64,)], device=DEVICE)
     optimizer = method.ours(params, backend="triton", max_grad_norm=0.5)
-    expected = oracle_for(method, optimizer, 0.5)
-    for step in range(2):
-        give_gradients(params, generator, step)
-        optimizer.step()
-        expected.step(oracle_gradients(params))
-    assert_close(optimizer, expected)
+    follow(method, optimizer, generator, 0.5, steps=2)
 
 
 def test_large_tensors_have_larger_chunks() -> None:
@@ -214,12 +203,7 @@ def test_large_tensors_have_larger_chunks() -> None:
 def test_types_that_other_tests_leave_out(dtype: torch.dtype, method: Method, generator) -> None:
     params = parameters(generator, [(7,), (), (64, 33), (1009,)], dtype, DEVICE)
     optimizer = method.ours(params, backend="triton", lr=1e-2, eps=1e-3, max_grad_norm=2.0)
-    expected = oracle_for(method, optimizer, 2.0)
-    for step in range(6):
-        give_gradients(params, generator, step)
-        optimizer.step()
-        expected.step(oracle_gradients(params))
-    assert_close(optimizer, expected)
+    follow(method, optimizer, generator, 2.0, steps=6)
 
 
 def test_addresses_beyond_2_to_the_63() -> None:

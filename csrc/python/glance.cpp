@@ -63,7 +63,13 @@ public:
                                        torch.attr("device")("cpu").cast<py::object>()})
             stack_.attr("enter_context")(mode);
     }
-    ~OrdinaryModes() { stack_.attr("close")(); }
+    ~OrdinaryModes() {
+        try {
+            stack_.attr("close")();
+        } catch (const std::exception&) {
+            // Of leaving a mode nothing comes that anybody could be told here.
+        }
+    }
     OrdinaryModes(const OrdinaryModes&) = delete;
     OrdinaryModes& operator=(const OrdinaryModes&) = delete;
 
@@ -74,14 +80,16 @@ private:
 }  // namespace
 
 Glance::Glance(TensorReader& reader) {
-    const OrdinaryModes modes;
-    // Without DLPack's C interface, sizes are read into memory of the reader's own.
     found_ = succeeds([&] {
-        return reader.uses_exchange_api() && sizeof(void*) == 8 && find_words(reader) && sees_every_change(reader);
+        const OrdinaryModes modes;
+        // Without DLPack's C interface, sizes are read into memory of the reader's own.
+        if (!reader.uses_exchange_api() || sizeof(void*) != 8 || !find_words(reader) || !sees_every_change(reader))
+            return false;
+        finds_gradients_ = succeeds([&] { return find_gradients(); });
+        counts_changes_ = succeeds([&] { return find_change_count(); });
+        return true;
     });
     works_ = found_;
-    finds_gradients_ = found_ && succeeds([&] { return find_gradients(); });
-    counts_changes_ = found_ && succeeds([&] { return find_change_count(); });
 }
 
 bool Glance::find_words(TensorReader& reader) {

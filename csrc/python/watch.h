@@ -44,6 +44,7 @@ public:
     bool count_changes() const;
 
     void release() {
+        // Taken first, as in Handles::release.
         const std::vector<pybind11::object> held = std::move(held_);
         held_.clear();
         handles_.release();
