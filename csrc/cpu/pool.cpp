@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <cfenv>
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
@@ -18,6 +19,7 @@ public:
             std::lock_guard<std::mutex> lock(mutex);
             grow(threads - 1);
             job = &work;
+            std::fegetenv(&mode);
             invited = threads - 1 < workers ? threads - 1 : workers;
         }
         for (int i = 0; i < threads - 1; ++i) wake.notify_one();
@@ -34,6 +36,7 @@ private:
     std::mutex mutex;  // guards what follows
     std::condition_variable wake, done;
     const std::function<void()>* job = nullptr;
+    std::fenv_t mode;  // the caller's rounding, and whether it flushes denormals (torch.set_flush_denormal)
     int workers = 0;
     int invited = 0;  // how many may still join the job
     int active = 0;   // how many have joined and not finished
@@ -53,6 +56,7 @@ private:
             --invited;
             ++active;
             const std::function<void()>& work = *job;
+            std::fesetenv(&mode);
             lock.unlock();
             work();
             lock.lock();

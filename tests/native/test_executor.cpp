@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cfenv>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -102,6 +103,17 @@ void test_determinism() {
     }
 }
 
+// Threads round as their caller does: otherwise bits would depend on which of them drew which ticket.
+void test_rounding_of_the_caller() {
+    const std::string nearest = bytes_after(3, 1);
+    std::fesetround(FE_UPWARD);
+    const std::string upward = bytes_after(3, 1);
+    for (int threads : {2, 8}) CHECK(bytes_after(3, threads) == upward, "%d threads round otherwise", threads);
+    std::fesetround(FE_TONEAREST);
+    CHECK(upward != nearest, "the rounding makes no difference");
+    CHECK(bytes_after(3, 8) == nearest, "threads keep to another caller's rounding");
+}
+
 void test_two_optimizers_at_once() {
     const std::string alone = bytes_after(4, 3);
     std::vector<std::string> together(4);
@@ -172,6 +184,7 @@ void test_executor(int models) {
     test_models(models, cpu::instruction_set().name);
     test_child_process();  // before this process has many threads
     test_determinism();
+    test_rounding_of_the_caller();
     test_two_optimizers_at_once();
     test_child_process();
     test_regularize();
