@@ -17,7 +17,9 @@ struct AbsSum {
     T sum;
     T rest;
     T inverse;
-    T lift;  // a power of two by which sum, rest and |g| are raised, since 1 / S overflows for a denormal S; else 1
+    // A power of two that sum, rest and |g| are multiplied by where 1 / S would overflow, S being denormal, or be
+    // denormal itself; else 1.
+    T lift;
 
     // `sum` of the gradient as it is stored; `scale` what every element of it is multiplied by afterwards (clipping,
     // the sign of `maximize`): psi(c g) = c psi(g), so that the scale need not be known when the sum is taken. The one
@@ -26,7 +28,8 @@ struct AbsSum {
         const double scaled = sum * scale;
         if (scaled != scaled) return {static_cast<T>(scaled), T(0), T(1), T(1)};
         constexpr bool single = sizeof(T) == sizeof(float);
-        const T lift = sum < (single ? 0x1p-100 : 0x1p-1000) ? static_cast<T>(single ? 0x1p60 : 0x1p500) : T(1);
+        constexpr double small = single ? 0x1p-100 : 0x1p-1000, raised = single ? 0x1p60 : 0x1p500;
+        const T lift = static_cast<T>(sum < small ? raised : sum > 1 / small ? 1 / raised : 1.0);
         sum *= static_cast<double>(lift);
         const T rounded = static_cast<T>(sum);
         // With an inverse of 1, S = 0 gives psi = 0, and an infinite S a share of infinity, which is clamped to 1

@@ -99,10 +99,13 @@ AGR_INLINE U rounded_bfloat16(F x) {
 template <class F, class U>
 AGR_INLINE F widened_float16(U bits) {
     U sign = (bits & 0x8000u) << 16;
-    // The exponent is rebiased by a multiplication with 2^112, which also normalizes denormals.
-    F shifted = bit_cast<F>((bits & 0x7fffu) << 13) * 0x1p112f;
-    U special = (bits & 0x7c00u) == 0x7c00u ? U{} + 0x7f800000u : U{};
-    return bit_cast<F>(bit_cast<U>(shifted) | special | sign);
+    U size = (bits & 0x7fffu) << 13;
+    U normal = size + 0x38000000u;
+    // A denormal's unit is 2^-24, that of 2^-14 in float32: what is added to 2^-14 there is its value. No denormal
+    // float32 comes up, which would be slow, and 0 where the thread flushes those.
+    U denormal = bit_cast<U>(bit_cast<F>(size + 0x38800000u) - 0x1p-14f);
+    U finite = size < 0x00800000u ? denormal : normal;
+    return bit_cast<F>((size >= 0x0f800000u ? normal + 0x38000000u : finite) | sign);
 }
 
 // To nearest, ties to even; what is too large becomes infinite, every NaN the quiet one.

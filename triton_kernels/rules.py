@@ -18,8 +18,8 @@ def regularized(g, total, rest, inverse, lift):
         rest: what the rounding lost. The subtraction is exact where it cancels, so that a tensor of one element gives
             exactly 0, and one that is dominated by one element keeps the accuracy of the small difference.
         inverse: 1 / S.
-        lift: a power of two by which the other three are raised (and |g| is here), since 1 / S overflows for a denormal
-            S; else 1.
+        lift: a power of two by which the first two are multiplied (and |g| is here) where 1 / S would overflow, S being
+            denormal, or be denormal itself; else 1.
     """
     kept = ((total - tl.abs(g) * lift) + rest) * inverse
     # Written so that NaN stays: an infinite element of an infinite sum is inf (1 - inf / inf).

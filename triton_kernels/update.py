@@ -43,9 +43,9 @@ def _abs_sum(row, sums, scale, TYPE: tl.constexpr, SUMS: tl.constexpr):
     total = tl.sum(partial, 0)
     scaled = total * scale
     if total.dtype == TYPE:
-        lift = tl.where(total < 2.0**-1000, 2.0**500, 1.0)
+        lift = tl.where(total < 2.0**-1000, 2.0**500, tl.where(total > 2.0**1000, 2.0**-500, 1.0))
     else:
-        lift = tl.where(total < 2.0**-100, 2.0**60, 1.0)
+        lift = tl.where(total < 2.0**-100, 2.0**60, tl.where(total > 2.0**100, 2.0**-60, 1.0))
     lifted = total * lift
     rounded = lifted.to(TYPE)
     # With an inverse of 1, S = 0 gives psi = 0, and an infinite S a share of infinity, which `regularized` clamps to 1.

@@ -1,4 +1,8 @@
 // Conversions, psi of one element, and the sums of a span's gradient.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <vector>
 
@@ -54,6 +58,19 @@ void test_sixteen_bit_types() {
     CHECK(rounded_float16<std::uint32_t>(65520.0f) == 0x7c00, "too large for a half");
 }
 
+#if defined(__x86_64__)
+// Half a unit of the smallest ordinary half is an ordinary float: no denormal float, which would be 0 here, comes up.
+void test_halves_while_denormals_are_flushed() {
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040);
+    for (std::uint32_t bits = 0; bits < 0x7c00; ++bits) {
+        const float half = widened_float16<float>(bits);
+        CHECK(half == half_value(bits) && rounded_float16<std::uint32_t>(half) == bits, "half %x is %g", bits, half);
+    }
+    _mm_setcsr(before);
+}
+#endif
+
 void test_psi() {
     const auto psi = [](double g, double sum, double scale = 1) {
         return regularized(static_cast<float>(g), AbsSum<float>::of(sum, scale));
@@ -70,6 +87,8 @@ void test_psi() {
     // The sum is denormal, and 1 / S would overflow.
     CHECK(regularized(1e-310, AbsSum<double>::of(1e-310, 1)) == 0, "one denormal element, float64");
     CHECK(std::fabs(regularized(1e-310, AbsSum<double>::of(4e-310, 1)) / 7.5e-311 - 1) < 1e-9, "denormal, float64");
+    // The sum is so large that 1 / S would be denormal, or that it is no float.
+    CHECK(psi(0x1p126f, 0x1p127) == 0x1p125f && psi(0x1p126f, 0x1p128) == 0.75f * 0x1p126f, "a large sum");
     CHECK(psi(1e-41f, 4 * static_cast<double>(1e-41f)) == static_cast<float>(0.75 * 1e-41f), "denormal");
 }
 
@@ -119,6 +138,9 @@ void test_sums() {
 
 void test_numbers() {
     test_sixteen_bit_types();
+#if defined(__x86_64__)
+    test_halves_while_denormals_are_flushed();
+#endif
     test_psi();
     test_outweighed_tensors();
     test_sums();
