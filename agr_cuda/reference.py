@@ -46,11 +46,13 @@ def adamw(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the parameter, exp_avg, exp_avg_sq and, given one, max_exp_avg_sq after AdamW's step `t` (from 1)."""
     b1, b2 = betas
-    m = m + (1 - b1) * (g - m)
+    # Exact at both ends, where m + (1 - b1) (g - m) loses a g that is small beside m.
+    m = torch.lerp(m, g, (1 - b1).to(m) if isinstance(b1, Tensor) else 1 - b1)
+    # In this order: g * g may be infinite where the product of all three is not.
     v = b2 * v + (1 - b2) * g * g
     largest = v if w is None else torch.maximum(w, v)
     denominator = largest.sqrt() / (1 - b2**t) ** 0.5 + eps
-    p = p - (lr * weight_decay * p + lr / (1 - b1**t) * m / denominator)
+    p = p - (lr * weight_decay * p + lr / (1 - b1**t) * (m / denominator))
     return (p, m, v) if w is None else (p, m, v, largest)
 
 
@@ -66,9 +68,11 @@ def adan(
     d = torch.zeros_like(g) if first else g + neg_previous
     m = b1 * m + (1 - b1) * g
     u = b2 * u + (1 - b2) * d
-    n = b3 * n + (1 - b3) * (g + b2 * d) ** 2
+    look_ahead = g + b2 * d
+    # In this order: the square may be infinite where the product of all three is not.
+    n = b3 * n + (1 - b3) * look_ahead * look_ahead
     denominator = n.sqrt() / (1 - b3**t) ** 0.5 + eps
-    step = lr / (1 - b1**t) * m / denominator + lr * b2 / (1 - b2**t) * u / denominator
+    step = lr / (1 - b1**t) * (m / denominator) + lr * b2 / (1 - b2**t) * (u / denominator)
     # Of (p - step) / (1 + lr wd), and of p (1 - lr wd) - step with no_prox, so that p is rounded once.
     change = lr * weight_decay * p + step
     p = p - (change if no_prox else change / (1 + lr * weight_decay))
@@ -94,7 +98,8 @@ def foreach_adamw(
     b1, b2 = betas
     torch._foreach_lerp_(m, g, 1 - b1)
     torch._foreach_mul_(v, b2)
-    torch._foreach_addcmul_(v, g, g, 1 - b2)
+    # Not with 1 - b2 as a factor of addcmul's, which on a GPU multiplies g * g by it.
+    torch._foreach_addcmul_(v, torch._foreach_mul(g, 1 - b2), g)
     if w is not None:
         torch._foreach_maximum_(w, v)
     denominator = torch._foreach_sqrt(v if w is None else w)
@@ -120,7 +125,7 @@ def foreach_adan(
     torch._foreach_mul_(d, b2)
     torch._foreach_add_(d, g)
     torch._foreach_mul_(n, b3)
-    torch._foreach_addcmul_(n, d, d, 1 - b3)
+    torch._foreach_addcmul_(n, torch._foreach_mul(d, 1 - b3), d)  # as in foreach_adamw
     denominator = torch._foreach_sqrt(n)
     torch._foreach_div_(denominator, (1 - b3**t) ** 0.5)
     torch._foreach_add_(denominator, eps)

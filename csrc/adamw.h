@@ -46,11 +46,15 @@ struct AdamW {
     static AGR_INLINE void apply(V& p, V g, V* state, const AdamWNumbers<T>& c) {
         V& m = state[0];
         V& v = state[1];
-        m = m + (g - m) * c.lerp;
-        v = v * c.beta2 + g * g * c.square;
-        V w = v;
-        if constexpr (amsgrad) w = state[2] = larger(state[2], v);
-        p = p * c.decay - m * c.step_size / (square_root(w) * c.correction + c.eps);
+        V& w = state[states - 1];  // what divides: without AMSGrad, v
+        // Exact at both ends, with one rounding where products are fused; m + (g - m) lerp loses a g that is small
+        // beside m.
+        m = (m - m * c.lerp) + g * c.lerp;
+        // Not g * g first, which may be infinite where the product of all three is not.
+        v = v * c.beta2 + g * c.square * g;
+        if constexpr (amsgrad) w = larger(w, v);
+        // The quotient first: m step_size is denormal sooner.
+        p = p * c.decay - m / (square_root(w) * c.correction + c.eps) * c.step_size;
     }
 };
 

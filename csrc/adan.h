@@ -20,9 +20,9 @@ struct AdanNumbers {
     T beta3, square;      // b3, 1 - b3
     T correction;         // 1 / sqrt(1 - b3^t)
     T eps;
-    // Both forms of weight decay are p = p kept - (m step_size + u difference_step_size) / D: the proximal one divides
+    // Both forms of weight decay are p = p kept - (m + u difference_weight) / D step_size: the proximal one divides
     // everything by 1 + lr wd, no_prox multiplies p alone by 1 - lr wd.
-    T kept, step_size, difference_step_size;
+    T kept, step_size, difference_weight;
     bool first;  // the parameter's first step, where the difference to the previous gradient is 0
 
     // `t` counts the steps of the group from 1.
@@ -30,6 +30,7 @@ struct AdanNumbers {
         const double decay = o.lr * o.weight_decay;
         const double kept = o.no_prox != 0 ? 1 - decay : 1 / (1 + decay);
         const double lr = o.no_prox != 0 ? o.lr : o.lr / (1 + decay);
+        const double correction1 = 1 - power(o.beta1, t);
         return {static_cast<T>(o.beta1),
                 static_cast<T>(1 - o.beta1),
                 static_cast<T>(o.beta2),
@@ -39,8 +40,8 @@ struct AdanNumbers {
                 static_cast<T>(1 / square_root(1 - power(o.beta3, t))),
                 static_cast<T>(o.eps),
                 static_cast<T>(kept),
-                static_cast<T>(lr / (1 - power(o.beta1, t))),
-                static_cast<T>(lr * o.beta2 / (1 - power(o.beta2, t))),
+                static_cast<T>(lr / correction1),
+                static_cast<T>(o.beta2 * correction1 / (1 - power(o.beta2, t))),
                 first};
     }
 };
@@ -63,10 +64,11 @@ struct Adan {
         V look_ahead = g + d * c.beta2;
         m = m * c.beta1 + g * c.gradient;
         u = u * c.beta2 + d * c.difference;
-        n = n * c.beta3 + look_ahead * look_ahead * c.square;
+        // Not its square first, which may be infinite where the product of all three is not.
+        n = n * c.beta3 + look_ahead * c.square * look_ahead;
         neg_previous = -g;
-        V denominator = square_root(n) * c.correction + c.eps;
-        p = p * c.kept - (m * c.step_size + u * c.difference_step_size) / denominator;
+        // The quotient before the step size: m step_size is denormal sooner.
+        p = p * c.kept - (m + u * c.difference_weight) / (square_root(n) * c.correction + c.eps) * c.step_size;
     }
 };
 

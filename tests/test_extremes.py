@@ -22,6 +22,68 @@ def step_on(optimizer: torch.optim.Optimizer, p: torch.Tensor, gradient: torch.T
     optimizer.step()
 
 
+# Averages without a memory.
+
+
+def test_without_memory_the_average_is_the_gradient(method, backend, float_dtype, device) -> None:
+    """However large the gradient before it was: their difference knows nothing of the smaller one."""
+    p = torch.zeros(5, dtype=float_dtype, device=device, requires_grad=True)
+    betas = (0.0,) * (2 if method is ADAMW else 3)
+    optimizer = method.ours([p], betas=betas, agr=False, backend=backend)
+    small = 2.0**-60 if float_dtype is torch.float64 else 2.0**-20
+    for size in (1024.0, small, -1024.0, 3 * small):
+        step_on(optimizer, p, torch.full_like(p, size))
+        assert optimizer.state[p]["exp_avg"].eq(size).all()
+
+
+def test_without_memory_every_step_of_adamw_is_lr_long(backend, float_dtype, device) -> None:
+    p = torch.zeros(5, dtype=float_dtype, device=device, requires_grad=True)
+    options = {"lr": 0.25, "betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0}
+    optimizer = ADAMW.ours([p], agr=False, backend=backend, **options)
+    # float16 has to have their squares.
+    for k, size in enumerate((100.0, 0.01) if float_dtype is torch.float16 else (1e4, 1e-8)):
+        step_on(optimizer, p, torch.full_like(p, size))
+        torch.testing.assert_close(p.detach(), torch.full_like(p, -0.25 * (k + 1)), rtol=1e-3, atol=0)
+
+
+# Squares.
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}], ids=str)
+def test_a_square_may_be_too_large_where_its_share_is_not(options: dict, method, backend, float_dtype, device) -> None:
+    """(1 - b) g^2 can be represented, g^2 cannot; the element trains on when the gradient is ordinary again."""
+    if float_dtype is torch.float16:
+        pytest.skip("its largest square is no large float32")
+    p = torch.zeros(4, dtype=float_dtype, device=device, requires_grad=True)
+    # For a second state that holds nothing but this square, and a denominator that is its root.
+    betas = (0.9, 0.999) if method is ADAMW else (0.98, 0.92, 0.99)
+    chosen = {**options, "backend": None if options else backend}
+    optimizer = method.ours([p], lr=0.25, betas=betas, weight_decay=0.0, agr=False, **chosen)
+    huge = 2.0**513 if float_dtype is torch.float64 else 2.0**66
+    gradient = torch.ones_like(p)
+    gradient[2] = -huge
+    step_on(optimizer, p, gradient)
+    square = optimizer.state[p]["exp_avg_sq"]
+    precision = torch.finfo(float_dtype).eps
+    assert square[2].item() == pytest.approx((1 - betas[-1]) * huge * huge, rel=max(precision, 1e-6))
+    assert p.tolist() == pytest.approx([-0.25, -0.25, 0.25, -0.25], rel=max(precision, 1e-6))
+    for _ in range(3):
+        step_on(optimizer, p, torch.ones_like(p))
+    assert p.isfinite().all()
+    assert square.isfinite().all()
+    assert square[2] > 0.9 * (1 - betas[-1]) * huge * huge
+
+
+def test_a_step_whose_parts_are_denormal(method, backend, device) -> None:
+    """lr m is denormal, m / D is not: the step has all of its bits."""
+    p = torch.zeros(3, device=device, requires_grad=True)
+    optimizer = method.ours([p], lr=2e-7, eps=1e-15, weight_decay=0.0, agr=False, backend=backend)
+    g = torch.tensor([1e-34, 3e-34, -7e-35], device=device)
+    step_on(optimizer, p, g)
+    # Nothing is left of the square: eps divides.
+    assert to_numpy(p) == pytest.approx(-2e-7 * to_numpy(g) / 1e-15, rel=1e-6, abs=0)
+
+
 # Denormal numbers.
 
 

@@ -117,7 +117,7 @@ def _decide(
         tl.store(out + 7, eps, mask=there)
         tl.store(out + 8, tl.where(no_prox, 1.0 - decay, 1.0 / divisor), mask=there)
         tl.store(out + 9, lr / divisor / correction1, mask=there)
-        tl.store(out + 10, lr / divisor * beta2 / correction2, mask=there)
+        tl.store(out + 10, beta2 * correction1 / correction2, mask=there)
         tl.store(out + 11, tl.where(first, 1.0, 0.0), mask=there)
     else:
         tl.store(out + 0, 1.0 - decay, mask=there)

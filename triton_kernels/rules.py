@@ -64,18 +64,21 @@ def adamw(p, g, m, v, w, amsgrad, decay, lerp, beta2, square, correction, eps, s
         eps: what is added to the denominator.
         step_size: lr / (1 - b1^t).
     """
-    m = tl.fma(g - m, lerp, m)
-    v = tl.fma(v, beta2, g * g * square)
+    # Exact at both ends; m + (g - m) lerp loses a g that is small beside m.
+    m = tl.fma(g, lerp, tl.fma(m, -lerp, m))
+    # Not g * g first, which may be infinite where the product of all three is not.
+    v = tl.fma(v, beta2, g * square * g)
     w = tl.where((w > v) | (w != w), w, v)  # NaN if either is, as torch.maximum gives
     largest = tl.where(amsgrad, w, v)
-    p = tl.fma(p, decay, -(m * step_size / tl.fma(square_root(largest), correction, eps)))
+    # The quotient first: m step_size is denormal sooner.
+    p = tl.fma(p, decay, -(m / tl.fma(square_root(largest), correction, eps) * step_size))
     return p, m, v, w
 
 
 @triton.jit
 def adan(
     p, g, m, u, n, neg_previous, first,
-    beta1, gradient, beta2, difference, beta3, square, correction, eps, kept, step_size, difference_step_size,
+    beta1, gradient, beta2, difference, beta3, square, correction, eps, kept, step_size, difference_weight,
 ):  # fmt: skip
     """Return the parameter, exp_avg, exp_avg_diff, exp_avg_sq and neg_pre_grad after Adan's step.
 
@@ -97,15 +100,17 @@ def adan(
         eps: what is added to the denominator.
         kept: what of the parameter weight decay keeps: 1 / (1 + lr wd), with no_prox 1 - lr wd.
         step_size: lr / (1 - b1^t); without no_prox, that divided by 1 + lr wd.
-        difference_step_size: lr b2 / (1 - b2^t), likewise.
+        difference_weight: b2 (1 - b1^t) / (1 - b2^t), what exp_avg_diff counts beside exp_avg.
     """
     d = tl.where(first, 0.0, g + neg_previous)
     look_ahead = tl.fma(d, beta2, g)
     m = tl.fma(m, beta1, g * gradient)
     u = tl.fma(u, beta2, d * difference)
-    n = tl.fma(n, beta3, look_ahead * look_ahead * square)
+    # Not its square first, which may be infinite where the product of all three is not.
+    n = tl.fma(n, beta3, look_ahead * square * look_ahead)
+    # The quotient before the step size: m step_size is denormal sooner.
     denominator = tl.fma(square_root(n), correction, eps)
-    p = tl.fma(p, kept, -(tl.fma(m, step_size, u * difference_step_size) / denominator))
+    p = tl.fma(p, kept, -(tl.fma(u, difference_weight, m) / denominator * step_size))
     return p, m, u, n, -g
 
 
