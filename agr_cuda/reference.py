@@ -40,6 +40,25 @@ def psi(g: Tensor) -> Tensor:
     return g * (1 - magnitude / total)
 
 
+def _sweeps(average: Tensor, t: Number) -> bool:
+    """Return whether averages that have faded are swept away in step `t`: on a CPU, in every 25th.
+
+    CPUs are slow with denormal numbers, in which averages of an element whose gradient stays 0 end, and stay
+    (docs/design.md, "Averages that fade").
+    """
+    return average.device.type == "cpu" and (isinstance(t, Tensor) or t % 25 == 0)
+
+
+def _faded(average: Tensor, g: Tensor) -> Tensor:
+    """Return where an average of gradients takes in nothing more, and what it holds is denormal."""
+    return (g == 0) & (average.abs() < torch.finfo(average.dtype).tiny)
+
+
+def _negligible(square: Tensor, eps: Number) -> Tensor:
+    """Return where an average of squares may go if those that it divides have: denormal, and of a root below eps."""
+    return (square < torch.finfo(square.dtype).tiny) & (square.sqrt() < eps)
+
+
 def adamw(
     p: Tensor, g: Tensor, m: Tensor, v: Tensor, w: Tensor | None, t: Number,
     *, lr: Number, betas: tuple[Number, Number], eps: float, weight_decay: float,
@@ -53,6 +72,11 @@ def adamw(
     largest = v if w is None else torch.maximum(w, v)
     denominator = largest.sqrt() / (1 - b2**t) ** 0.5 + eps
     p = p - (lr * weight_decay * p + lr / (1 - b1**t) * (m / denominator))
+    if _sweeps(m, t):
+        gone = _faded(m, g)
+        m = m.masked_fill(gone, 0)
+        v = v.masked_fill(gone & _negligible(v, eps), 0)
+        largest = largest.masked_fill(gone & _negligible(largest, eps), 0)
     return (p, m, v) if w is None else (p, m, v, largest)
 
 
@@ -76,6 +100,11 @@ def adan(
     # Of (p - step) / (1 + lr wd), and of p (1 - lr wd) - step with no_prox, so that p is rounded once.
     change = lr * weight_decay * p + step
     p = p - (change if no_prox else change / (1 + lr * weight_decay))
+    if _sweeps(m, t):
+        m_gone, u_gone = _faded(m, g), _faded(u, g)
+        m = m.masked_fill(m_gone, 0)
+        u = u.masked_fill(u_gone, 0)
+        n = n.masked_fill(m_gone & u_gone & _negligible(n, eps), 0)
     return p, m, u, n, -g
 
 
@@ -94,7 +123,7 @@ def foreach_adamw(
     p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], w: list[Tensor] | None, t: float,
     *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
-    """Do `adamw` for lists of tensors, in place."""
+    """Do `adamw` for lists of tensors, in place; sweeping, one tensor at a time."""
     b1, b2 = betas
     torch._foreach_lerp_(m, g, 1 - b1)
     torch._foreach_mul_(v, b2)
@@ -108,6 +137,12 @@ def foreach_adamw(
     change = torch._foreach_mul(p, lr * weight_decay)
     torch._foreach_addcdiv_(change, m, denominator, lr / (1 - b1**t))
     torch._foreach_sub_(p, change)
+    if _sweeps(m[0], t):
+        for i, gradient in enumerate(g):
+            gone = _faded(m[i], gradient)
+            m[i].masked_fill_(gone, 0)
+            for squares in (v,) if w is None else (v, w):
+                squares[i].masked_fill_(gone & _negligible(squares[i], eps), 0)
 
 
 def foreach_adan(
@@ -115,7 +150,7 @@ def foreach_adan(
     neg_previous: list[Tensor], t: int, first: bool,
     *, lr: float, betas: tuple[float, float, float], eps: float, weight_decay: float, no_prox: bool,
 ) -> None:  # fmt: skip
-    """Do `adan` for lists of tensors, in place."""
+    """Do `adan` for lists of tensors, in place; sweeping, one tensor at a time."""
     b1, b2, b3 = betas
     d = torch._foreach_mul(g, 0.0) if first else torch._foreach_add(neg_previous, g)
     if first:
@@ -137,6 +172,12 @@ def foreach_adan(
     torch._foreach_sub_(p, change)
     torch._foreach_copy_(neg_previous, g)
     torch._foreach_neg_(neg_previous)
+    if _sweeps(m[0], t):
+        for i, gradient in enumerate(g):
+            m_gone, u_gone = _faded(m[i], gradient), _faded(u[i], gradient)
+            m[i].masked_fill_(m_gone, 0)
+            u[i].masked_fill_(u_gone, 0)
+            n[i].masked_fill_(m_gone & u_gone & _negligible(n[i], eps), 0)
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:

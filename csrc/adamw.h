@@ -56,6 +56,15 @@ struct AdamW {
         // The quotient first: m step_size is denormal sooner.
         p = p * c.decay - m / (square_root(w) * c.correction + c.eps) * c.step_size;
     }
+
+    // Puts 0 in the place of averages that have faded (numeric.h). What a CPU does after some steps.
+    template <class V, class T>
+    static AGR_INLINE void sweep(V g, V* state, const AdamWNumbers<T>& c) {
+        const auto gone = faded<T>(state[0], g);
+        const T least = negligible_square(c.eps);
+        state[0] = gone ? V{} : state[0];
+        for (int k = 1; k < states; ++k) state[k] = gone & (state[k] < least) ? V{} : state[k];
+    }
 };
 
 }  // namespace agr

@@ -70,6 +70,16 @@ struct Adan {
         // The quotient before the step size: m step_size is denormal sooner.
         p = p * c.kept - (m + u * c.difference_weight) / (square_root(n) * c.correction + c.eps) * c.step_size;
     }
+
+    // Puts 0 in the place of averages that have faded (numeric.h). What a CPU does after some steps.
+    template <class V, class T>
+    static AGR_INLINE void sweep(V g, V* state, const AdanNumbers<T>& c) {
+        const auto m_gone = faded<T>(state[0], g);
+        const auto u_gone = faded<T>(state[1], g);
+        state[0] = m_gone ? V{} : state[0];
+        state[1] = u_gone ? V{} : state[1];
+        state[2] = m_gone & u_gone & (state[2] < negligible_square(c.eps)) ? V{} : state[2];
+    }
 };
 
 }  // namespace agr

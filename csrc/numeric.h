@@ -80,6 +80,26 @@ AGR_INLINE V larger(V a, V b) {
     return ((a > b) | (a != a)) ? a : b;
 }
 
+// Averages of an element whose gradient stays 0 decay to denormal numbers, and stop there for good: a few units in the
+// last place times a beta round to themselves. CPUs are slow with such numbers, so that they sweep them away. What that
+// loses, and that it does not matter, is in docs/design.md, "Averages that fade".
+
+template <class T>
+constexpr T smallest_normal = static_cast<T>(sizeof(T) == sizeof(float) ? 0x1p-126 : 0x1p-1022);
+
+// Whether an average of gradients may go: it takes in nothing more, and what it holds is denormal.
+template <class T, class V>
+AGR_INLINE auto faded(V average, V gradient) {
+    return (gradient == T(0)) & (magnitude(average) < smallest_normal<T>);
+}
+
+// What an average of squares may go below when the averages that it divides have: denormal, and of a root less than
+// eps, so that a denominator never becomes 0, nor much less than it was.
+template <class T>
+AGR_INLINE T negligible_square(T eps) {
+    return eps * eps < smallest_normal<T> ? eps * eps : smallest_normal<T>;
+}
+
 // The 16-bit types in integer arithmetic, for one element or, lane by lane, for a vector: F is float or floats, U the
 // unsigned 32-bit integer or integers of the same shape, whose low halves hold the stored bits.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +12,22 @@ import torch
 from conftest import large_size
 from helpers import (
     ADAMW,
+    ADAN,
     METHODS,
     Method,
+    oracle_for,
+    oracle_gradients,
+    pairs,
+    relative_error,
     same_bits,
     to_numpy,
 )
+
+TINY = {dtype: torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64, torch.bfloat16)}
+
+# On a CPU averages that have faded are swept away, by the kernels and by the reference in its two forms.
+SWEEPERS: list[dict[str, Any]] = [{"backend": "cpu"}, {"backend": "reference"}, {"foreach": True}]
+EVERY = 25  # steps between sweeps
 
 
 def step_on(optimizer: torch.optim.Optimizer, p: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -85,6 +98,104 @@ def test_a_step_whose_parts_are_denormal(method, backend, device) -> None:
 
 
 # Denormal numbers.
+
+
+def at_step(method: Method, state: dict[str, list[float]], t: int, dtype: torch.dtype, **options: Any) -> tuple:
+    """A parameter of ones whose next step is step `t`, with this state, and its optimizer."""
+    p = torch.ones(len(next(iter(state.values()))), dtype=dtype).requires_grad_()
+    optimizer = method.ours([p], agr=False, weight_decay=0.0, **options)
+    step_on(optimizer, p, torch.zeros_like(p))
+    with torch.no_grad():
+        p.fill_(1)
+        for name, values in state.items():
+            optimizer.state[p][name].copy_(torch.tensor(values, dtype=torch.float64))
+    if method is ADAMW:
+        optimizer.state[p]["step"].fill_(t - 1)
+    else:
+        optimizer.param_groups[0]["step"] = t - 1
+    return p, optimizer
+
+
+@pytest.mark.parametrize("dtype", TINY, ids=str)
+@pytest.mark.parametrize("options", SWEEPERS, ids=str)
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_averages_of_a_forgotten_element_end_at_zero(amsgrad: bool, options: dict, dtype: torch.dtype, method) -> None:
+    """They would stay at a few units of the smallest number, with which CPUs are slow."""
+    if amsgrad:
+        if method is ADAN:
+            pytest.skip("has none")
+        options = {**options, "amsgrad": True}
+    names = [*method.states[: 3 if method is ADAN else 2], *(["max_exp_avg_sq"] if amsgrad else [])]
+    elements = 41  # vectors, and a few elements more
+    smallest = float(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
+    p, optimizer = at_step(method, {name: [4 * smallest] * elements for name in names}, 1234, dtype, **options)
+    for _ in range(EVERY):
+        step_on(optimizer, p, torch.zeros_like(p))
+    assert all(not optimizer.state[p][name].any() for name in names)
+    assert p.eq(1).all()
+
+
+@pytest.mark.parametrize("options", SWEEPERS, ids=str)
+def test_nothing_is_swept_away_that_matters(options: dict, method) -> None:
+    t = 100 * EVERY
+    tiny = TINY[torch.float32]
+    denormal, ordinary = tiny / 4, 1e-20
+    # Of the gradient, its average, the average of squares: whether each of these averages stays.
+    cases = [
+        (0.0, denormal, denormal, False, False),
+        (0.0, -denormal, denormal, False, False),
+        (0.0, 0.0, denormal, False, False),
+        (0.0, denormal, 1.0, False, True),
+        (0.0, denormal, math.inf, False, True),
+        (0.0, denormal, math.nan, False, True),
+        (denormal, denormal, denormal, True, True),  # a gradient that is denormal all the time
+        (0.0, ordinary, denormal, True, True),  # it divides
+        (0.0, math.nan, denormal, True, True),
+        (0.0, math.inf, denormal, True, True),
+        (math.nan, denormal, denormal, True, True),
+    ]
+    gradients, averages, squares, average_stays, square_stays = map(list, zip(*cases, strict=True))
+    first, second = "exp_avg", "exp_avg_sq"
+    p, optimizer = at_step(method, {first: averages, second: squares}, t, torch.float32, **options)
+    step_on(optimizer, p, torch.tensor(gradients))
+    state = optimizer.state[p]
+    assert state[first].ne(0).tolist() == average_stays
+    assert state[second].ne(0).tolist() == square_stays
+    # With an eps of which a denormal square has a larger root, it stays: 0 would divide, or next to it.
+    for eps in (0.0, 1e-30):
+        p, optimizer = at_step(method, {first: averages, second: squares}, t, torch.float32, eps=eps, **options)
+        step_on(optimizer, p, torch.tensor(gradients))
+        assert optimizer.state[p][first].ne(0).tolist() == average_stays
+        assert optimizer.state[p][second].ne(0).all()
+
+
+@pytest.mark.parametrize("options", SWEEPERS, ids=str)
+def test_adan_forgets_differences_apart(options: dict) -> None:
+    state = {"exp_avg": [1e-20, 1e-40], "exp_avg_diff": [1e-40, 1e-20], "exp_avg_sq": [1e-40, 1e-40]}
+    p, optimizer = at_step(ADAN, state, EVERY, torch.float32, **options)
+    step_on(optimizer, p, torch.zeros_like(p))
+    assert optimizer.state[p]["exp_avg"].ne(0).tolist() == [True, False]
+    assert optimizer.state[p]["exp_avg_diff"].ne(0).tolist() == [False, True]
+    assert optimizer.state[p]["exp_avg_sq"].ne(0).all()
+
+
+@pytest.mark.parametrize("options", SWEEPERS, ids=str)
+@pytest.mark.parametrize("size", [1.0, 1e-15])
+def test_a_gradient_that_comes_back_moves_the_parameter_as_ever(size: float, options: dict, method) -> None:
+    """After so many zeros that every average was swept away. Beside the equations, which know no smallest number."""
+    p = torch.ones(19, requires_grad=True)
+    betas = (0.5, 0.6) if method is ADAMW else (0.6, 0.5, 0.7)
+    optimizer = method.ours([p], lr=1e-2, betas=betas, weight_decay=0.0, agr=False, **options)
+    expected = oracle_for(method, optimizer)
+    zeros = 400
+    for k in (*range(4), *[None] * zeros, *range(4)):
+        step_on(optimizer, p, torch.zeros(19) if k is None else size * (torch.linspace(-1, 1, 19) + 0.3 * k))
+        expected.step(oracle_gradients([p]))
+        if k is None and optimizer.state[p]["exp_avg"].eq(0).all():
+            zeros = 0
+    assert zeros == 0, "the averages were never swept away"
+    for label, x, y in pairs(optimizer, expected):
+        assert relative_error(x, y) <= 1e-6, label
 
 
 @pytest.fixture(params=[False, True], ids=["denormals kept", "denormals flushed"])

@@ -100,10 +100,10 @@ AGR_INLINE auto& in_type(const Single& single, const Twice& twice) {
         return twice;
 }
 
-// One vector of elements: load, regularize, apply the rule, store.
+// One vector of elements: load, regularize, apply the rule, sweep, store.
 template <class R, bool regularize, class T, class P, class G, class S, class Numbers>
-AGR_INLINE void update_vector(P* p, const G* g, S* const* state, const Numbers& numbers, const AbsSum<T>& sum,
-                              T scale) {
+AGR_INLINE void update_vector(P* p, const G* g, S* const* state, const Numbers& numbers, const AbsSum<T>& sum, T scale,
+                              bool sweeps) {
     constexpr int lanes = lanes_of<T>;
     using V = vector<T, lanes>;
     V parameter = load<lanes>(p);
@@ -111,7 +111,11 @@ AGR_INLINE void update_vector(P* p, const G* g, S* const* state, const Numbers& 
     V states[most_states];
     for (int k = 0; k < R::states; ++k) states[k] = load<lanes>(state[k]);
     if constexpr (regularize) gradient = regularized(gradient, sum);
-    R::apply(parameter, gradient * scale, states, numbers);
+    gradient = gradient * scale;
+    R::apply(parameter, gradient, states, numbers);
+    if constexpr (R::states > 0) {
+        if (sweeps) R::sweep(gradient, states, numbers);
+    }
     store(p, parameter);
     for (int k = 0; k < R::states; ++k) store(state[k], states[k]);
 }
@@ -123,6 +127,7 @@ AGR_INLINE void update_span(const Span& span, const NumbersOf<R>& both, double a
     const auto numbers = in_type<T>(both.single, both.twice);
     const auto sum = AbsSum<T>::of(abs_sum, scale_in_double);
     const T scale = static_cast<T>(scale_in_double);
+    const bool sweeps = R::states > 0 && both.sweeps;  // a rule without states has other numbers
     P* p = static_cast<P*>(span.parameter);
     const G* g = static_cast<const G*>(span.gradient);
     S* state[most_states];
@@ -130,7 +135,7 @@ AGR_INLINE void update_span(const Span& span, const NumbersOf<R>& both, double a
 
     std::int64_t n = span.elements;
     for (; n >= lanes; n -= lanes) {
-        update_vector<R, regularize, T>(p, g, state, numbers, sum, scale);
+        update_vector<R, regularize, T>(p, g, state, numbers, sum, scale, sweeps);
         p += lanes;
         g += lanes;
         for (int k = 0; k < R::states; ++k) state[k] += lanes;
@@ -147,7 +152,7 @@ AGR_INLINE void update_span(const Span& span, const NumbersOf<R>& both, double a
             std::memcpy(rest[k], state[k], n * sizeof(S));
             state_rest[k] = rest[k];
         }
-        update_vector<R, regularize, T>(p_rest, g_rest, state_rest, numbers, sum, scale);
+        update_vector<R, regularize, T>(p_rest, g_rest, state_rest, numbers, sum, scale, sweeps);
         std::memcpy(p, p_rest, n * sizeof(P));
         for (int k = 0; k < R::states; ++k) std::memcpy(state[k], rest[k], n * sizeof(S));
     }

@@ -13,6 +13,7 @@ template <class R>
 struct NumbersOf {
     typename R::template Numbers<float> single;
     typename R::template Numbers<double> twice;
+    bool sweeps;  // whether averages that have faded are swept away (numeric.h)
 };
 
 // `numbers` points to the NumbersOf the rule, `sum` to the tensor's abs-sum, or is null where the gradient is not
