@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Adam
 from torch.optim.optimizer import ParamsT
 
 from .binding import Binding
+from .groups import ParameterGroup
 from .optimizer import AGROptimizer
-from .options import number, number_or_tensor
+from .options import number, number_or_tensor, scalar_or_number
+from .state import StateChange, is_alone
+
+#: What the groups of this release's torch.optim.AdamW say besides options, from 2.7 on, and so its checkpoints.
+_SAID_BY_TORCH = {"decoupled_weight_decay": True} if "decoupled_weight_decay" in signature(Adam).parameters else {}
 
 
-class AdamW(AGROptimizer):
+class AdamW(AGROptimizer, torch.optim.AdamW):
     r"""AdamW with Adaptive Gradient Regularization, in place of torch.optim.AdamW.
 
     For the gradient :math:`g` of one parameter tensor and the number :math:`t` of its step, from 1:
@@ -25,7 +32,8 @@ class AdamW(AGROptimizer):
         p &\leftarrow p - \frac{\gamma}{1 - \beta_1^t} \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon}
 
     The first line is arXiv 2407.16944, the rest arXiv 1711.05101. State and state dict are torch.optim.AdamW's, so that
-    checkpoints of either load into the other.
+    checkpoints of either load into the other. It is a subclass of torch.optim.AdamW, so that a program that asks what
+    an optimizer is gets the answer for AdamW; it runs none of that class's code.
 
     Args:
         params: parameters, or named parameters, or dictionaries of parameter groups. Every option below but
@@ -35,22 +43,27 @@ class AdamW(AGROptimizer):
         eps: :math:`\epsilon`, at least 0.
         weight_decay: :math:`\lambda`, at least 0.
         amsgrad: divide by the largest :math:`v` so far (state "max_exp_avg_sq").
-        agr: regularize the gradient. False gives torch.optim.AdamW. A tensor of one element never trains with it.
-        max_grad_norm: clip by the global L2 norm of all gradients, before AGR, to this; None or 0 does not.
+        agr: regularize the gradient. False gives torch.optim.AdamW. A tensor of one element never trains with it. It is
+            not in state dicts, and stays what it is when one is loaded.
+        max_grad_norm: clip by the global L2 norm of all gradients, before AGR, to this, as
+            torch.nn.utils.clip_grad_norm_ does; None or 0 does not. `grad_norm` is the norm of the last step.
         maximize: negate the gradient.
         foreach: True asks for the reference backend.
         capturable: keep the step count on the parameter's device, so that a step can be captured in a graph.
         differentiable: let autograd see the step; uses the reference backend.
-        fused: True refuses the reference backend.
+        fused: True refuses the reference backend, but for DTensors, which no other takes; and has torch.amp.GradScaler
+            leave scale and infinities to the step, which then does not wait for the device. Gradients stay scaled.
         backend: "cuda", "triton", "cpu" or "reference" for all parameters; None chooses for each.
 
     Raises:
+        TypeError: for what is no number, or no boolean, where one is wanted.
         ValueError: for a number out of range.
         RuntimeError: for options that contradict each other, and for a backend that is not there.
     """
 
     _rule = "adamw"
     _betas = 2
+    _counts = ("step",)
     _structure = ("agr", "amsgrad", "foreach", "fused", "capturable", "differentiable")
 
     def __init__(
@@ -83,25 +96,69 @@ class AdamW(AGROptimizer):
             "capturable": capturable,
             "differentiable": differentiable,
             "fused": fused,
+            "max_grad_norm": max_grad_norm,
+            "backend": backend,
         }
-        super().__init__(params, defaults, max_grad_norm, backend)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with options of their own; see torch.optim.Optimizer.add_param_group."""
+        if isinstance(param_group, dict):
+            param_group = ParameterGroup(param_group)
+            given = param_group.get("decoupled_weight_decay", True)
+            if given is not True:
+                raise ValueError(f"decoupled_weight_decay is {given!r}; AdamW's must be True")
+            param_group.update(_SAID_BY_TORCH)
+        super().add_param_group(param_group)
+
+    def _completed(self, group: dict[str, Any]) -> ParameterGroup:
+        completed = super()._completed(group)
+        completed.update(_SAID_BY_TORCH)  # a checkpoint may be torch.optim.Adam's
+        return completed
+
+    def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        adapted = super()._adapted(state_dict)
+        state = dict(adapted["state"])
+        for group in adapted["param_groups"]:
+            # apex counts a group's steps, in the group.
+            uncounted = [i for i in group["params"] if "exp_avg" in state.get(i, ()) and "step" not in state[i]]
+            if uncounted and "step" in group:
+                steps = float(group.pop("step"))
+                state.update({i: {**state[i], "step": steps} for i in uncounted})
+        counts: set[int] = set()
+        for i, of_one in state.items():
+            # A count that several parameters share would be raised by each.
+            if isinstance(of_one, dict) and isinstance(step := of_one.get("step"), Tensor):
+                if id(step) in counts:
+                    state[i] = {**of_one, "step": step.clone()}
+                counts.add(id(step))
+        return {**adapted, "state": state}
+
+    def _clip_eps(self) -> float:
+        return 1e-6  # as torch.nn.utils.clip_grad_norm_ has
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
     def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        beta1, beta2 = map(number, group["betas"])
+        beta1, beta2 = (scalar_or_number(beta, keeps_tensor=group["differentiable"]) for beta in group["betas"])
         sign = -1.0 if group["maximize"] else 1.0
-        return number_or_tensor(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], sign
+        return number_or_tensor(group["lr"]), beta1, beta2, number(group["eps"]), number(group["weight_decay"]), sign
 
-    def _missing_state(self, binding: Binding) -> dict[str, Tensor]:
-        made = super()._missing_state(binding)
+    def _state_change(self, binding: Binding) -> StateChange:
+        change = super()._state_change(binding)
         # A step count is one float32, on the device where a graph shall capture it or a launch counts for itself (as
-        # with torch.optim.AdamW's fused operation), else on the CPU. torch's older releases saved a plain number.
+        # with torch.optim.AdamW's fused operation), else on the CPU.
         there = self.param_groups[binding.group]["capturable"] or binding.backend in ("cuda", "triton")
         device = binding.parameter.device if there else torch.device("cpu")
-        step = binding.state.get("step", 0.0)
-        wanted = torch.float32
-        if not isinstance(step, Tensor) or step.dtype != wanted or step.device != device or step.dim() != 0:
-            made["step"] = torch.as_tensor(step, dtype=wanted, device=device).detach().reshape(()).clone()
-        return made
+        step = binding.state.get("step")
+        if not isinstance(step, Tensor):  # torch's older releases saved a plain number
+            change.added["step"] = torch.tensor(step or 0.0, dtype=torch.float32, device=device)
+        elif step.device != device or (step.dtype != torch.float32 and binding.backend != "reference"):
+            if not is_alone(step):
+                raise RuntimeError(
+                    f"step of {binding.place}, in memory shared with others, is {step.dtype} on {step.device}; it "
+                    f"must be torch.float32 on {device}"
+                )
+            change.moved.append((step, step.detach().to(dtype=torch.float32, device=device)))
+        return change

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .groups import ParameterGroup
 from .launch import Scaling
 from .optimizer import AGROptimizer
-from .options import number, number_or_tensor
+from .options import number, number_or_tensor, shown
 from .schedule import Schedule
 
 
@@ -36,26 +37,32 @@ class Adan(AGROptimizer):
         params: parameters, or named parameters, or dictionaries of parameter groups. Every option below but
             `max_grad_norm` and `backend` can differ between groups.
         lr: the learning rate :math:`\gamma`, a number or a tensor of one element.
-        betas: :math:`\beta_1`, :math:`\beta_2` and :math:`\beta_3`, each in [0, 1).
+        betas: :math:`\beta_1`, :math:`\beta_2` and :math:`\beta_3`, each in [0, 1). A warning says so if all are below
+            0.5, as those of the paper, in its own convention, are.
         eps: :math:`\epsilon`, at least 0.
         weight_decay: :math:`\lambda`, at least 0.
-        max_grad_norm: clip by the global L2 norm of all gradients, before AGR, to this; None or 0 does not.
+        max_grad_norm: clip by the global L2 norm of all gradients, before AGR, to this; None or 0 does not. As in
+            sail-sg's Adan, the first group's `eps` is added to the norm. `grad_norm` is the norm of the last step.
         no_prox: decay weights as AdamW does, by :math:`p (1 - \gamma\lambda)`, instead of the last division.
         foreach: True asks for the reference backend.
-        fused: True refuses the reference backend.
-        agr: regularize the gradient. False gives sail-sg's Adan. A tensor of one element never trains with it.
+        fused: True refuses the reference backend, but for DTensors, which no other takes; and has torch.amp.GradScaler
+            leave scale and infinities to the step, which then does not wait for the device. Gradients stay scaled.
+        agr: regularize the gradient. False gives sail-sg's Adan. A tensor of one element never trains with it. It is
+            not in state dicts, and stays what it is when one is loaded.
         maximize: negate the gradient.
         capturable: keep the group's step count on the GPU of the cuda or triton backend, so that a step can be captured
             in a graph. Mixed precision, which decides there whether a step is made, does so by itself.
         backend: "cuda", "triton", "cpu" or "reference" for all parameters; None chooses for each.
 
     Raises:
+        TypeError: for what is no number, or no boolean, where one is wanted.
         ValueError: for a number out of range.
         RuntimeError: for options that contradict each other, and for a backend that is not there.
     """
 
     _rule = "adan"
     _betas = 3
+    _may_lack = ("neg_pre_grad",)
     _structure = ("agr", "no_prox", "foreach", "fused", "capturable")
 
     def __init__(
@@ -86,26 +93,50 @@ class Adan(AGROptimizer):
             "agr": agr,
             "maximize": maximize,
             "capturable": capturable,
+            "max_grad_norm": max_grad_norm,
+            "backend": backend,
         }
-        super().__init__(params, defaults, max_grad_norm, backend)
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with options of their own; see torch.optim.Optimizer.add_param_group."""
+        """Add parameters with options of their own, at step 0; see torch.optim.Optimizer.add_param_group."""
+        if isinstance(param_group, dict):
+            param_group = ParameterGroup(param_group)
+            param_group["step"] = 0  # whatever another optimizer, made from the same dictionary, has counted there
         super().add_param_group(param_group)
-        self.param_groups[-1].setdefault("step", 0)
+        betas = self.param_groups[-1]["betas"]
+        if all(beta < 0.5 for beta in betas):
+            self._warn_once(
+                "betas",
+                f"betas is {shown(betas)}, with which averages forget nearly everything in a step. Betas are in the "
+                "convention of sail-sg/Adan, (0.98, 0.92, 0.99) by default: 1 minus those of the paper",
+            )
 
     def _unsaved_options(self) -> dict[str, Any]:
         return {"step": 0}
+
+    def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        for i, group in enumerate(state_dict["param_groups"]):
+            if group.get("step") is None and any(state_dict["state"].get(p) for p in group["params"]):
+                raise RuntimeError(
+                    f"group {i} of the state dict has no step, and its parameters have state; it must say how many "
+                    "steps that is of"
+                )
+        return super()._adapted(state_dict)
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad")
 
     def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
         beta1, beta2, beta3 = map(number, group["betas"])
+        eps, weight_decay = map(number, (group["eps"], group["weight_decay"]))
         no_prox = 1.0 if group["no_prox"] else 0.0
         sign = -1.0 if group["maximize"] else 1.0
         lr, steps = map(number_or_tensor, (group["lr"], group["step"]))
-        return lr, beta1, beta2, beta3, group["eps"], group["weight_decay"], no_prox, sign, steps
+        return lr, beta1, beta2, beta3, eps, weight_decay, no_prox, sign, steps
+
+    def _clip_eps(self) -> float:
+        return number(self.param_groups[0]["eps"])  # as sail-sg's Adan has
 
     def _count_on_devices(self, schedule: Schedule, scaling: Scaling) -> None:
         devices = {launch.device for launch in schedule.launches}
@@ -119,7 +150,7 @@ class Adan(AGROptimizer):
                 group = self.param_groups[index]
                 step = group["step"]
                 if isinstance(step, Tensor):
-                    fits = step.dtype == torch.float32 and step.dim() == 0
+                    fits = step.dtype == torch.float32 and step.numel() == 1
                 else:
                     fits = not group["capturable"] and scaling.found_inf is None
                 if not fits:
@@ -133,9 +164,12 @@ class Adan(AGROptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch.optim.Optimizer.state_dict does, with step counts as plain numbers."""
-        with self._lock:
+        # Before the hooks that a program has registered: they get what others get.
+        with self._hook(self.register_state_dict_post_hook, self._saved, prepend=True):
             self._settle()
-            saved = super().state_dict()
+            return super().state_dict()
+
+    def _saved(self, saved: dict[str, Any]) -> dict[str, Any]:
         for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
             if isinstance(packed.get("step"), Tensor):
                 packed["step"] = int(packed["step"].item())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,13 @@ class Binding:
         return is_plain(self.parameter)
 
 
+@contextmanager
+def made_for_later() -> Iterator[None]:
+    """Make tensors that later steps change, in whatever mode of autograd those and this are made."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def planned(bindings: Sequence[Binding]) -> list[tuple[int, int, bool]]:
     """Return what a plan is told of each tensor: elements, bytes of a gradient's element, whether it is regularized."""
     return [(b.parameter.numel(), b.gradient.element_size(), b.regularize) for b in bindings]
@@ -60,9 +68,14 @@ def rows(rule: str, bindings: Sequence[Binding]) -> list[tuple[Any, ...]]:
     ]
 
 
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether `tensor` stands for others, as DTensor and its like do, which dispatch for themselves."""
+    return type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
 def is_plain(tensor: Tensor) -> bool:
-    """Whether `tensor` is one in a device's memory; DTensor and its like, which dispatch for themselves, are not."""
-    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+    """Whether `tensor` is one in a device's memory."""
+    if is_wrapper(tensor):
         return False
     # Zeros without memory, and views that stand for their negative.
     return not tensor._is_zerotensor() and not tensor.is_neg()

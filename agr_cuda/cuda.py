@@ -100,7 +100,6 @@ class CudaLaunch(DeviceLaunch):
     def __init__(self, rule: str, bindings: Sequence[Binding], groups: int, clip: bool, counts: bool) -> None:
         super().__init__(bindings, counts)
         _C = native()
-        #: Where the sum of the squares of all gradients' elements goes in `reduce`.
         self.squares = torch.zeros((), dtype=torch.float64, device=self.device) if clip else None
         first = bindings[0]
         with self._current_device():
@@ -116,14 +115,14 @@ class CudaLaunch(DeviceLaunch):
         )
         blocks = _limit("BLOCKS", resident) * multiprocessors
         self._executor = _C.CudaExecutor(plan, rows(rule, bindings), groups, self._index, blocks)
-        table = torch.empty(self._executor.table_bytes, dtype=torch.uint8)
+        table = torch.empty(self._executor.table_bytes, dtype=torch.uint8, device="cpu")
         self._executor.write_table(table)
         #: What launches read, and tell each other, on the device.
         self.table = table.to(self.device)
         self._executor.attach(self.table)
 
     def reduce(self, numbers: Sequence[tuple[Any, ...]], scaling: Scaling) -> Tensor:
-        """Return the sum of the squares of all gradients' elements; see DeviceLaunch.reduce."""
+        """Return the sum of the squares of all gradients; see DeviceLaunch.reduce."""
         assert self.squares is not None
         self._launch("reduce", numbers, False, 0.0, 0.0, None, scaling, [], set(), [])
         return self.squares
@@ -143,7 +142,7 @@ class CudaLaunch(DeviceLaunch):
     ) -> None:  # fmt: skip
         stream = self._follow_stream()
         grad_scale, found_inf = scaling.on(self.device)
-        squares = self.squares if phase == "reduce" else None
+        squares = None if phase == "update" else self.squares
         captured = self.captured
         with self._current_device():
             self.captured = self._executor.launch(

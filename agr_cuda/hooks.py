@@ -39,3 +39,14 @@ def hooked(step: Callable[..., Any]) -> Callable[..., Any]:
     profiling = torch._C._autograd._profiler_enabled
     wrapper.hooked = True  # type: ignore[attr-defined]  # so that torch.optim.Optimizer does not do it again
     return wrapper
+
+
+@functools.cache
+def passed_by_compilers(base: Any) -> None:
+    """Have torch.compile leave `base.step` to Python: it breaks the graph there, and looks at none of our frames.
+
+    Called when the first optimizer is made, not on import: the compiler takes a second to import, and
+    torch.optim.Optimizer imports it at that moment too.
+    """
+    disable: Any = torch.compiler.disable
+    base.step = disable(base.step)

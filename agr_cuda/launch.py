@@ -35,7 +35,11 @@ class Scaling:
 
 def _tensor(value: Any) -> Tensor | None:
     """Return an attribute that a scaler has set: a tensor, or a plain number where no gradient was looked at."""
-    return value if value is None or isinstance(value, Tensor) else torch.tensor(float(value))
+    return (
+        value
+        if value is None or isinstance(value, Tensor)
+        else torch.tensor(float(value), dtype=torch.float32, device="cpu")
+    )
 
 
 def _single(value: Tensor | None, device: torch.device) -> Tensor | None:
@@ -75,6 +79,8 @@ class DeviceLaunch(ABC):
     backend: str
     #: Whether a launch that has all the gradients takes their norm itself.
     takes_norm: bool
+    #: Where such a launch puts the sum of the squares of all gradients' elements, unscaled; None if it never clips.
+    squares: Tensor | None = None
     #: The types of a tensor that stands for a group's number which kernels read as it is.
     kernel_reads: tuple[torch.dtype, ...]
 
@@ -101,7 +107,7 @@ class DeviceLaunch(ABC):
 
     @abstractmethod
     def reduce(self, numbers: Sequence[tuple[Any, ...]], scaling: Scaling) -> Tensor:
-        """Return the sum of the squares of all gradients' elements, and leave the abs-sums for `update`."""
+        """Return the sum of the squares of all gradients' elements, unscaled, and leave the abs-sums for `update`."""
 
     @abstractmethod
     def update(

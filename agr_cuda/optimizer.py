@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any, overload
 
@@ -13,19 +14,32 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .backends import check_backend
-from .binding import Binding, same_layout
-from .hooks import hooked, level_of_caller
+from .binding import Binding, made_for_later, same_layout
+from .clipping import clip_coefficient, global_norm
+from .fork import remember
+from .groups import ParameterGroup
+from .hooks import hooked, level_of_caller, passed_by_compilers
 from .launch import DeviceLaunch, Scaling, on_device
-from .options import check_betas, check_nonnegative, number
-from .schedule import Schedule, check_tensors, choose_backend, missing_state
+from .options import FLAGS, check_betas, check_flag, check_nonnegative, make_plain, number
+from .schedule import Schedule, check_changeable, check_tensors, choose_backend
+from .state import StateChange, averages, check_apart, check_whole, written
+
+#: The options that are one for the whole optimizer: in its `defaults`, and in no group.
+OF_ALL_GROUPS = ("max_grad_norm", "backend")
 
 
-def _snapshot(group: dict[str, Any]) -> tuple[Any, ...]:
-    """Return a group's numbers as they are now; for an lr on another device its identity, so as not to wait for it."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        lr = lr.item() if lr.device.type == "cpu" and lr.numel() == 1 else ("tensor", id(lr))
-    return lr, tuple(group["betas"]), group["eps"], group["weight_decay"]
+def _known(value: Any) -> Any:
+    """Return a number as it is now; for a tensor on another device its identity, so as not to wait for it."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.item() if value.device.type == "cpu" and value.numel() == 1 else ("tensor", id(value))
+
+
+def _snapshot(group: dict[str, Any]) -> Any:
+    """Return what has to be checked anew when it changes, and is not among the options that decide what is launched."""
+    numbers = (group["lr"], group["eps"], group["weight_decay"], *group["betas"])
+    of_all_groups = group.get("max_grad_norm"), group.get("backend")
+    return [x if type(x) is float else _known(x) for x in numbers], group["maximize"], of_all_groups
 
 
 class AGROptimizer(torch.optim.Optimizer):
@@ -36,29 +50,67 @@ class AGROptimizer(torch.optim.Optimizer):
     _betas: int
     #: The group options that decide which kernels run and on what, as against the numbers that they run with.
     _structure: tuple[str, ...]
-
-    #: torch.amp.GradScaler hands its scale and what it found to step(), instead of waiting for the device.
-    _step_supports_amp_scaling = True
+    #: Of the state, what a whole one has besides tensors of the parameter's shape, and which of those it may lack.
+    _counts: tuple[str, ...] = ()
+    _may_lack: tuple[str, ...] = ()
 
     _schedule: Schedule | None
     _checked: list[Any] | None  # the numbers that were last found in range
     _fresh: set[int]  # id of parameters whose state is made, and no step yet made with it
     _lock: threading.RLock  # held from the look at the parameters to the end of their update
-    _warned: bool  # of tensors of one element
+    _warned: set[str]  # of what
+    _hooked: set[str]  # what registers hooks that are there for the moment
     _captured: dict[int, Tensor]  # by id: what launches captured into graphs read and write
+    _norm: float | Tensor | None  # of the last step's gradients
+    _squares: Tensor | None  # or the square of it, where a launch took it
 
-    def __init__(
-        self, params: ParamsT, defaults: dict[str, Any], max_grad_norm: float | None, backend: str | None
-    ) -> None:
-        if max_grad_norm is not None:
-            check_nonnegative("max_grad_norm", max_grad_norm)
-        check_backend(backend)
-        #: Clip by this global norm; None or 0 does not clip. One number for all groups.
-        self.max_grad_norm = max_grad_norm
-        #: The backend asked for, or None to choose for each parameter.
-        self.backend = backend
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        if defaults["max_grad_norm"] is not None:
+            check_nonnegative("max_grad_norm", defaults["max_grad_norm"])
+            defaults["max_grad_norm"] = number(defaults["max_grad_norm"])
+        check_backend(defaults["backend"])
+        self.defaults = defaults
+        self._check_group(defaults)
+        make_plain(defaults)
         self._forget()
-        super().__init__(params, defaults)
+        # Not super(): AdamW has torch.optim.AdamW for a base, whose constructor takes other arguments.
+        torch.optim.Optimizer.__init__(self, params, defaults)
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """What the global norm is clipped to; None or 0 does not clip. One number for all groups."""
+        value: float | None = self.defaults["max_grad_norm"]
+        return value
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        self.defaults["max_grad_norm"] = value
+
+    @property
+    def backend(self) -> str | None:
+        """The backend asked for, or None to choose for each parameter."""
+        value: str | None = self.defaults["backend"]
+        return value
+
+    @backend.setter
+    def backend(self, value: str | None) -> None:
+        check_backend(value)
+        self.defaults["backend"] = value
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The global L2 norm of the last step's gradients, unscaled, before clipping and AGR.
+
+        A float64 of no dimensions on the device that took it for `max_grad_norm`; nothing waits for that. None before
+        the first step, and where `max_grad_norm` does not clip. After a step that mixed precision skipped it is not
+        finite, or that of the step before.
+        """
+        if self._squares is not None:
+            with torch.no_grad():
+                return self._squares.sqrt()
+        if self._norm is None or isinstance(self._norm, Tensor):
+            return None if self._norm is None else self._norm.detach()
+        return torch.tensor(self._norm, dtype=torch.float64, device="cpu")
 
     # What a rule says of itself.
 
@@ -70,23 +122,30 @@ class AGROptimizer(torch.optim.Optimizer):
         """Return the group's numbers, some perhaps tensors, in the order in which the native core takes them."""
         raise NotImplementedError
 
-    def _missing_state(self, binding: Binding) -> dict[str, Tensor]:
-        """Return the state that a parameter lacks."""
-        return missing_state(binding)
+    def _state_change(self, binding: Binding) -> StateChange:
+        """Return what a parameter's state needs before its step."""
+        return averages(binding)
+
+    def _clip_eps(self) -> float:
+        """Return what clipping adds to the norm."""
+        raise NotImplementedError
 
     # torch.optim.Optimizer's interface.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with options of their own; see torch.optim.Optimizer.add_param_group."""
+        """Add parameters with options of their own; see torch.optim.Optimizer.add_param_group.
+
+        The dictionary is copied. `max_grad_norm` and `backend` may be in it where they are the optimizer's own.
+        """
         if isinstance(param_group, dict):
-            for name in ("max_grad_norm", "backend"):
-                if name in param_group:
-                    raise ValueError(
-                        f"{name} is {param_group[name]!r} in a parameter group; it is one setting for the whole "
-                        f"optimizer: {type(self).__name__}(..., {name}={param_group[name]!r})"
-                    )
-            self._check_group({**self.defaults, **param_group})
+            param_group = ParameterGroup(param_group)
+            for name, value in self.defaults.items():
+                param_group.setdefault(name, value)
+            self._check_group(param_group)
+            make_plain(param_group)
         super().add_param_group(param_group)
+        for name in OF_ALL_GROUPS:
+            del param_group[name]
         parameters = self.param_groups[-1]["params"]
         if len({id(parameter) for parameter in parameters}) < len(parameters):
             self.param_groups.pop()
@@ -94,6 +153,15 @@ class AGROptimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError for a number out of range, RuntimeError for options that contradict each other."""
+        for name in OF_ALL_GROUPS:
+            if name in group and (group[name] or None) != (self.defaults[name] or None):
+                raise ValueError(
+                    f"{name} is {group[name]!r} in a parameter group, and {self.defaults[name]!r} for the optimizer; "
+                    f"it is one setting for all groups: {type(self).__name__}(..., {name}={group[name]!r})"
+                )
+        for name in FLAGS:
+            if name in group:
+                check_flag(name, group[name])
         check_nonnegative("lr", group["lr"])
         check_betas(group["betas"], self._betas)
         check_nonnegative("eps", group["eps"])
@@ -109,43 +177,92 @@ class AGROptimizer(torch.optim.Optimizer):
             if group.get(option) and self.backend not in (None, "reference"):
                 raise RuntimeError(f"{option}=True asks for the reference backend, and backend is {self.backend!r}")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm, "backend": self.backend}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name, value in {**self._unsaved_options(), **self.defaults}.items():
-                group.setdefault(name, value)
+        torch.optim.Optimizer.__setstate__(self, state)  # not super(), as in the constructor
+        if "differentiable" not in self._structure:  # which torch.optim.Optimizer sees to
+            self.defaults.pop("differentiable", None)
+        self.param_groups = [self._completed(group) for group in self.param_groups]
         self._forget()
 
+    def _completed(self, group: dict[str, Any]) -> ParameterGroup:
+        """Return a group with every option that it lacks."""
+        completed = group if isinstance(group, ParameterGroup) else ParameterGroup(group)
+        for name, value in {**self._unsaved_options(), **self.defaults}.items():
+            if name not in OF_ALL_GROUPS:
+                completed.setdefault(name, value)
+        return completed
+
     def _forget(self) -> None:
+        if self.defaults["fused"]:
+            # torch.amp.GradScaler hands its scale and what it found to step(), instead of waiting for the device. Said
+            # of instances, as torch's optimizers say it: whoever clips gradients in between, or wants to know of
+            # skipped steps, asks for this, and has them unscaled before.
+            self._step_supports_amp_scaling = True
         self._schedule = None
         self._checked = None
         self._fresh = set()
-        self._warned = getattr(self, "_warned", False)
+        self._warned = getattr(self, "_warned", set())
         self._captured = getattr(self, "_captured", {})
+        self._hooked = getattr(self, "_hooked", set())
         self._lock = getattr(self, "_lock", None) or threading.RLock()
+        self._norm = self._squares = None
+        remember(self)
+        passed_by_compilers(AGROptimizer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer, or of the one that it replaces.
 
-        An option that the saved groups lack (a checkpoint of torch.optim.AdamW has no `agr`) keeps the value it has
-        here, as do `foreach` and `fused`, which say how to compute and not what.
+        An option that the saved groups lack (`agr`, always) keeps the value it has here, as do `foreach` and `fused`,
+        which say how to compute and not what. As in torch.optim, tensors that have the right type and device already
+        are taken as they are: after loading the state_dict() of an optimizer that goes on, both would write the same
+        averages. Load a copy.deepcopy of it.
         """
-        state_dict = dict(state_dict)
-        saved = list(state_dict["param_groups"])
-        if len(saved) == len(self.param_groups):
-            for i, group in enumerate(self.param_groups):
-                kept = {k: v for k, v in group.items() if k not in ("params", "step", "param_names")}
-                here = {k: group[k] for k in ("foreach", "fused")}
-                saved[i] = {**kept, **self._unsaved_options(), **saved[i], **here}
-        state_dict["param_groups"] = saved
-        super().load_state_dict(state_dict)
+        # After the hooks that a program has registered: they may change what is loaded into what is known here.
+        with self._hook(self.register_load_state_dict_pre_hook, self._adapted):
+            super().load_state_dict(state_dict)
+
+    @contextmanager
+    def _hook(
+        self, register: Callable[..., Any], change: Callable[[dict[str, Any]], Any], **where: Any
+    ) -> Iterator[None]:
+        """Register a hook for as long as this lasts; a hook that leads to the same again finds it there."""
+        with self._lock:
+            if register.__name__ in self._hooked:
+                yield
+                return
+            self._hooked.add(register.__name__)
+            registered = register(lambda _, state_dict: change(state_dict), **where)
+            try:
+                yield
+            finally:
+                registered.remove()
+                self._hooked.remove(register.__name__)
+
+    def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a state dict with the groups' options as this optimizer takes them. The one given stays as it is."""
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        if len(groups) == len(self.param_groups):
+            for i, (group, here) in enumerate(zip(groups, self.param_groups, strict=True)):
+                kept = {k: here.get(k, v) for k, v in self.defaults.items() if k not in OF_ALL_GROUPS}
+                own = {k: kept[k] for k in ("foreach", "fused")}
+                groups[i] = {**kept, **self._unsaved_options(), **group, **own}
+                for name in OF_ALL_GROUPS:  # of whoever saved it
+                    groups[i].pop(name, None)
+                self._check_group(groups[i])
+                make_plain(groups[i])
+        return {**state_dict, "param_groups": groups}
 
     def _unsaved_options(self) -> dict[str, Any]:
         """Return the options that mean something else than "as it is here" where a checkpoint lacks them."""
         return {}
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} ("]
+        for i, group in enumerate(self.param_groups):
+            lines.append(f"Parameter Group {i}")
+            shown = {**group, "agr": group.get("agr")}
+            lines += [f"    {key}: {shown[key]}" for key in sorted(shown) if key != "params"]
+        return "\n".join([*lines, ")"])
 
     @property
     def backends(self) -> list[str]:
@@ -186,6 +303,10 @@ class AGROptimizer(torch.optim.Optimizer):
         return loss
 
     def _check_numbers(self) -> None:
+        for i, group in enumerate(self.param_groups):
+            if "agr" not in group:  # which is not among the keys of ours; see ParameterGroup
+                group["agr"] = self.defaults["agr"]
+                self._warn_once("agr", f"parameter group {i} came without agr; it has the default, {group['agr']}")
         numbers = [self.max_grad_norm, *map(_snapshot, self.param_groups)]
         if numbers != self._checked:
             if self.max_grad_norm is not None:
@@ -202,7 +323,8 @@ class AGROptimizer(torch.optim.Optimizer):
             # The watch knows where the native backends' tensors are; others it leaves to us.
             for b in schedule.referred:
                 check_tensors(b.place, b.parameter, b.state, b.keys)
-            if not any(self._missing_state(b) for b in schedule.referred):
+                check_changeable(b.place, b.parameter, b.state)
+            if not any(self._state_change(b) for b in schedule.referred):
                 return schedule
         self._settle()
         self._schedule = None
@@ -236,15 +358,18 @@ class AGROptimizer(torch.optim.Optimizer):
                 index += 1
                 if parameter.grad is not None:
                     bindings.append(self._bind(index, group_index, position, parameter))
-        made = [self._missing_state(binding) for binding in bindings]
+        check_apart(written(bindings))
+        with made_for_later():
+            changes = [self._state_change(binding) for binding in bindings]
         self._warn_of_single_elements(bindings)
+        self._warn_of_wrappers(bindings)
         # From here on nothing fails that could have been foreseen.
-        for binding, state in zip(bindings, made, strict=True):
-            if self._rule == "adan" and "neg_pre_grad" not in binding.state:
+        for binding, change in zip(bindings, changes, strict=True):
+            if self._rule == "adan" and binding.state.get("neg_pre_grad") is None:
                 self._fresh.add(id(binding.parameter))
             binding.fresh = id(binding.parameter) in self._fresh
-            if state:
-                binding.state.update(state)
+            if change:
+                change.make(binding.state)
                 self.state[binding.parameter] = binding.state
         return bindings
 
@@ -258,12 +383,15 @@ class AGROptimizer(torch.optim.Optimizer):
         keys = self._state_keys(group)
         state = self.state.get(parameter, {})
         check_tensors(place, parameter, state, keys)
-        backend = choose_backend(
-            place, group, parameter, [state[k] for k in keys if state.get(k) is not None], self.backend
-        )
+        check_whole(place, state, [k for k in (*keys, *self._counts) if k not in self._may_lack], self._may_lack)
+        tensors = {key: state[key] for key in keys if state.get(key) is not None}
+        backend = choose_backend(place, group, parameter, tensors, self.backend)
+        if backend == "reference":
+            check_changeable(place, parameter, state)
         relaid = None
         if backend != "reference" and not same_layout(parameter, gradient):
-            relaid = torch.empty_like(parameter, dtype=gradient.dtype, memory_format=torch.preserve_format).detach()
+            with made_for_later():
+                relaid = torch.empty_like(parameter, dtype=gradient.dtype, memory_format=torch.preserve_format)
         return Binding(
             index, group_index, place, parameter, keys, backend, state,
             regularize=bool(group["agr"]), amsgrad=bool(group.get("amsgrad")), relaid=relaid,
@@ -271,13 +399,27 @@ class AGROptimizer(torch.optim.Optimizer):
 
     def _warn_of_single_elements(self, bindings: list[Binding]) -> None:
         places = [b.place for b in bindings if b.regularize and b.parameter.numel() == 1]
-        if places and not self._warned:
-            self._warned = True
-            warnings.warn(
+        if places:
+            self._warn_once(
+                "single elements",
                 "AGR makes the gradient of a tensor of one element exactly 0, so that it never trains: "
                 f"{'; '.join(places)}. Put such parameters into a parameter group with agr=False",
-                stacklevel=level_of_caller(),
             )
+
+    def _warn_of_wrappers(self, bindings: list[Binding]) -> None:
+        found = [b for b in bindings if b.backend == "reference" and self.param_groups[b.group]["fused"]]
+        if found:
+            self._warn_once(
+                "wrappers",
+                f"fused=True asks for fused kernels, and none takes a {type(found[0].parameter).__name__}: the "
+                f"reference backend updates {found[0].place}"
+                + (f" and {len(found) - 1} others" if len(found) > 1 else ""),
+            )
+
+    def _warn_once(self, of: str, message: str) -> None:
+        if of not in self._warned:
+            self._warned.add(of)
+            warnings.warn(message, stacklevel=level_of_caller())
 
     def _run(self, schedule: Schedule, scaling: Scaling) -> None:
         if scaling.found_inf is not None and schedule.on_host and number(scaling.found_inf) != 0:
@@ -297,15 +439,17 @@ class AGROptimizer(torch.optim.Optimizer):
         clip: Any = 1.0
         # Then the launch takes the norm itself.
         alone = len(schedule.launches) == 1 and schedule.launches[0].takes_norm and not schedule.on_host
+        self._norm, self._squares = None, schedule.launches[0].squares if alone and self.max_grad_norm else None
         if self.max_grad_norm and not alone:
-            clip = self._clip_coefficient(schedule, on_devices, scaling)
-        if schedule.cpu is not None:  # before a launch raises step counts among them
-            host_numbers = [tuple(number(x) if isinstance(x, Tensor) else x for x in group) for group in numbers]
+            self._norm = global_norm(schedule, self.param_groups, on_devices, scaling)
+            clip = clip_coefficient(self._norm, float(self.max_grad_norm), self._clip_eps())
         if schedule.on_host:
             on_host = clip if scaling.grad_scale is None else clip / number(scaling.grad_scale)
-            native_clip = number(on_host)
+        if schedule.cpu is not None:  # before a launch raises step counts among them
+            host_numbers = [tuple(number(x) if isinstance(x, Tensor) else x for x in group) for group in numbers]
+            host_clip = number(on_host)
         if schedule.reference is not None:
-            schedule.reference.update(self.param_groups, on_host)
+            schedule.reference.update(self.param_groups, numbers, on_host)
         counted = self._counted_by_host()
         # What is noted last is noted by the native call that makes the last update, in the same breath. A launch that
         # may make no step leaves it to the device to note that.
@@ -316,7 +460,7 @@ class AGROptimizer(torch.optim.Optimizer):
             launch.update(
                 on_devices[i],
                 float(self.max_grad_norm or 0) if alone else 0.0,
-                self.param_groups[0]["eps"],
+                self._clip_eps(),
                 clip.to(launch.device, torch.float64) if isinstance(clip, Tensor) else None,
                 scaling,
                 counted if last else [],
@@ -328,7 +472,7 @@ class AGROptimizer(torch.optim.Optimizer):
                 self._keep_for_graphs(launch)
                 launch.unkept = False
         if schedule.cpu is not None:
-            schedule.cpu.update(host_numbers, native_clip, counted, self._fresh, stepped)
+            schedule.cpu.update(host_numbers, host_clip, counted, self._fresh, stepped)
         elif not schedule.launches:
             for group in counted:
                 group["step"] += 1
@@ -340,35 +484,6 @@ class AGROptimizer(torch.optim.Optimizer):
 
     def _on_device(self, numbers: tuple[Any, ...], launch: DeviceLaunch) -> tuple[Any, ...]:
         return tuple(on_device(x, launch.device, launch.kernel_reads) if isinstance(x, Tensor) else x for x in numbers)
-
-    def _clip_coefficient(
-        self, schedule: Schedule, on_devices: list[list[tuple[Any, ...]]], scaling: Scaling
-    ) -> float | Tensor:
-        """Return min(1, max_grad_norm / (norm + eps)), NaN for a norm of NaN, where the norm is of unscaled gradients.
-
-        It is a tensor if the reference or a GPU has a part in it, so that the host need not wait for it.
-        """
-        squares: Any = 0.0
-        for launch, numbers in zip(schedule.launches, on_devices, strict=True):
-            of_launch = launch.reduce(numbers, scaling)
-            squares = squares + (of_launch if isinstance(squares, float) else of_launch.to(squares.device))
-        if schedule.cpu is not None:
-            squares = squares + schedule.cpu.square_sum()
-        if schedule.reference is not None:
-            of_reference = schedule.reference.square_sum(self.param_groups)
-            if isinstance(squares, Tensor) and isinstance(of_reference, Tensor):
-                of_reference = of_reference.to(squares.device)
-            squares = squares + of_reference
-        norm = squares**0.5
-        if scaling.grad_scale is not None:
-            scale = scaling.grad_scale
-            norm = norm / (scale.to(norm.device) if isinstance(norm, Tensor) else number(scale))
-        divisor = norm + self.param_groups[0]["eps"]
-        most = float(self.max_grad_norm or 0.0)
-        if isinstance(divisor, Tensor):
-            return torch.where(divisor == 0, 1.0, most / divisor).clamp(max=1.0)
-        quotient = most / divisor if divisor != 0 else 1.0
-        return 1.0 if quotient > 1.0 else quotient
 
     # Graphs, and step counts on devices.
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .binding import Binding
-from .options import number_or_tensor
 
 Number = float | Tensor
 
@@ -180,10 +179,14 @@ def foreach_adan(
             n[i].masked_fill_(m_gone & u_gone & _negligible(n[i], eps), 0)
 
 
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    """Return what an equation takes of a group, as Python's numbers, or tensors as they are."""
-    numbers = {key: number_or_tensor(group[key]) for key in ("lr", "eps", "weight_decay")}
-    return {**numbers, "betas": tuple(map(number_or_tensor, group["betas"]))}
+def _options(numbers: tuple[Any, ...], betas: int) -> dict[str, Any]:
+    """Return what an equation takes of a group's numbers, which are Python's, or tensors as they are."""
+    return {
+        "lr": numbers[0],
+        "betas": numbers[1 : 1 + betas],
+        "eps": numbers[1 + betas],
+        "weight_decay": numbers[2 + betas],
+    }
 
 
 class ReferenceLaunch:
@@ -194,6 +197,7 @@ class ReferenceLaunch:
     def __init__(self, rule: str, bindings: Sequence[Binding]) -> None:
         self.rule = rule
         self.bindings = bindings
+        self._betas = 3 if rule == "adan" else 2
 
     def square_sum(self, groups: Sequence[dict[str, Any]]) -> Number:
         """Return the sum of the squares of all gradients' elements; a tensor, so that the host need not wait for it."""
@@ -207,11 +211,20 @@ class ReferenceLaunch:
                 # In float64, where the device has it: squares of large gradients exceed float32.
                 wide = compute_dtype(magnitude.dtype) if magnitude.device.type == "mps" else torch.float64
                 squares = magnitude.to(wide).square().sum()
+                # Of a DTensor it is one, of its mesh; with this it goes with plain tensors and DTensors of every mesh.
+                squares = squares.full_tensor() if hasattr(squares, "full_tensor") else squares
                 total = squares if isinstance(total, float) else total + squares.to(total.device)
         return total
 
-    def update(self, groups: Sequence[dict[str, Any]], clip: Number) -> None:
-        """Make the step. `clip` is what every gradient is multiplied by."""
+    def update(self, groups: Sequence[dict[str, Any]], numbers: Sequence[tuple[Any, ...]], clip: Number) -> None:
+        """Make the step.
+
+        Args:
+            groups: of parameters, for their flags.
+            numbers: of each group, as the native core takes them.
+            clip: what every gradient is multiplied by.
+        """
+        options = [_options(of_group, self._betas) for of_group in numbers]
         together: dict[tuple[Any, ...], list[Binding]] = defaultdict(list)
         for binding in self.bindings:
             group = groups[binding.group]
@@ -222,10 +235,10 @@ class ReferenceLaunch:
                 )
                 continue
             with torch.set_grad_enabled(bool(group.get("differentiable", False))):
-                self._update_one(binding, group, clip)
+                self._update_one(binding, group, options[binding.group], clip)
         with torch.no_grad():
             for (index, _, _, t, _), bindings in together.items():
-                self._update_together(bindings, groups[index], clip, t)
+                self._update_together(bindings, groups[index], options[index], clip, t)
 
     def _wants_foreach(self, binding: Binding, group: dict[str, Any]) -> bool:
         if group.get("differentiable") or group["capturable"] or isinstance(group["lr"], Tensor):
@@ -240,13 +253,13 @@ class ReferenceLaunch:
         """Return the number of this step, from 1."""
         if self.rule == "adan":
             return group["step"] + 1
-        step = binding.state["step"]
+        step = binding.state["step"].reshape(())
         if not group["capturable"]:
             return float(step) + 1
         # In float64, where the device has it, for the bias corrections' sake.
         return (step if step.device.type == "mps" else step.double()) + 1
 
-    def _update_one(self, binding: Binding, group: dict[str, Any], clip: Number) -> None:
+    def _update_one(self, binding: Binding, group: dict[str, Any], options: dict[str, Any], clip: Number) -> None:
         p = binding.parameter
         assert p.grad is not None
         g = p.grad
@@ -264,9 +277,9 @@ class ReferenceLaunch:
         # Copies, where autograd would otherwise see a tensor that it saved change below.
         now = [x.to(g.dtype) if x.dtype != g.dtype else x.clone() for x in stored]
         t = self._step_count(binding, group)
-        options = _options(group)
-        if isinstance(group["lr"], Tensor):  # of one element, of whatever shape
-            options["lr"] = group["lr"].reshape(()).to(torch.promote_types(group["lr"].dtype, now[0].real.dtype))
+        lr = options["lr"]
+        if isinstance(lr, Tensor):  # of one element, of whatever shape
+            options = {**options, "lr": lr.reshape(()).to(torch.promote_types(lr.dtype, now[0].real.dtype))}
         if self.rule == "adan":
             first = binding.fresh or t == 1
             after = adan(now[0], g, now[1], now[2], now[3], now[4], t, first, **options, no_prox=group["no_prox"])
@@ -277,7 +290,9 @@ class ReferenceLaunch:
         if self.rule != "adan":
             binding.state["step"] += 1
 
-    def _update_together(self, bindings: Sequence[Binding], group: dict[str, Any], clip: Number, t: Any) -> None:
+    def _update_together(
+        self, bindings: Sequence[Binding], group: dict[str, Any], options: dict[str, Any], clip: Number, t: Any
+    ) -> None:
         parameters = [binding.parameter for binding in bindings]
         dtype = compute_dtype(parameters[0].dtype)
         g = [p.grad.to(dtype) for p in parameters if p.grad is not None]
@@ -289,7 +304,6 @@ class ReferenceLaunch:
             g = foreach_psi(g)
         stored = [parameters, *([b.state[key] for b in bindings] for key in bindings[0].keys)]
         now = [[x.to(dtype) for x in column] for column in stored]  # the tensors themselves where the types agree
-        options = _options(group)
         if self.rule == "adan":
             first = bindings[0].fresh or t == 1
             foreach_adan(now[0], g, now[1], now[2], now[3], now[4], t, first, **options, no_prox=group["no_prox"])

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .binding import is_dense
+from .binding import is_dense, is_plain
 from .native import native
+from .state import check_apart
 
 
 def regularize_gradients_(parameters: Tensor | Iterable[Tensor]) -> None:
@@ -24,23 +25,32 @@ def regularize_gradients_(parameters: Tensor | Iterable[Tensor]) -> None:
         parameters: a parameter or an iterable of them. Those without a gradient are passed over.
 
     Raises:
-        RuntimeError: for sparse gradients, before any gradient has changed.
+        RuntimeError: for sparse gradients, and for two dense ones that share memory, before any has changed.
     """
     if isinstance(parameters, Tensor):
         parameters = [parameters]
     # Each gradient once, though parameters may be given twice.
-    gradients = {id(p.grad): p.grad for p in parameters if p.grad is not None}
-    for gradient in gradients.values():
+    gradients = {
+        id(p.grad): (p.grad, f"the gradient of parameter {i}") for i, p in enumerate(parameters) if p.grad is not None
+    }
+    for gradient, _ in gradients.values():
         if gradient.layout != torch.strided:
             raise RuntimeError(f"a gradient is {gradient.layout}; regularize_gradients_ takes dense gradients")
-        if any(size > 1 and stride == 0 for size, stride in zip(gradient.shape, gradient.stride(), strict=True)):
+        strides = zip(gradient.shape, gradient.stride(), strict=True)
+        if gradient.numel() > 0 and any(size > 1 and stride == 0 for size, stride in strides):
             raise RuntimeError("a gradient is expanded: its elements share memory, so that they cannot be changed")
-    on_cpu: list[Tensor] = []
+    on_cpu: list[tuple[Tensor, str]] = []
     others: list[Tensor] = []
-    for gradient in gradients.values():
-        taken = "cpu" in backends.available_backends() and backends.why_not("cpu", gradient) is None
-        (on_cpu if taken and is_dense(gradient) else others).append(gradient)
+    for gradient, name in gradients.values():
+        if "cpu" in backends.available_backends() and backends.why_not("cpu", gradient) is None and is_dense(gradient):
+            on_cpu.append((gradient, name))
+        else:
+            others.append(gradient)
+    check_apart(
+        [(gradient, "", name) for gradient, name in gradients.values() if is_plain(gradient) and is_dense(gradient)]
+    )
     if on_cpu:
-        native().regularize(on_cpu, torch.get_num_threads())
-        torch.autograd.graph.increment_version(on_cpu)
+        at_once = [gradient for gradient, _ in on_cpu]
+        native().regularize(at_once, torch.get_num_threads())
+        torch.autograd.graph.increment_version(at_once)
     reference.regularize(others)

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from . import backends
 from .backends import choose, why_not
-from .binding import Binding, is_plain, same_layout
+from .binding import Binding, is_plain, is_wrapper, made_for_later
 from .cpu import CpuLaunch
 from .cuda import CudaLaunch
 from .launch import DeviceLaunch
 from .native import native
 from .reference import ReferenceLaunch
+from .state import why_fixed
 from .triton import TritonLaunch
 
 #: By backend.
@@ -53,7 +54,7 @@ class Schedule:
         # The last one on a device raises the step counts that groups have there.
         last = {key[1]: key for key in together}
         #: Of GPUs: one for each combination of types on each.
-        with torch.inference_mode(False):  # since what they make is changed in later steps, outside of that
+        with made_for_later():
             self.launches = [
                 LAUNCHES[key[0]](rule, of_launch, len(groups), clip, counts=last[key[1]] == key)
                 for key, of_launch in together.items()
@@ -110,7 +111,8 @@ def check_tensors(place: str, parameter: Tensor, state: dict[str, Any], keys: It
     if gradient.layout != torch.strided:
         raise RuntimeError(f"the gradient of {place} is {gradient.layout}; it must be dense (torch.strided)")
     wanted = tuple(parameter.shape)
-    if any(size > 1 and stride == 0 for size, stride in zip(wanted, parameter.stride(), strict=True)):
+    strides = zip(wanted, parameter.stride(), strict=True)
+    if parameter.numel() > 0 and any(size > 1 and stride == 0 for size, stride in strides):
         raise RuntimeError(f"{place} is expanded: its elements share memory, so that they cannot be updated")
     if gradient.shape != parameter.shape:
         raise RuntimeError(f"the gradient of {place} has shape {tuple(gradient.shape)}; it must be {wanted}")
@@ -131,8 +133,19 @@ def check_tensors(place: str, parameter: Tensor, state: dict[str, Any], keys: It
         raise RuntimeError(f"step of {place} has shape {tuple(step.shape)}; it must have 1 element")
 
 
+def check_changeable(place: str, parameter: Tensor, state: dict[str, Any]) -> None:
+    """Raise RuntimeError if PyTorch would not let the reference backend change one of these in place."""
+    if torch.is_inference_mode_enabled():
+        return
+    for name, value in (("it", parameter), *((f"its {key}", value) for key, value in state.items())):
+        if isinstance(value, Tensor) and value.is_inference():
+            raise RuntimeError(
+                f"the reference backend cannot update {place} outside of torch.inference_mode(): {name} was made within"
+            )
+
+
 def choose_backend(
-    place: str, group: dict[str, Any], parameter: Tensor, states: Sequence[Tensor], asked: str | None
+    place: str, group: dict[str, Any], parameter: Tensor, states: dict[str, Tensor], asked: str | None
 ) -> str:
     """Return the backend that updates `parameter`, or raise RuntimeError if that is not the one `asked` for."""
     gradient = parameter.grad
@@ -142,28 +155,19 @@ def choose_backend(
         backend = "reference" if wants_reference else choose(parameter, gradient)
     reason = why_not(backend, parameter, gradient)
     if reason is None and backend != "reference":
-        other = next((s for s in states if s.dtype != parameter.dtype or not is_plain(s)), None)
+        other = next((s for s in states.values() if s.dtype != parameter.dtype or not is_plain(s)), None)
         if other is not None:
             reason = f"its state is a {other.dtype} {type(other).__name__}, the parameter {parameter.dtype}"
+        else:
+            reason = why_fixed(parameter, states)
+        if reason is not None:
             backend = "reference"
     if asked is not None and reason is not None:
         raise RuntimeError(f"backend={asked!r} does not take {place}: {reason}")
-    if group["fused"] and backend == "reference":
+    # What fused=True asks for, of a DTensor, is a step: nothing else takes it.
+    if group["fused"] and backend == "reference" and not is_wrapper(parameter):
         others = [name for name in backends.available_backends() if name != "reference"]
         reasons = [reason] if reason else [why_not(name, parameter, gradient) for name in others]
         because = "; ".join(r for r in reasons if r) or "no other backend is there"
         raise RuntimeError(f"fused=True refuses the reference backend, which alone takes {place}: {because}")
     return backend
-
-
-def missing_state(binding: Binding) -> dict[str, Tensor]:
-    """Return the state tensors that a parameter lacks, or that its backend needs in another memory layout."""
-    made: dict[str, Tensor] = {}
-    parameter = binding.parameter
-    for key in binding.keys:
-        value = binding.state.get(key)
-        if value is None:
-            made[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
-        elif binding.backend != "reference" and not same_layout(parameter, value):
-            made[key] = torch.empty_like(parameter, memory_format=torch.preserve_format).detach().copy_(value)
-    return made

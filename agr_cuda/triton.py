@@ -139,10 +139,10 @@ class TritonLaunch(DeviceLaunch):
         nvidia = self.device.type != "xpu" and torch.version.hip is None
         self._options = compiler_options(first.parameter.dtype, nvidia)
         like: dict[str, Any] = {"device": self.device}
-        self._limits = torch.tensor([len(bindings), chunk, groups], **like)
-        self._rows = torch.tensor(_rows(bindings, chunk, triton_kernels.ROW), **like)
-        self._reduced = torch.tensor(reduced, dtype=torch.int64).reshape(-1, 2).to(self.device)
-        self._updated = torch.tensor(updated, dtype=torch.int64).reshape(-1, 2).to(self.device)
+        self._limits = torch.tensor([len(bindings), chunk, groups], dtype=torch.int64, **like)
+        self._rows = torch.tensor(_rows(bindings, chunk, triton_kernels.ROW), dtype=torch.int64, **like)
+        self._reduced = torch.tensor(reduced, dtype=torch.int64, **like).reshape(-1, 2)
+        self._updated = torch.tensor(updated, dtype=torch.int64, **like).reshape(-1, 2)
         #: Of every chunk, the sum of its magnitudes and that of its squares.
         self._magnitudes, self._squares = torch.zeros(2, plan.chunks + plan.chunks % 2, dtype=torch.float64, **like)
         self._numbers = torch.zeros(len(bindings), triton_kernels.NUMBERS, dtype=torch.float64, **like)
@@ -160,18 +160,20 @@ class TritonLaunch(DeviceLaunch):
         self._spare: list[Tensor] = []
         #: What takes the place of a clipping coefficient, a scale and a verdict that there are not.
         self._no_clip = torch.ones((), dtype=torch.float64, **like)
-        self._no_scale, self._no_inf = torch.ones((), **like), torch.zeros((), **like)
+        self._no_scale = torch.ones((), dtype=torch.float32, **like)
+        self._no_inf = torch.zeros((), dtype=torch.float32, **like)
         self._clips = clip
         self._compile()
 
     def reduce(self, numbers: Sequence[tuple[Any, ...]], scaling: Scaling) -> Tensor:
-        """Return the sum of the squares of all gradients' elements; see DeviceLaunch.reduce."""
+        """Return the sum of the squares of all gradients; see DeviceLaunch.reduce."""
         self._follow_stream()
         with self._current_device():
             self._send(numbers)
             self._reduce(scaling)
             squares: Tensor = self._squares.sum()
-            return squares
+            grad_scale, _ = scaling.on(self.device)
+            return squares if grad_scale is None else squares / grad_scale.double() ** 2
 
     def update(
         self, numbers: Sequence[tuple[Any, ...]], max_grad_norm: float, clip_eps: float, clip: Tensor | None,
@@ -236,7 +238,7 @@ class TritonLaunch(DeviceLaunch):
         self._changing.copy_(host, non_blocking=True)
 
     def _pinned(self) -> Tensor:
-        return torch.empty(self._changing.shape, dtype=torch.int64, pin_memory=True)
+        return torch.empty(self._changing.shape, dtype=torch.int64, device="cpu", pin_memory=True)
 
     def _group_words(self, numbers: tuple[Any, ...]) -> bytes:
         """Return what the kernels are told of a group; see triton_kernels/tables.py."""

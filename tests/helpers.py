@@ -175,7 +175,10 @@ def assert_rounded(label: str, x: Tensor, y: np.ndarray) -> None:
     numbers is one whenever that difference is an odd multiple of five units. Without AGR in bfloat16, where it
     would be forgotten, more than a tenth of the elements differ.
     """
-    assert relative_error(x, y) <= 2 * torch.finfo(x.dtype).eps, f"{label}: {relative_error(x, y):.2e}"
+    info = torch.finfo(x.dtype)
+    off, largest = np.abs(oracle.as_real(to_numpy(x)) - y).max(initial=0.0), np.abs(y).max(initial=0.0)
+    one_unit = info.smallest_normal * info.eps  # of denormal numbers
+    assert off <= max(2 * info.eps * largest, one_unit), f"{label}: {off:.2e} off {largest:.2e}"
     if y.size >= 1000:
         off = np.mean(to_numpy(x) != y)
         assert off <= 0.08, f"{label}: {off:.1%} of the elements are not the oracle's"
@@ -215,6 +218,20 @@ def assert_parameters_close(xs: Iterable[Tensor], ys: Iterable[Tensor], bound: f
         limit = bound or (1e-13 if y.dtype in (torch.float64, torch.complex128) else 1e-6)
         error = relative_error(x, oracle.as_real(to_numpy(y)))
         assert error <= limit, f"shape {tuple(x.shape)}: relative error {error:.2e} > {limit}"
+
+
+def assert_like(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer, bound: float | None = None) -> None:
+    """Parameters, states and step counts are those of another optimizer, to `bound` or the accuracy of the types."""
+    assert_parameters_close(all_params(ours), all_params(theirs), bound)
+    for p, q in zip(all_params(ours), all_params(theirs), strict=True):
+        mine, other = ours.state.get(p, {}), theirs.state.get(q, {})
+        assert mine.keys() == other.keys(), f"shape {tuple(p.shape)}: {sorted(mine)} instead of {sorted(other)}"
+        for key, value in other.items():
+            if key == "step":
+                assert float(mine[key]) == float(value)
+            else:
+                assert mine[key].dtype == value.dtype
+                assert_parameters_close([mine[key]], [value], bound)
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> Callable[[], None]:

@@ -111,11 +111,14 @@ class Optimizer:
                         p.state[name] = round_to(value, p.storage)
 
     def clip_coefficient(self, grads: Sequence[Array | None]) -> Any:
-        """min(1, max_grad_norm / (norm + eps)), norm over all gradients before AGR, eps the first group's."""
+        """min(1, max_grad_norm / (norm + e)), the norm over all gradients before AGR."""
         if not self.max_grad_norm:
             return 1.0
         norm = np.sqrt(sum(np.sum(np.abs(g) ** 2) for g in grads if g is not None))
-        return np.minimum(1.0, np.float64(self.max_grad_norm) / (norm + self.groups[0]["eps"]))  # a NaN stays
+        return np.minimum(1.0, np.float64(self.max_grad_norm) / (norm + self.clip_eps()))  # a NaN stays
+
+    def clip_eps(self) -> float:
+        raise NotImplementedError
 
     def update(self, group: Group, p: Parameter, g: Array) -> None:
         raise NotImplementedError
@@ -126,6 +129,9 @@ class AdamW(Optimizer):
         "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2,
         "amsgrad": False, "maximize": False, "agr": True,
     }  # fmt: skip
+
+    def clip_eps(self) -> float:
+        return 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
     def update(self, group: Group, p: Parameter, g: Array) -> None:
         lr, (b1, b2), eps, wd = group["lr"], group["betas"], group["eps"], group["weight_decay"]
@@ -147,6 +153,9 @@ class Adan(Optimizer):
         "lr": 1e-3, "betas": (0.98, 0.92, 0.99), "eps": 1e-8, "weight_decay": 0.0,
         "no_prox": False, "maximize": False, "agr": True,
     }  # fmt: skip
+
+    def clip_eps(self) -> float:
+        return float(self.groups[0]["eps"])
 
     def update(self, group: Group, p: Parameter, g: Array) -> None:
         lr, (b1, b2, b3), eps, wd = group["lr"], group["betas"], group["eps"], group["weight_decay"]

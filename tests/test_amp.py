@@ -135,12 +135,18 @@ def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
 # Beside the oracle.
 
 
+@pytest.mark.parametrize("fused", [True, False, None])
 @pytest.mark.parametrize("copied", ["made", "deepcopy", "pickle"])
-def test_it_says_so_as_torchs_fused_optimizers_do(copied: str, method, backend, device, generator) -> None:
-    optimizer = method.ours(parameters(generator, SMALL, device=device), backend=backend)
+def test_it_says_so_where_torchs_optimizers_do(copied: str, fused: bool | None, method, generator) -> None:
+    """Of instances made with fused=True: the scaler then leaves unscaling and skipping to the step."""
+    optimizer = method.ours(parameters(generator, SMALL), fused=fused)
+    theirs = torch.optim.AdamW(parameters(generator, SMALL), fused=fused)
     if copied != "made":
         optimizer = copy.deepcopy(optimizer) if copied == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
-    assert optimizer._step_supports_amp_scaling is True
+    says = getattr(optimizer, "_step_supports_amp_scaling", False)
+    assert says is bool(fused)
+    assert says == getattr(theirs, "_step_supports_amp_scaling", False)
+    assert not hasattr(type(optimizer), "_step_supports_amp_scaling")
 
 
 @pytest.mark.parametrize(("kinds", "options"), [
@@ -459,6 +465,12 @@ def test_either_attribute_may_be_absent(absent: str, how: str, method, backend, 
 # Through GradScaler itself.
 
 
+def unscaling(optimizer: Any) -> Any:
+    """Have the scaler leave scale and infinities to the step, as it does if the optimizer is made with fused=True."""
+    optimizer._step_supports_amp_scaling = True
+    return optimizer
+
+
 def scaler_steps(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, kinds: str, unscale: bool
 ) -> Iterator[tuple[str, list[Any]]]:
@@ -488,7 +500,8 @@ def test_through_grad_scaler(
     itself, and leaves it to an optimizer that can."""
     unscale = unscale and float_dtype != torch.float16
     params = parameters(generator, SHAPES, float_dtype, device)
-    optimizer = method.ours(params, max_grad_norm=max_grad_norm, backend=backend, **sixteen_bit(float_dtype))
+    options = {"max_grad_norm": max_grad_norm, "backend": backend, **sixteen_bit(float_dtype)}
+    optimizer = unscaling(method.ours(params, **options))
     expected = oracle_for(method, optimizer, max_grad_norm)
     scaler = torch.amp.GradScaler(
         device.type, init_scale=100.0, growth_factor=1.7, backoff_factor=0.3, growth_interval=2
@@ -501,7 +514,7 @@ def test_through_grad_scaler(
 
 
 def test_two_optimizers_of_one_scaler_skip_each_for_itself(method, backend, device, generator) -> None:
-    both = [method.ours(parameters(generator, SMALL, device=device), backend=backend) for _ in range(2)]
+    both = [unscaling(method.ours(parameters(generator, SMALL, device=device), backend=backend)) for _ in range(2)]
     expected = [oracle_for(method, optimizer) for optimizer in both]
     scaler = torch.amp.GradScaler(device.type, init_scale=1000.0)
     for step, bad in enumerate([0, None, 1, 0, None]):
@@ -525,7 +538,7 @@ def test_float16_learns_though_its_first_gradients_overflow(method, backend, dev
     """The whole of it: a scale far too large falls until the gradients are finite, and then the loss does."""
     target = torch.randn(100, generator=generator).to(device)
     p = torch.zeros(100, dtype=torch.float16, device=device, requires_grad=True)
-    optimizer = method.ours([p], lr=0.1, weight_decay=0.0, eps=1e-4, backend=backend)
+    optimizer = unscaling(method.ours([p], lr=0.1, weight_decay=0.0, eps=1e-4, backend=backend))
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**24)
     losses = []
     for _ in range(60):
@@ -545,7 +558,7 @@ def test_float16_learns_though_its_first_gradients_overflow(method, backend, dev
 def test_grad_scaler_with_no_gradients_at_all(method, backend, device, generator) -> None:
     """Then its found_inf is the number 0, of type int."""
     params = parameters(generator, SMALL, device=device)
-    optimizer, twins = method.ours(params, backend=backend), copies(params)
+    optimizer, twins = unscaling(method.ours(params, backend=backend)), copies(params)
     scaler = torch.amp.GradScaler(device.type)
     scaler.scale(torch.ones((), device=device))
     scaler.step(optimizer)

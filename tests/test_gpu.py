@@ -577,7 +577,7 @@ def test_grad_scaler_waits_for_nothing(method, ours_on_gpu, generator) -> None:
     """An iteration under GradScaler is all asynchronous, and a skipped step is found out on the GPU."""
     params = parameters(generator, SMALL, device=GPU)
     targets = [torch.randn(p.shape, generator=generator).to(GPU) for p in params]
-    optimizer = method.ours(params, lr=1e-2, backend=ours_on_gpu)
+    optimizer = method.ours(params, lr=1e-2, fused=True, backend=ours_on_gpu)
     scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
     x = torch.ones((), device=GPU)
 

@@ -123,22 +123,23 @@ def test_state_that_vanishes_is_made_anew(method: Method, backend) -> None:
     p, q = leaf([1.0, 2.0], [1.0, 1.0]), leaf([1.0, 2.0], [1.0, 2.0])
     optimizer = method.ours([p, q], backend=backend)
     optimizer.step()
-    del optimizer.state[q]["exp_avg"]
+    optimizer.state[q].clear()
     optimizer.step()
     assert optimizer.state[q]["exp_avg"].any()
 
 
-@pytest.mark.parametrize("change", ["max_grad_norm", "lr in place", "betas in place"])
+@pytest.mark.parametrize("change", ["max_grad_norm", "lr in place", "eps in place", "betas in place"])
 def test_bad_numbers_that_come_later_are_noticed(method: Method, change) -> None:
     p = leaf([1.0, 2.0], [1.0, 1.0])
     betas = [0.9] * (3 if method.name == "Adan" else 2)
-    optimizer = method.ours([p], lr=torch.tensor(1e-3), betas=betas)
+    optimizer = method.ours([p], lr=torch.tensor(1e-3), eps=torch.tensor(1e-8))
+    optimizer.param_groups[0]["betas"] = betas
     optimizer.step()
     before = p.detach().clone()
     if change == "max_grad_norm":
         optimizer.max_grad_norm = -1
-    elif change == "lr in place":
-        optimizer.param_groups[0]["lr"].fill_(-1)
+    elif change in ("lr in place", "eps in place"):
+        optimizer.param_groups[0][change.split()[0]].fill_(-1)
     else:
         betas[0] = 1.5
     with pytest.raises(ValueError, match=r"it must be at least 0"):

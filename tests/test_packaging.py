@@ -36,8 +36,10 @@ def test_the_metadata_name_what_it_needs(build):
     metadata = wheel.read(next(n for n in wheel.namelist() if n.endswith("METADATA"))).decode()
     for line in ("Name: agr-cuda", "Requires-Python: >=3.10", "Requires-Dist: torch>=2.6", "License-Expression: MIT"):
         assert line in metadata
-    assert 'triton>=3.2; platform_system == "Linux"' in metadata
-    for extra in ("test", "bench", "examples"):
+    # PyTorch brings the Triton that fits it, under names that differ.
+    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
+    assert required == ["Requires-Dist: torch>=2.6"]
+    for extra in ("triton", "test", "bench", "examples"):
         assert f"Provides-Extra: {extra}" in metadata
 
 

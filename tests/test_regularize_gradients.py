@@ -37,6 +37,23 @@ def assert_regularized(p: torch.Tensor, before: torch.Tensor) -> None:
         np.testing.assert_allclose(to_numpy(p.grad), rounded, rtol=torch.finfo(before.dtype).eps, atol=6e-8)
 
 
+def test_gradients_that_share_memory_are_refused_by_name(generator) -> None:
+    """Two threads would regularize it at once."""
+    params = parameters(generator, [(600,), (5,), (401,)])
+    memory = torch.randn(1000, generator=generator)
+    params[0].grad, params[1].grad, params[2].grad = memory[:600], torch.ones(5), memory[599:]
+    before = memory.clone()
+    with pytest.raises(RuntimeError, match="the gradient of parameter 0 and the gradient of parameter 2 share memory"):
+        regularize_gradients_(params)
+    assert same_bits(memory, before)
+    assert same_bits(params[1].grad, torch.ones(5))
+    params[2].grad = None
+    params[2].data = params[2].data[1:]
+    params[2].grad = memory[600:]  # a neighbour
+    regularize_gradients_(params)
+    assert relative_error(params[2].grad, oracle.psi(to_numpy(before[600:]))) <= 2e-7
+
+
 @pytest.mark.parametrize("kind", FLOATS + COMPLEX, ids=str)
 def test_it_is_psi_of_each_tensor(kind: torch.dtype, generator) -> None:
     params = parameters(generator, [s for s in SHAPES if s != (0,)], kind)

@@ -26,6 +26,7 @@ from helpers import (
     oracle_parameter,
     parameters,
     run,
+    snapshot,
 )
 from torch import Tensor
 
@@ -176,20 +177,26 @@ def test_our_own_run_resumes_bit_for_bit(
     assert_same_bits(resumed, steady)
 
 
-def test_loading_does_not_tie_two_optimizers_together(method, backend, device, generator) -> None:
-    """Stepping one that was loaded from the other's live state dict leaves the other as it is."""
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_live_state_dict_is_taken_as_torch_takes_it(copied: bool, method, backend, device, generator) -> None:
+    """Tensors of the right type and device are taken as they are, so that loading needs no memory for others: two
+    optimizers that both go on write the same averages, unless a copy was loaded. What the groups say is each one's own.
+    """
     params = parameters(generator, [(31,), (64, 33)], device=device)
     first = method.ours(params, backend=backend)
     run(first, 2)
     before = deepcopy(first.state_dict())
     second = method.ours(copies(params), backend=backend)
-    second.load_state_dict(deepcopy(first.state_dict()))
+    second.load_state_dict(deepcopy(first.state_dict()) if copied else first.state_dict())
+    for p, q in zip(params, all_params(second), strict=True):
+        for key in method.states:
+            assert (first.state[p][key] is second.state[q][key]) is not copied
     run(second, 2)
-    after = first.state_dict()
+    second.param_groups[0]["lr"] = 0.5
     for index, state in before["state"].items():
-        for key, value in state.items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(after["state"][index][key]))
-    assert before["param_groups"] == after["param_groups"]
+        for key in method.states[:2]:  # Adan's last gradient is the same again
+            assert torch.equal(state[key], first.state_dict()["state"][index][key]) is copied
+    assert before["param_groups"] == first.state_dict()["param_groups"]
 
 
 @pytest.mark.parametrize("missing", ["amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"])
@@ -259,3 +266,103 @@ def test_state_follows_a_parameter_to_another_type(method, backend, device, gene
         assert torch.bfloat16 in dtypes_of(backend)
         assert {second.state[p][key].dtype for key in method.states} == {torch.bfloat16}
     assert (ADAMW is not method) or all(float(second.state[p]["step"]) == 4 for p in low)
+
+
+# Hooks.
+
+
+def tagged(word: str, order: list[str], change: Any = None) -> Any:
+    def hook(_: Any, state_dict: Any = None) -> Any:
+        order.append(word)
+        return change(state_dict) if change else None
+
+    return hook
+
+
+def test_hooks_see_and_change_what_torch_documents(method: Method, backend, device, generator) -> None:
+    """A state dict leaves wrapped up by one hook, and is unwrapped by another before anything looks at it."""
+    params = parameters(generator, [(31,), (64, 33)], device=device)
+    first, second = method.ours(params, backend=backend), method.ours(copies(params), backend=backend)
+    run(first, 3)
+    order: list[str] = []
+    first.register_state_dict_pre_hook(tagged("before saving", order))
+    first.register_state_dict_post_hook(tagged("wrap", order, lambda saved: {"optimizer": saved}))
+    first.register_state_dict_post_hook(tagged("name", order, lambda saved: {**saved, "name": "x"}))
+    first.register_state_dict_post_hook(tagged("look", order), prepend=True)
+    second.register_load_state_dict_pre_hook(tagged("unwrap", order, lambda loaded: loaded["optimizer"]))
+    second.register_load_state_dict_pre_hook(tagged("open", order, lambda loaded: {**loaded["box"]}), prepend=True)
+    second.register_load_state_dict_post_hook(lambda optimizer: order.append("loaded"))
+    saved = first.state_dict()
+    assert set(saved) == {"optimizer", "name"}
+    second.load_state_dict({"box": deepcopy(saved)})
+    assert order == ["before saving", "look", "wrap", "name", "open", "unwrap", "loaded"]
+    with torch.no_grad():
+        for p, q in zip(all_params(second), params, strict=True):
+            p.copy_(q)
+    run(first, range(3, 5))
+    run(second, range(3, 5))
+    assert_same_bits(first, second)
+
+
+def test_a_hook_may_lead_to_the_same_call_again(method: Method, generator) -> None:
+    optimizer = method.ours(parameters(generator, [(31,), (64, 33)]))
+    run(optimizer, 2)
+    calls: list[str] = []
+
+    def once(word: str, act: Any) -> Any:
+        def hook(of: Any, state_dict: Any) -> None:
+            if word not in calls:
+                calls.append(word)
+                act(of, state_dict)
+
+        return hook
+
+    optimizer.register_state_dict_post_hook(once("save", lambda of, _: of.state_dict()))
+    optimizer.register_state_dict_post_hook(lambda *_: None)
+    optimizer.register_load_state_dict_pre_hook(once("load", lambda of, loaded: of.load_state_dict(loaded)))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert calls == ["save", "load"]
+    run(optimizer, range(2, 3))
+
+
+def test_a_hook_may_make_the_groups_fit(backend, device, generator) -> None:
+    """What the groups lack then is as it is here: agr too."""
+    params = parameters(generator, [(31,), (64, 33)], device=device)
+    theirs = torch.optim.AdamW(params)
+    run(theirs, 2)
+    ours = agr_cuda.AdamW([{"params": [params[0]]}, {"params": [params[1]], "agr": False}], backend=backend)
+
+    def split(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
+        (group,) = saved["param_groups"]
+        return {**saved, "param_groups": [{**group, "params": [0]}, {**group, "params": [1]}]}
+
+    ours.register_load_state_dict_pre_hook(split)
+    ours.load_state_dict(deepcopy(theirs.state_dict()))
+    assert [group["agr"] for group in ours.param_groups] == [True, False]
+    run(ours, range(2, 4))
+
+
+def test_loading_leaves_the_state_dict_as_it_is(method: Method, generator) -> None:
+    optimizer = method.ours(parameters(generator, [(31,), (64, 33)]))
+    run(optimizer, 2)
+    saved = optimizer.state_dict()
+    before = deepcopy(saved)
+    method.ours(copies(all_params(optimizer))).load_state_dict(saved)
+    assert saved["param_groups"] == before["param_groups"]
+    assert {i: state.keys() for i, state in saved["state"].items()} == {
+        i: state.keys() for i, state in before["state"].items()
+    }
+    assert not optimizer._optimizer_load_state_dict_pre_hooks
+    assert not optimizer._optimizer_state_dict_post_hooks
+
+
+@pytest.mark.parametrize("option", [{"lr": -1.0}, {"agr": "yes"}, {"betas": (2.0, 0.9)}], ids=str)
+def test_bad_options_are_refused_when_they_are_loaded(option: dict[str, Any], generator) -> None:
+    optimizer = agr_cuda.AdamW(parameters(generator, [(31,)]))
+    run(optimizer, 2)
+    saved = deepcopy(optimizer.state_dict())
+    saved["param_groups"][0].update(option)
+    unchanged = snapshot(optimizer)
+    with pytest.raises((ValueError, TypeError), match=next(iter(option))):
+        optimizer.load_state_dict(saved)
+    unchanged()

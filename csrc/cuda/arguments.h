@@ -84,7 +84,7 @@ struct Arguments {
     // Clipping by the norm: everything is reduced before the first update.
     bool clips;
     bool ends;             // updates are among the tasks; else the launch leaves `squares` for those that follow
-    double* squares;       // where the sum of all squares goes, or null
+    double* squares;       // where the sum of all squares goes, of unscaled gradients; or null
     double max_grad_norm;  // with the squares of this launch alone; eps is the first group's
     double clip_eps;
     const double* clip;  // what every gradient is multiplied by, known already; or null

@@ -235,7 +235,7 @@ private:
         if (!squares || !last_to_arrive(&a.control->arrived, a.summed)) return;
         sums = sum_of(a.tensors, true, [&](std::int64_t i) { return a.progress[i].sums; });
         if (lane == 0) {
-            if (a.squares != nullptr) *a.squares = sums.squares;
+            if (a.squares != nullptr) *a.squares = sums.squares * unscaling() * unscaling();
             a.control->clip = clip_of(sums.squares);
             store_release(&a.control->known, shared_.epoch);
         }

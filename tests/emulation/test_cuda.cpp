@@ -105,8 +105,7 @@ void step(Model& model, std::vector<Launch>& launches, Device& device, int t) {
             launch.executor->launch(launch.gradients().data(), {group}, settings, cuda::Phase::reduce, nullptr);
             squares += launch.squares;
         }
-        const double scale = device.has_scale ? static_cast<double>(device.grad_scale) : 1.0;
-        device.clip = std::min(1.0, max_norm / (std::sqrt(squares) / scale + 1e-8));
+        device.clip = std::min(1.0, max_norm / (std::sqrt(squares) + 1e-8));
         settings.squares = nullptr;
         settings.clip = &device.clip;
     }
