@@ -127,9 +127,10 @@ class AdamW(AGROptimizer, torch.optim.AdamW):
                 state.update({i: {**state[i], "step": steps} for i in uncounted})
         counts: set[int] = set()
         for i, of_one in state.items():
-            # A count that several parameters share would be raised by each.
+            # A count that several parameters share would be raised by each, and one that is part of more memory (as
+            # views are saved) could not go to a GPU by itself.
             if isinstance(of_one, dict) and isinstance(step := of_one.get("step"), Tensor):
-                if id(step) in counts:
+                if id(step) in counts or step.untyped_storage().nbytes() > step.element_size():
                     state[i] = {**of_one, "step": step.clone()}
                 counts.add(id(step))
         return {**adapted, "state": state}

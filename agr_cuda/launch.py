@@ -35,11 +35,9 @@ class Scaling:
 
 def _tensor(value: Any) -> Tensor | None:
     """Return an attribute that a scaler has set: a tensor, or a plain number where no gradient was looked at."""
-    return (
-        value
-        if value is None or isinstance(value, Tensor)
-        else torch.tensor(float(value), dtype=torch.float32, device="cpu")
-    )
+    if value is None or isinstance(value, Tensor):
+        return value
+    return torch.tensor(float(value), dtype=torch.float32, device="cpu")
 
 
 def _single(value: Tensor | None, device: torch.device) -> Tensor | None:

@@ -152,7 +152,7 @@ class AGROptimizer(torch.optim.Optimizer):
             raise ValueError("a parameter group has a parameter more than once; each must be given once")
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Raise ValueError for a number out of range, RuntimeError for options that contradict each other."""
+        """Raise TypeError for a wrong type, ValueError for what is out of range, RuntimeError for a contradiction."""
         for name in OF_ALL_GROUPS:
             if name in group and (group[name] or None) != (self.defaults[name] or None):
                 raise ValueError(

@@ -354,11 +354,15 @@ def test_neighbours_in_one_memory_share_none(method: Method, backend, device, ge
         assert same_bits(p, q)
 
 
-def test_counts_that_a_checkpoint_shares_become_each_parameters_own(backend, device, generator) -> None:
-    """Some programs write one tensor for all parameters; torch.save keeps that."""
+@pytest.mark.parametrize("views", [False, True])
+def test_counts_that_a_checkpoint_shares_become_each_parameters_own(views: bool, backend, device, generator) -> None:
+    """Some programs write one tensor for all parameters, or views of one; torch.save keeps that."""
     optimizer = begun(ADAMW, backend, parameters(generator, SHAPES, device=device))
     saved = copy.deepcopy(optimizer.state_dict())
-    saved["state"][1]["step"] = saved["state"][0]["step"]
+    of_count = torch.float64 if views and backend != "reference" else torch.float32
+    count = torch.full((2,) if views else (), 3.0, dtype=of_count)
+    for i in range(2):
+        saved["state"][i]["step"] = count[i] if views else count
     other = ADAMW.ours(copies(all_params(optimizer)), backend=backend)
     other.load_state_dict(saved)
     for o in (optimizer, other):
