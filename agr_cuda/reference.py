@@ -39,23 +39,37 @@ def psi(g: Tensor) -> Tensor:
     return g * (1 - magnitude / total)
 
 
+#: Steps between two in which averages that have faded are swept away.
+_SWEEP = 25
+
+
 def _sweeps(average: Tensor, t: Number) -> bool:
-    """Return whether averages that have faded are swept away in step `t`: on a CPU, in every 25th.
+    """Return whether averages that have faded may be swept away in step `t`: on a CPU, in every 25th.
 
     CPUs are slow with denormal numbers, in which averages of an element whose gradient stays 0 end, and stay
-    (docs/design.md, "Averages that fade").
+    (docs/design.md, "Averages that fade"). Where `t` is a tensor, `_faded` looks at it.
     """
-    return average.device.type == "cpu" and (isinstance(t, Tensor) or t % 25 == 0)
+    return average.device.type == "cpu" and (isinstance(t, Tensor) or t % _SWEEP == 0)
 
 
-def _faded(average: Tensor, g: Tensor) -> Tensor:
-    """Return where an average of gradients takes in nothing more, and what it holds is denormal."""
-    return (g == 0) & (average.abs() < torch.finfo(average.dtype).tiny)
+def _faded(average: Tensor, g: Tensor, t: Number) -> Tensor:
+    """Return where an average of gradients takes in nothing in step `t`, and what it holds is denormal."""
+    return (g == 0) & (average.abs() < torch.finfo(average.dtype).tiny) & (t % _SWEEP == 0)
 
 
 def _negligible(square: Tensor, eps: Number) -> Tensor:
     """Return where an average of squares may go if those that it divides have: denormal, and of a root below eps."""
     return (square < torch.finfo(square.dtype).tiny) & (square.sqrt() < eps)
+
+
+def _scaled_quotient(average: Tensor, denominator: Tensor, scale: Number) -> Tensor:
+    """Return scale * average / denominator, divided by both at once.
+
+    The product may be denormal, and the quotient infinite, where the whole is neither; a scale of 0 gives 0.
+    """
+    if isinstance(scale, Tensor) and scale.requires_grad:  # whose derivative is finite at 0 as well
+        return scale * average / denominator
+    return average / (denominator / scale)
 
 
 def adamw(
@@ -70,12 +84,13 @@ def adamw(
     v = b2 * v + (1 - b2) * g * g
     largest = v if w is None else torch.maximum(w, v)
     denominator = largest.sqrt() / (1 - b2**t) ** 0.5 + eps
-    p = p - (lr * weight_decay * p + lr / (1 - b1**t) * (m / denominator))
+    p = p - (lr * weight_decay * p + _scaled_quotient(m, denominator, lr / (1 - b1**t)))
     if _sweeps(m, t):
-        gone = _faded(m, g)
+        gone = _faded(m, g, t)
         m = m.masked_fill(gone, 0)
         v = v.masked_fill(gone & _negligible(v, eps), 0)
-        largest = largest.masked_fill(gone & _negligible(largest, eps), 0)
+        if w is not None:
+            largest = largest.masked_fill(gone & _negligible(largest, eps), 0)
     return (p, m, v) if w is None else (p, m, v, largest)
 
 
@@ -95,12 +110,13 @@ def adan(
     # In this order: the square may be infinite where the product of all three is not.
     n = b3 * n + (1 - b3) * look_ahead * look_ahead
     denominator = n.sqrt() / (1 - b3**t) ** 0.5 + eps
-    step = lr / (1 - b1**t) * (m / denominator) + lr * b2 / (1 - b2**t) * (u / denominator)
+    step = _scaled_quotient(m, denominator, lr / (1 - b1**t))
+    step = step + _scaled_quotient(u, denominator, lr * b2 / (1 - b2**t))
     # Of (p - step) / (1 + lr wd), and of p (1 - lr wd) - step with no_prox, so that p is rounded once.
     change = lr * weight_decay * p + step
     p = p - (change if no_prox else change / (1 + lr * weight_decay))
     if _sweeps(m, t):
-        m_gone, u_gone = _faded(m, g), _faded(u, g)
+        m_gone, u_gone = _faded(m, g, t), _faded(u, g, t)
         m = m.masked_fill(m_gone, 0)
         u = u.masked_fill(u_gone, 0)
         n = n.masked_fill(m_gone & u_gone & _negligible(n, eps), 0)
@@ -134,11 +150,11 @@ def foreach_adamw(
     torch._foreach_div_(denominator, (1 - b2**t) ** 0.5)
     torch._foreach_add_(denominator, eps)
     change = torch._foreach_mul(p, lr * weight_decay)
-    torch._foreach_addcdiv_(change, m, denominator, lr / (1 - b1**t))
+    torch._foreach_addcdiv_(change, m, torch._foreach_div(denominator, lr / (1 - b1**t)))
     torch._foreach_sub_(p, change)
     if _sweeps(m[0], t):
         for i, gradient in enumerate(g):
-            gone = _faded(m[i], gradient)
+            gone = _faded(m[i], gradient, t)
             m[i].masked_fill_(gone, 0)
             for squares in (v,) if w is None else (v, w):
                 squares[i].masked_fill_(gone & _negligible(squares[i], eps), 0)
@@ -164,8 +180,8 @@ def foreach_adan(
     torch._foreach_div_(denominator, (1 - b3**t) ** 0.5)
     torch._foreach_add_(denominator, eps)
     change = torch._foreach_mul(p, lr * weight_decay)
-    torch._foreach_addcdiv_(change, m, denominator, lr / (1 - b1**t))
-    torch._foreach_addcdiv_(change, u, denominator, lr * b2 / (1 - b2**t))
+    torch._foreach_addcdiv_(change, m, torch._foreach_div(denominator, lr / (1 - b1**t)))
+    torch._foreach_addcdiv_(change, u, torch._foreach_div(denominator, lr * b2 / (1 - b2**t)))
     if not no_prox:
         torch._foreach_div_(change, 1 + lr * weight_decay)
     torch._foreach_sub_(p, change)
@@ -173,7 +189,7 @@ def foreach_adan(
     torch._foreach_neg_(neg_previous)
     if _sweeps(m[0], t):
         for i, gradient in enumerate(g):
-            m_gone, u_gone = _faded(m[i], gradient), _faded(u[i], gradient)
+            m_gone, u_gone = _faded(m[i], gradient, t), _faded(u[i], gradient, t)
             m[i].masked_fill_(m_gone, 0)
             u[i].masked_fill_(u_gone, 0)
             n[i].masked_fill_(m_gone & u_gone & _negligible(n[i], eps), 0)

@@ -13,23 +13,22 @@ struct AdamWOptions {
 // What one step of one tensor multiplies by.
 template <class T>
 struct AdamWNumbers {
-    T decay;       // 1 - lr wd
-    T lerp;        // 1 - b1
-    T beta2;       // b2
-    T square;      // 1 - b2
-    T correction;  // 1 / sqrt(1 - b2^t)
-    T eps;
-    T step_size;  // lr / (1 - b1^t)
+    T decay;   // 1 - lr wd
+    T lerp;    // of exp_avg from itself to the gradient, 1 - b1 if that is below 1/2; else from the gradient, -b1
+    T beta2;   // b2
+    T square;  // 1 - b2
+    Divisor<T> divisor;  // with the scale lr / (1 - b1^t)
+    T negligible;        // what v may be swept away below
 
     // `t` counts the steps of the parameter from 1.
     static AGR_INLINE AdamWNumbers of(const AdamWOptions& o, double t) {
+        const double correction = 1 / square_root(1 - power(o.beta2, t));
         return {static_cast<T>(1 - o.lr * o.weight_decay),
-                static_cast<T>(1 - o.beta1),
+                static_cast<T>(o.beta1 > 0.5 ? 1 - o.beta1 : -o.beta1),
                 static_cast<T>(o.beta2),
                 static_cast<T>(1 - o.beta2),
-                static_cast<T>(1 / square_root(1 - power(o.beta2, t))),
-                static_cast<T>(o.eps),
-                static_cast<T>(o.lr / (1 - power(o.beta1, t)))};
+                Divisor<T>::of(correction, o.eps, o.lr / (1 - power(o.beta1, t))),
+                negligible_square<T>(o.eps)};
     }
 };
 
@@ -47,23 +46,20 @@ struct AdamW {
         V& m = state[0];
         V& v = state[1];
         V& w = state[states - 1];  // what divides: without AMSGrad, v
-        // Exact at both ends, with one rounding where products are fused; m + (g - m) lerp loses a g that is small
-        // beside m.
-        m = (m - m * c.lerp) + g * c.lerp;
+        // From the nearer end, as torch.lerp: m + (1 - b1) (g - m) loses a g that is small beside m where b1 is small.
+        m = by_sign(c.lerp, m, g) + (g - m) * c.lerp;
         // Not g * g first, which may be infinite where the product of all three is not.
         v = v * c.beta2 + g * c.square * g;
         if constexpr (amsgrad) w = larger(w, v);
-        // The quotient first: m step_size is denormal sooner.
-        p = p * c.decay - m / (square_root(w) * c.correction + c.eps) * c.step_size;
+        p = p * c.decay - m / (square_root(w) * c.divisor.root + c.divisor.eps);
     }
 
     // Puts 0 in the place of averages that have faded (numeric.h). What a CPU does after some steps.
     template <class V, class T>
     static AGR_INLINE void sweep(V g, V* state, const AdamWNumbers<T>& c) {
         const auto gone = faded<T>(state[0], g);
-        const T least = negligible_square(c.eps);
         state[0] = gone ? V{} : state[0];
-        for (int k = 1; k < states; ++k) state[k] = gone & (state[k] < least) ? V{} : state[k];
+        for (int k = 1; k < states; ++k) state[k] = gone & (state[k] < c.negligible) ? V{} : state[k];
     }
 };
 

@@ -18,12 +18,12 @@ struct AdanNumbers {
     T beta1, gradient;    // b1, 1 - b1
     T beta2, difference;  // b2, 1 - b2
     T beta3, square;      // b3, 1 - b3
-    T correction;         // 1 / sqrt(1 - b3^t)
-    T eps;
-    // Both forms of weight decay are p = p kept - (m + u difference_weight) / D step_size: the proximal one divides
+    // Both forms of weight decay are p = p kept - (m + u difference_weight) / divisor: the proximal one divides
     // everything by 1 + lr wd, no_prox multiplies p alone by 1 - lr wd.
-    T kept, step_size, difference_weight;
-    bool first;  // the parameter's first step, where the difference to the previous gradient is 0
+    T kept, difference_weight;
+    Divisor<T> divisor;  // with the scale lr / (1 - b1^t)
+    T negligible;        // what n may be swept away below
+    bool first;          // the parameter's first step, where the difference to the previous gradient is 0
 
     // `t` counts the steps of the group from 1.
     static AGR_INLINE AdanNumbers of(const AdanOptions& o, double t, bool first) {
@@ -37,11 +37,10 @@ struct AdanNumbers {
                 static_cast<T>(1 - o.beta2),
                 static_cast<T>(o.beta3),
                 static_cast<T>(1 - o.beta3),
-                static_cast<T>(1 / square_root(1 - power(o.beta3, t))),
-                static_cast<T>(o.eps),
                 static_cast<T>(kept),
-                static_cast<T>(lr / correction1),
                 static_cast<T>(o.beta2 * correction1 / (1 - power(o.beta2, t))),
+                Divisor<T>::of(1 / square_root(1 - power(o.beta3, t)), o.eps, lr / correction1),
+                negligible_square<T>(o.eps),
                 first};
     }
 };
@@ -67,8 +66,7 @@ struct Adan {
         // Not its square first, which may be infinite where the product of all three is not.
         n = n * c.beta3 + look_ahead * c.square * look_ahead;
         neg_previous = -g;
-        // The quotient before the step size: m step_size is denormal sooner.
-        p = p * c.kept - (m + u * c.difference_weight) / (square_root(n) * c.correction + c.eps) * c.step_size;
+        p = p * c.kept - (m + u * c.difference_weight) / (square_root(n) * c.divisor.root + c.divisor.eps);
     }
 
     // Puts 0 in the place of averages that have faded (numeric.h). What a CPU does after some steps.
@@ -78,7 +76,7 @@ struct Adan {
         const auto u_gone = faded<T>(state[1], g);
         state[0] = m_gone ? V{} : state[0];
         state[1] = u_gone ? V{} : state[1];
-        state[2] = m_gone & u_gone & (state[2] < negligible_square(c.eps)) ? V{} : state[2];
+        state[2] = m_gone & u_gone & (state[2] < c.negligible) ? V{} : state[2];
     }
 };
 

@@ -50,6 +50,17 @@ AGR_INLINE double magnitude(double x) { return fabs(x); }
 AGR_INLINE float square_root(float x) { return sqrtf(x); }
 AGR_INLINE double square_root(double x) { return sqrt(x); }
 
+// a where x is positive, b where it is negative or -0. By bits: for a condition that is the same throughout a loop,
+// nvcc makes two loops.
+AGR_INLINE float by_sign(float x, float a, float b) {
+    const auto negative = static_cast<std::uint32_t>(bit_cast<std::int32_t>(x) >> 31);
+    return bit_cast<float>((bit_cast<std::uint32_t>(a) & ~negative) | (bit_cast<std::uint32_t>(b) & negative));
+}
+AGR_INLINE double by_sign(double x, double a, double b) {
+    const auto negative = static_cast<std::uint64_t>(bit_cast<std::int64_t>(x) >> 63);
+    return bit_cast<double>((bit_cast<std::uint64_t>(a) & ~negative) | (bit_cast<std::uint64_t>(b) & negative));
+}
+
 // x to the power of a count of steps, by squaring: a few roundings of double, and on a GPU a tenth of pow's registers.
 AGR_INLINE double power(double x, double count) {
     double result = 1;
@@ -61,6 +72,10 @@ AGR_INLINE double power(double x, double count) {
 }
 
 #if !defined(__CUDACC__)
+template <class V, class T>
+AGR_INLINE V by_sign(T x, V a, V b) {
+    return x > T(0) ? a : b;
+}
 // Of vectors, lane by lane; the compilers turn these loops into one instruction.
 template <class V, int lanes = sizeof(V) / sizeof(V{}[0])>
 AGR_INLINE V magnitude(V x) {
@@ -93,11 +108,25 @@ AGR_INLINE auto faded(V average, V gradient) {
     return (gradient == T(0)) & (magnitude(average) < smallest_normal<T>);
 }
 
-// What an average of squares may go below when the averages that it divides have: denormal, and of a root less than
-// eps, so that a denominator never becomes 0, nor much less than it was.
+// What the root of an average of squares is multiplied by, and what is added to that, to make what an average of
+// gradients is divided by to give the step: (sqrt(v) correction + eps) / scale. Divided by all at once, since scale m
+// may be denormal and m / D infinite where the step is neither. A scale of 0 gives a step of 0.
 template <class T>
-AGR_INLINE T negligible_square(T eps) {
-    return eps * eps < smallest_normal<T> ? eps * eps : smallest_normal<T>;
+struct Divisor {
+    T root, eps;
+
+    static AGR_INLINE Divisor of(double correction, double eps, double scale) {
+        const T root = static_cast<T>(correction / scale);
+        if (root - root != T(0)) return {T(1), root};
+        return {root, static_cast<T>(eps / scale)};
+    }
+};
+
+// What an average of squares may go below when the averages that it divides have: denormal, and of a root less than
+// eps, so that a denominator never becomes 0 by it.
+template <class T>
+AGR_INLINE T negligible_square(double eps) {
+    return eps * eps < smallest_normal<T> ? static_cast<T>(eps * eps) : smallest_normal<T>;
 }
 
 // The 16-bit types in integer arithmetic, for one element or, lane by lane, for a vector: F is float or floats, U the

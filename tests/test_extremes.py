@@ -96,6 +96,46 @@ def test_a_step_whose_parts_are_denormal(method, backend, device) -> None:
     assert to_numpy(p) == pytest.approx(-2e-7 * to_numpy(g) / 1e-15, rel=1e-6, abs=0)
 
 
+FORMS: list[dict[str, Any]] = [{}, {"foreach": True}]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("lr", [0.0, 1e-3])
+def test_a_quotient_may_be_infinite_where_the_step_is_not(lr: float, form: dict, method, backend, device) -> None:
+    """And with a learning rate of 0 nothing moves, whatever it is 0 times of."""
+    p = torch.ones(4, device=device, requires_grad=True)
+    betas = (0.9, 0.0) if method is ADAMW else (0.9, 0.5, 0.0)
+    asked = {**form, "backend": None if form else backend}
+    optimizer = method.ours([p], lr=lr, betas=betas, eps=1e-30, weight_decay=0.0, agr=False, **asked)
+    for size in (1e10, 0.0, 0.0):  # the third with no difference to the second
+        step_on(optimizer, p, torch.full_like(p, size))
+    if lr == 0.0:
+        assert p.eq(1).all()
+    else:
+        assert p.isfinite().all()
+        assert p.abs().gt(1e35).all()
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.3, 0.5, 0.9, 0.99, 0.9999])
+def test_the_average_is_as_accurate_as_torchs(beta1: float, backend, device, generator) -> None:
+    """Rounded at the size of the difference, not at its own."""
+    p = torch.zeros(2000, device=device, requires_grad=True)
+    q = p.detach().clone().requires_grad_()
+    ours = ADAMW.ours([p], betas=(beta1, 0.999), agr=False, backend=backend)
+    theirs = torch.optim.AdamW([q], betas=(beta1, 0.999))
+    exact = np.zeros(2000)
+    for _ in range(100):
+        g = torch.randn(2000, generator=generator) + 1
+        exact = exact + (1 - beta1) * (g.double().numpy() - exact)
+        step_on(ours, p, g)
+        step_on(theirs, q, g)
+
+    def error(optimizer: Any, parameter: torch.Tensor) -> float:
+        return float(np.sqrt(np.mean((to_numpy(optimizer.state[parameter]["exp_avg"]) - exact) ** 2)))
+
+    assert error(ours, p) <= 1.1 * error(theirs, q)
+
+
 # Denormal numbers.
 
 

@@ -71,6 +71,18 @@ def _reduce(
 
 
 @triton.jit
+def _divisor(correction, eps, scale):
+    """Return what the root of an average of squares is multiplied by, and what is added to that, to divide by.
+
+    That is (sqrt(v) correction + eps) / scale, so that the quotient is the step; for a scale of 0 it is infinite.
+    """
+    inverse = 1.0 / scale
+    root = correction * inverse
+    moves = root < 2.0**127
+    return tl.where(moves, root, 1.0), tl.where(moves, eps * inverse, float("inf"))
+
+
+@triton.jit
 def _decide(
     block, rows, groups, groups_float, numbers, begun, grad_scale, tensors, ADAN: tl.constexpr, TENSORS: tl.constexpr
 ):
@@ -113,20 +125,20 @@ def _decide(
         tl.store(out + 3, 1.0 - beta2, mask=there)
         tl.store(out + 4, beta3, mask=there)
         tl.store(out + 5, 1.0 - beta3, mask=there)
-        tl.store(out + 6, 1.0 / square_root(1.0 - power(beta3, n)), mask=there)
+        root, eps = _divisor(1.0 / square_root(1.0 - power(beta3, n)), eps, lr / divisor / correction1)
+        tl.store(out + 6, root, mask=there)
         tl.store(out + 7, eps, mask=there)
         tl.store(out + 8, tl.where(no_prox, 1.0 - decay, 1.0 / divisor), mask=there)
-        tl.store(out + 9, lr / divisor / correction1, mask=there)
-        tl.store(out + 10, beta2 * correction1 / correction2, mask=there)
-        tl.store(out + 11, tl.where(first, 1.0, 0.0), mask=there)
+        tl.store(out + 9, beta2 * correction1 / correction2, mask=there)
+        tl.store(out + 10, tl.where(first, 1.0, 0.0), mask=there)
     else:
         tl.store(out + 0, 1.0 - decay, mask=there)
-        tl.store(out + 1, 1.0 - beta1, mask=there)
+        tl.store(out + 1, tl.where(beta1 > 0.5, 1.0 - beta1, -beta1), mask=there)
         tl.store(out + 2, beta2, mask=there)
         tl.store(out + 3, 1.0 - beta2, mask=there)
-        tl.store(out + 4, 1.0 / square_root(correction2), mask=there)
+        root, eps = _divisor(1.0 / square_root(correction2), eps, lr / correction1)
+        tl.store(out + 4, root, mask=there)
         tl.store(out + 5, eps, mask=there)
-        tl.store(out + 6, lr / correction1, mask=there)
     scale = tl.load(options + t.SIGN, mask=there, other=1.0) / tl.load(grad_scale).to(tl.float64)
     tl.store(out + t.NUMBERS_SCALE, scale, mask=there)
     tl.store(out + t.NUMBERS_T, n, mask=there)

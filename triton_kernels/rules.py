@@ -46,7 +46,7 @@ def square_root(x):
 
 
 @triton.jit
-def adamw(p, g, m, v, w, amsgrad, decay, lerp, beta2, square, correction, eps, step_size):
+def adamw(p, g, m, v, w, amsgrad, decay, lerp, beta2, square, root, eps):
     """Return the parameter, exp_avg, exp_avg_sq and max_exp_avg_sq after AdamW's step.
 
     Args:
@@ -57,28 +57,27 @@ def adamw(p, g, m, v, w, amsgrad, decay, lerp, beta2, square, correction, eps, s
         w: max_exp_avg_sq, which counts where `amsgrad` is.
         amsgrad: whether to divide by the largest exp_avg_sq so far.
         decay: 1 - lr wd.
-        lerp: 1 - b1.
+        lerp: of exp_avg from itself to the gradient, 1 - b1 if that is below 1/2; else from the gradient, -b1.
         beta2: b2.
         square: 1 - b2.
-        correction: 1 / sqrt(1 - b2^t).
-        eps: what is added to the denominator.
-        step_size: lr / (1 - b1^t).
+        root: what the root of exp_avg_sq is multiplied by, (1 - b1^t) / (lr sqrt(1 - b2^t)).
+        eps: what is added to that, eps (1 - b1^t) / lr. Divided by all at once, since lr m may be denormal and m / D
+            infinite where the step is neither.
     """
-    # Exact at both ends; m + (g - m) lerp loses a g that is small beside m.
-    m = tl.fma(g, lerp, tl.fma(m, -lerp, m))
+    # From the nearer end, as torch.lerp: m + (1 - b1) (g - m) loses a g that is small beside m where b1 is small.
+    m = tl.fma(g - m, lerp, tl.where(lerp > 0.0, m, g))
     # Not g * g first, which may be infinite where the product of all three is not.
     v = tl.fma(v, beta2, g * square * g)
     w = tl.where((w > v) | (w != w), w, v)  # NaN if either is, as torch.maximum gives
     largest = tl.where(amsgrad, w, v)
-    # The quotient first: m step_size is denormal sooner.
-    p = tl.fma(p, decay, -(m / tl.fma(square_root(largest), correction, eps) * step_size))
+    p = tl.fma(p, decay, -(m / tl.fma(square_root(largest), root, eps)))
     return p, m, v, w
 
 
 @triton.jit
 def adan(
     p, g, m, u, n, neg_previous, first,
-    beta1, gradient, beta2, difference, beta3, square, correction, eps, kept, step_size, difference_weight,
+    beta1, gradient, beta2, difference, beta3, square, root, eps, kept, difference_weight,
 ):  # fmt: skip
     """Return the parameter, exp_avg, exp_avg_diff, exp_avg_sq and neg_pre_grad after Adan's step.
 
@@ -96,10 +95,10 @@ def adan(
         difference: 1 - b2.
         beta3: b3.
         square: 1 - b3.
-        correction: 1 / sqrt(1 - b3^t).
-        eps: what is added to the denominator.
+        root: what the root of exp_avg_sq is multiplied by, (1 - b1^t) / (lr sqrt(1 - b3^t)); without no_prox, that
+            times 1 + lr wd.
+        eps: what is added to that: eps times as much.
         kept: what of the parameter weight decay keeps: 1 / (1 + lr wd), with no_prox 1 - lr wd.
-        step_size: lr / (1 - b1^t); without no_prox, that divided by 1 + lr wd.
         difference_weight: b2 (1 - b1^t) / (1 - b2^t), what exp_avg_diff counts beside exp_avg.
     """
     d = tl.where(first, 0.0, g + neg_previous)
@@ -108,9 +107,7 @@ def adan(
     u = tl.fma(u, beta2, d * difference)
     # Not its square first, which may be infinite where the product of all three is not.
     n = tl.fma(n, beta3, look_ahead * square * look_ahead)
-    # The quotient before the step size: m step_size is denormal sooner.
-    denominator = tl.fma(square_root(n), correction, eps)
-    p = tl.fma(p, kept, -(tl.fma(u, difference_weight, m) / denominator * step_size))
+    p = tl.fma(p, kept, -(tl.fma(u, difference_weight, m) / tl.fma(square_root(n), root, eps)))
     return p, m, u, n, -g
 
 

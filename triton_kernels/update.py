@@ -70,7 +70,7 @@ def _store(address, offsets, value, mask):
 @triton.jit
 def _update_elements(
     begin, end, p_at, g_at, s0_at, s1_at, s2_at, s3_at, amsgrad, regularize, scale, total, rest, inverse, lift,
-    c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11,
+    c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10,
     ADAN: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, BLOCK)
@@ -85,14 +85,14 @@ def _update_elements(
         if ADAN:
             s2 = _load(s2_at, at, mask, TYPE)
             s3 = _load(s3_at, at, mask, TYPE)
-            p, s0, s1, s2, s3 = adan(p, g, s0, s1, s2, s3, c11 != 0, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10)
+            p, s0, s1, s2, s3 = adan(p, g, s0, s1, s2, s3, c10 != 0, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9)
             _store(s2_at, at, s2, mask)
             _store(s3_at, at, s3, mask)
         else:
             # A tensor without AMSGrad has no third state: none of its elements are loaded or stored.
             third = at < amsgrad * end if MASKED else tl.broadcast_to(amsgrad, (BLOCK,)) != 0
             s2 = tl.load(s2_at + at, mask=third, other=0.0, eviction_policy="evict_first").to(TYPE)
-            p, s0, s1, s2 = adamw(p, g, s0, s1, s2, amsgrad != 0, c0, c1, c2, c3, c4, c5, c6)
+            p, s0, s1, s2 = adamw(p, g, s0, s1, s2, amsgrad != 0, c0, c1, c2, c3, c4, c5)
             _store(s2_at, at, s2, third)
         _store(p_at, at, p, mask)
         _store(s0_at, at, s0, mask)
@@ -127,12 +127,11 @@ def update_step(
     c3 = tl.load(numbers + 3).to(TYPE)
     c4 = tl.load(numbers + 4).to(TYPE)
     c5 = tl.load(numbers + 5).to(TYPE)
-    c6 = tl.load(numbers + 6).to(TYPE)
-    c7 = tl.load(numbers + 7).to(TYPE) if ADAN else c6
-    c8 = tl.load(numbers + 8).to(TYPE) if ADAN else c6
-    c9 = tl.load(numbers + 9).to(TYPE) if ADAN else c6
-    c10 = tl.load(numbers + 10).to(TYPE) if ADAN else c6
-    c11 = tl.load(numbers + 11).to(TYPE) if ADAN else c6
+    c6 = tl.load(numbers + 6).to(TYPE) if ADAN else c5
+    c7 = tl.load(numbers + 7).to(TYPE) if ADAN else c5
+    c8 = tl.load(numbers + 8).to(TYPE) if ADAN else c5
+    c9 = tl.load(numbers + 9).to(TYPE) if ADAN else c5
+    c10 = tl.load(numbers + 10).to(TYPE) if ADAN else c5
 
     p = tl.load(row + t.PARAMETER).to(tl.pointer_type(PARAMETER)) + first
     g = tl.load(gradients + tensor).to(tl.pointer_type(GRADIENT)) + first
@@ -147,11 +146,11 @@ def update_step(
     _update_elements(
         0, full, aligned(p), aligned(g), aligned(s0), aligned(s1), aligned(s2), aligned(s3),
         amsgrad, regularize, scale, total, rest, inverse, lift,
-        c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, ADAN, TYPE, BLOCK, False,
+        c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, ADAN, TYPE, BLOCK, False,
     )  # fmt: skip
     _update_elements(
         full, count, p, g, s0, s1, s2, s3, amsgrad, regularize, scale, total, rest, inverse, lift,
-        c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, ADAN, TYPE, REST, True,
+        c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, ADAN, TYPE, REST, True,
     )  # fmt: skip
     if skipped == 0:
         if chunk == 0:

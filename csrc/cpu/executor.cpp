@@ -89,14 +89,13 @@ void Executor::prepare(const std::vector<Group>& groups, double clip) {
         std::int32_t& index = latest[tensor.group];
         if (index < 0 || numbers_[index].t != t || numbers_[index].first != first) {
             index = static_cast<std::int32_t>(numbers_.size());
-            Numbers numbers{tensor.group, t, first, group.sign * clip, {}, {}};
             const bool sweeps = static_cast<std::uint64_t>(t) % steps_between_sweeps == 0;
+            Numbers numbers{tensor.group, t, first, group.sign * clip, sweeps, {}, {}};
             if (tensor.rule == Rule::adan)
                 numbers.adan = {AdanNumbers<float>::of(group.adan, t, first),
-                                AdanNumbers<double>::of(group.adan, t, first), sweeps};
+                                AdanNumbers<double>::of(group.adan, t, first)};
             else
-                numbers.adamw = {AdamWNumbers<float>::of(group.adamw, t), AdamWNumbers<double>::of(group.adamw, t),
-                                 sweeps};
+                numbers.adamw = {AdamWNumbers<float>::of(group.adamw, t), AdamWNumbers<double>::of(group.adamw, t)};
             numbers_.push_back(numbers);
         }
         numbers_of_[i] = index;
@@ -170,7 +169,8 @@ void Executor::update_chunk(const Task& task, const Span& chunk, const Sums& sum
     const Numbers& numbers = numbers_[numbers_of_[task.tensor]];
     const void* of_rule = rule == Rule::adan ? static_cast<const void*>(&numbers.adan) : &numbers.adamw;
     kernels_[task.tensor]->update[static_cast<int>(rule)](
-        chunk, of_rule, plan_.tensors[task.tensor].regularize ? &sums.magnitudes : nullptr, numbers.scale);
+        chunk, of_rule, plan_.tensors[task.tensor].regularize ? &sums.magnitudes : nullptr, numbers.scale,
+        numbers.sweeps);
 }
 
 }  // namespace agr::cpu

@@ -47,6 +47,7 @@ private:
         double t;
         bool first;
         double scale;
+        bool sweeps;
         NumbersOf<AdamW<false>> adamw;  // for either form of AdamW
         NumbersOf<Adan> adan;
     };

@@ -121,13 +121,13 @@ AGR_INLINE void update_vector(P* p, const G* g, S* const* state, const Numbers& 
 }
 
 template <class R, bool regularize, class P, class G, class S>
-AGR_INLINE void update_span(const Span& span, const NumbersOf<R>& both, double abs_sum, double scale_in_double) {
+AGR_INLINE void update_span(const Span& span, const NumbersOf<R>& both, double abs_sum, double scale_in_double,
+                            bool sweeps) {
     using T = computed_in<P>;
     constexpr int lanes = lanes_of<T>;
     const auto numbers = in_type<T>(both.single, both.twice);
     const auto sum = AbsSum<T>::of(abs_sum, scale_in_double);
     const T scale = static_cast<T>(scale_in_double);
-    const bool sweeps = R::states > 0 && both.sweeps;  // a rule without states has other numbers
     P* p = static_cast<P*>(span.parameter);
     const G* g = static_cast<const G*>(span.gradient);
     S* state[most_states];
@@ -159,12 +159,12 @@ AGR_INLINE void update_span(const Span& span, const NumbersOf<R>& both, double a
 }
 
 template <class R, class P, class G, class S>
-void update(const Span& span, const void* numbers, const double* sum, double scale) {
+void update(const Span& span, const void* numbers, const double* sum, double scale, bool sweeps) {
     const auto& both = *static_cast<const NumbersOf<R>*>(numbers);
     if (sum != nullptr)
-        update_span<R, true, P, G, S>(span, both, *sum, scale);
+        update_span<R, true, P, G, S>(span, both, *sum, scale, sweeps);
     else
-        update_span<R, false, P, G, S>(span, both, 0, scale);
+        update_span<R, false, P, G, S>(span, both, 0, scale, sweeps);
 }
 
 template <class P, class G, class S>

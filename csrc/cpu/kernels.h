@@ -13,12 +13,12 @@ template <class R>
 struct NumbersOf {
     typename R::template Numbers<float> single;
     typename R::template Numbers<double> twice;
-    bool sweeps;  // whether averages that have faded are swept away (numeric.h)
 };
 
 // `numbers` points to the NumbersOf the rule, `sum` to the tensor's abs-sum, or is null where the gradient is not
-// regularized. Every element of the gradient is multiplied by `scale`.
-using Update = void (*)(const Span& span, const void* numbers, const double* sum, double scale);
+// regularized. Every element of the gradient is multiplied by `scale`. Averages that have faded are swept away
+// (numeric.h) if `sweeps`.
+using Update = void (*)(const Span& span, const void* numbers, const double* sum, double scale, bool sweeps);
 
 struct Kernels {
     double (*magnitudes)(const void* gradient, std::int64_t elements);
