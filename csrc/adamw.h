@@ -18,7 +18,7 @@ struct AdamWNumbers {
     T beta2;   // b2
     T square;  // 1 - b2
     Divisor<T> divisor;  // with the scale lr / (1 - b1^t)
-    T negligible;        // what v may be swept away below
+    T eps_squared;
 
     // `t` counts the steps of the parameter from 1.
     static AGR_INLINE AdamWNumbers of(const AdamWOptions& o, double t) {
@@ -28,7 +28,7 @@ struct AdamWNumbers {
                 static_cast<T>(o.beta2),
                 static_cast<T>(1 - o.beta2),
                 Divisor<T>::of(correction, o.eps, o.lr / (1 - power(o.beta1, t))),
-                negligible_square<T>(o.eps)};
+                static_cast<T>(o.eps * o.eps)};
     }
 };
 
@@ -59,7 +59,8 @@ struct AdamW {
     static AGR_INLINE void sweep(V g, V* state, const AdamWNumbers<T>& c) {
         const auto gone = faded<T>(state[0], g);
         state[0] = gone ? V{} : state[0];
-        for (int k = 1; k < states; ++k) state[k] = gone & (state[k] < c.negligible) ? V{} : state[k];
+        for (int k = 1; k < states; ++k)
+            state[k] = gone & (state[k] < negligible_square(c.eps_squared)) ? V{} : state[k];
     }
 };
 

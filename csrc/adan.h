@@ -22,8 +22,8 @@ struct AdanNumbers {
     // everything by 1 + lr wd, no_prox multiplies p alone by 1 - lr wd.
     T kept, difference_weight;
     Divisor<T> divisor;  // with the scale lr / (1 - b1^t)
-    T negligible;        // what n may be swept away below
-    bool first;          // the parameter's first step, where the difference to the previous gradient is 0
+    T eps_squared;
+    bool first;  // the parameter's first step, where the difference to the previous gradient is 0
 
     // `t` counts the steps of the group from 1.
     static AGR_INLINE AdanNumbers of(const AdanOptions& o, double t, bool first) {
@@ -40,7 +40,7 @@ struct AdanNumbers {
                 static_cast<T>(kept),
                 static_cast<T>(o.beta2 * correction1 / (1 - power(o.beta2, t))),
                 Divisor<T>::of(1 / square_root(1 - power(o.beta3, t)), o.eps, lr / correction1),
-                negligible_square<T>(o.eps),
+                static_cast<T>(o.eps * o.eps),
                 first};
     }
 };
@@ -76,7 +76,7 @@ struct Adan {
         const auto u_gone = faded<T>(state[1], g);
         state[0] = m_gone ? V{} : state[0];
         state[1] = u_gone ? V{} : state[1];
-        state[2] = m_gone & u_gone & (state[2] < c.negligible) ? V{} : state[2];
+        state[2] = m_gone & u_gone & (state[2] < negligible_square(c.eps_squared)) ? V{} : state[2];
     }
 };
 

@@ -125,8 +125,8 @@ struct Divisor {
 // What an average of squares may go below when the averages that it divides have: denormal, and of a root less than
 // eps, so that a denominator never becomes 0 by it.
 template <class T>
-AGR_INLINE T negligible_square(double eps) {
-    return eps * eps < smallest_normal<T> ? static_cast<T>(eps * eps) : smallest_normal<T>;
+AGR_INLINE T negligible_square(T eps_squared) {
+    return eps_squared < smallest_normal<T> ? eps_squared : smallest_normal<T>;
 }
 
 // The 16-bit types in integer arithmetic, for one element or, lane by lane, for a vector: F is float or floats, U the
