@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import Method, all_params, assert_parameters_close, copies, give_gradients, parameters, run, snapshot
@@ -12,20 +14,31 @@ SHAPES = [(2, 2, 2), (2, 3), (31,)]
 BETAS = {"AdamW": (0.8, 0.95), "Adan": (0.9, 0.8, 0.95)}
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)], ids=str)
-@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01), torch.tensor([[0.01]])], ids=str)
-@pytest.mark.parametrize("foreach", [None, True])
-def test_they_are_numbers(shape: tuple, lr: object, foreach: bool | None, method: Method, backend, device, generator):
-    if foreach and backend != "reference":
-        return  # which alone is asked for by it
-    params = parameters(generator, SHAPES, device=device)
-    options = {"backend": backend, "foreach": foreach}
+SHAPES_OF_BETAS = [(), (1,), (1, 1, 1)]
+LRS = [0.01, torch.tensor(0.01), torch.tensor([[0.01]])]
+
+
+def same_as_numbers(
+    method: Method, params: list[torch.Tensor], shape: tuple[int, ...], lr: Any, **options: Any
+) -> None:
     betas = tuple(torch.full(shape, beta, dtype=torch.float64) for beta in BETAS[method.name])
     optimizer = method.ours(params, lr=lr, betas=betas, **options)
     twin = method.ours(copies(params), lr=0.01, betas=BETAS[method.name], **options)
     run(optimizer, 3)
     run(twin, 3)
     assert_parameters_close(params, all_params(twin))
+
+
+@pytest.mark.parametrize("shape", SHAPES_OF_BETAS, ids=str)
+@pytest.mark.parametrize("lr", LRS, ids=str)
+def test_they_are_numbers(shape: tuple[int, ...], lr: Any, method: Method, backend, device, generator) -> None:
+    same_as_numbers(method, parameters(generator, SHAPES, device=device), shape, lr, backend=backend)
+
+
+@pytest.mark.parametrize("shape", SHAPES_OF_BETAS, ids=str)
+@pytest.mark.parametrize("lr", LRS, ids=str)
+def test_they_are_numbers_of_foreach_operations(shape: tuple[int, ...], lr: Any, method: Method, generator) -> None:
+    same_as_numbers(method, parameters(generator, SHAPES), shape, lr, foreach=True)
 
 
 def test_what_becomes_no_number_is_refused_before_anything_moves(method: Method, backend, device, generator) -> None:
