@@ -29,11 +29,11 @@ class ParameterGroup(dict[str, Any]):
         """Return a view of the keys, without `agr`."""
         return KeysView(self)
 
-    def values(self) -> ValuesView[Any]:  # type: ignore[override]
+    def values(self) -> ValuesView[Any]:  # type: ignore[override]  # as keys
         """Return a view of their values."""
         return ValuesView(self)
 
-    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
+    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]  # as keys
         """Return a view of keys and values."""
         return ItemsView(self)
 

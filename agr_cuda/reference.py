@@ -39,7 +39,7 @@ def psi(g: Tensor) -> Tensor:
     return g * (1 - magnitude / total)
 
 
-#: Steps between two in which averages that have faded are swept away.
+#: Steps between two in which averages that have faded are swept away; as in csrc/cpu/executor.cpp.
 _SWEEP = 25
 
 

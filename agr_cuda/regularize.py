@@ -39,18 +39,16 @@ def regularize_gradients_(parameters: Tensor | Iterable[Tensor]) -> None:
         strides = zip(gradient.shape, gradient.stride(), strict=True)
         if gradient.numel() > 0 and any(size > 1 and stride == 0 for size, stride in strides):
             raise RuntimeError("a gradient is expanded: its elements share memory, so that they cannot be changed")
-    on_cpu: list[tuple[Tensor, str]] = []
+    on_cpu: list[Tensor] = []
     others: list[Tensor] = []
+    dense: list[tuple[Tensor, str, str]] = []
     for gradient, name in gradients.values():
-        if "cpu" in backends.available_backends() and backends.why_not("cpu", gradient) is None and is_dense(gradient):
-            on_cpu.append((gradient, name))
-        else:
-            others.append(gradient)
-    check_apart(
-        [(gradient, "", name) for gradient, name in gradients.values() if is_plain(gradient) and is_dense(gradient)]
-    )
+        taken = "cpu" in backends.available_backends() and backends.why_not("cpu", gradient) is None
+        (on_cpu if taken and is_dense(gradient) else others).append(gradient)
+        if is_plain(gradient) and is_dense(gradient):
+            dense.append((gradient, "", name))
+    check_apart(dense)
     if on_cpu:
-        at_once = [gradient for gradient, _ in on_cpu]
-        native().regularize(at_once, torch.get_num_threads())
-        torch.autograd.graph.increment_version(at_once)
+        native().regularize(on_cpu, torch.get_num_threads())
+        torch.autograd.graph.increment_version(on_cpu)
     reference.regularize(others)
