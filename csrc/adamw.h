@@ -13,10 +13,12 @@ struct AdamWOptions {
 // What one step of one tensor multiplies by.
 template <class T>
 struct AdamWNumbers {
-    T decay;   // 1 - lr wd
-    T lerp;    // of exp_avg from itself to the gradient, 1 - b1 if that is below 1/2; else from the gradient, -b1
-    T beta2;   // b2
-    T square;  // 1 - b2
+    T decay;  // 1 - lr wd
+    // Of exp_avg: from itself to the gradient by w = 1 - b1 if that is below 1/2; else from the gradient by w - 1, or
+    // -0.
+    T lerp;
+    T beta2;             // b2
+    T square;            // 1 - b2
     Divisor<T> divisor;  // with the scale lr / (1 - b1^t)
     T eps_squared;
 
@@ -24,7 +26,7 @@ struct AdamWNumbers {
     static AGR_INLINE AdamWNumbers of(const AdamWOptions& o, double t) {
         const double correction = 1 / square_root(1 - power(o.beta2, t));
         return {static_cast<T>(1 - o.lr * o.weight_decay),
-                static_cast<T>(o.beta1 > 0.5 ? 1 - o.beta1 : -o.beta1),
+                static_cast<T>(o.beta1 > 0.5 ? 1 - o.beta1 : -(1 - (1 - o.beta1))),
                 static_cast<T>(o.beta2),
                 static_cast<T>(1 - o.beta2),
                 Divisor<T>::of(correction, o.eps, o.lr / (1 - power(o.beta1, t))),

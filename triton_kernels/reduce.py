@@ -133,7 +133,7 @@ def _decide(
         tl.store(out + 10, tl.where(first, 1.0, 0.0), mask=there)
     else:
         tl.store(out + 0, 1.0 - decay, mask=there)
-        tl.store(out + 1, tl.where(beta1 > 0.5, 1.0 - beta1, -beta1), mask=there)
+        tl.store(out + 1, tl.where(beta1 > 0.5, 1.0 - beta1, (1.0 - beta1) - 1.0), mask=there)
         tl.store(out + 2, beta2, mask=there)
         tl.store(out + 3, 1.0 - beta2, mask=there)
         root, eps = _divisor(1.0 / square_root(correction2), eps, lr / correction1)

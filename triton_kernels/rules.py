@@ -57,7 +57,7 @@ def adamw(p, g, m, v, w, amsgrad, decay, lerp, beta2, square, root, eps):
         w: max_exp_avg_sq, which counts where `amsgrad` is.
         amsgrad: whether to divide by the largest exp_avg_sq so far.
         decay: 1 - lr wd.
-        lerp: of exp_avg from itself to the gradient, 1 - b1 if that is below 1/2; else from the gradient, -b1.
+        lerp: of exp_avg from itself to the gradient, w = 1 - b1 if that is below 1/2; else from the gradient, w - 1.
         beta2: b2.
         square: 1 - b2.
         root: what the root of exp_avg_sq is multiplied by, (1 - b1^t) / (lr sqrt(1 - b2^t)).
