@@ -10,14 +10,20 @@ from torch import Tensor
 from torch.optim import Adam
 from torch.optim.optimizer import ParamsT
 
-from .binding import Binding
 from .groups import ParameterGroup
 from .optimizer import AGROptimizer
 from .options import number, number_or_tensor, scalar_or_number
-from .state import StateChange, is_alone
+from .tensors import StateTensor
 
 #: What the groups of this release's torch.optim.AdamW say besides options, from 2.7 on, and so its checkpoints.
 _SAID_BY_TORCH = {"decoupled_weight_decay": True} if "decoupled_weight_decay" in signature(Adam).parameters else {}
+
+_STATES = (
+    StateTensor("exp_avg"),
+    StateTensor("exp_avg_sq"),
+    StateTensor("step", role="count", dtype=torch.float32),
+)
+_AMSGRAD_STATES = (*_STATES[:2], StateTensor("max_exp_avg_sq"), *_STATES[2:])
 
 
 class AdamW(AGROptimizer, torch.optim.AdamW):
@@ -63,7 +69,6 @@ class AdamW(AGROptimizer, torch.optim.AdamW):
 
     _rule = "adamw"
     _betas = 2
-    _counts = ("step",)
     _structure = ("agr", "amsgrad", "foreach", "fused", "capturable", "differentiable")
 
     def __init__(
@@ -138,28 +143,10 @@ class AdamW(AGROptimizer, torch.optim.AdamW):
     def _clip_eps(self) -> float:
         return 1e-6  # as torch.nn.utils.clip_grad_norm_ has
 
-    def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
+    def _states(self, group: dict[str, Any]) -> tuple[StateTensor, ...]:
+        return _AMSGRAD_STATES if group["amsgrad"] else _STATES
 
     def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
         beta1, beta2 = (scalar_or_number(beta, keeps_tensor=group["differentiable"]) for beta in group["betas"])
         sign = -1.0 if group["maximize"] else 1.0
         return number_or_tensor(group["lr"]), beta1, beta2, number(group["eps"]), number(group["weight_decay"]), sign
-
-    def _state_change(self, binding: Binding) -> StateChange:
-        change = super()._state_change(binding)
-        # A step count is one float32, on the device where a graph shall capture it or a launch counts for itself (as
-        # with torch.optim.AdamW's fused operation), else on the CPU.
-        there = self.param_groups[binding.group]["capturable"] or binding.backend in ("cuda", "triton")
-        device = binding.parameter.device if there else torch.device("cpu")
-        step = binding.state.get("step")
-        if not isinstance(step, Tensor):  # torch's older releases saved a plain number
-            change.added["step"] = torch.tensor(step or 0.0, dtype=torch.float32, device=device)
-        elif step.device != device or (step.dtype != torch.float32 and binding.backend != "reference"):
-            if not is_alone(step):
-                raise RuntimeError(
-                    f"step of {binding.place}, in memory shared with others, is {step.dtype} on {step.device}; it "
-                    f"must be torch.float32 on {device}"
-                )
-            change.moved.append((step, step.detach().to(dtype=torch.float32, device=device)))
-        return change

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
 from typing import Any
 
 import torch
@@ -10,10 +10,19 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .groups import ParameterGroup
-from .launch import Scaling
 from .optimizer import AGROptimizer
 from .options import number, number_or_tensor, shown
-from .schedule import Schedule
+from .plan import StepPlan
+from .scaling import Scaling
+from .tensors import StateTensor, is_wrapper
+
+_STATES = (
+    StateTensor("exp_avg"),
+    StateTensor("exp_avg_diff"),
+    StateTensor("exp_avg_sq"),
+    # An element that is NaN says that there is no previous gradient. A checkpoint without it says so of the parameter.
+    StateTensor("neg_pre_grad", initial=math.nan, may_lack=True),
+)
 
 
 class Adan(AGROptimizer):
@@ -62,7 +71,6 @@ class Adan(AGROptimizer):
 
     _rule = "adan"
     _betas = 3
-    _may_lack = ("neg_pre_grad",)
     _structure = ("agr", "no_prox", "foreach", "fused", "capturable")
 
     def __init__(
@@ -124,8 +132,8 @@ class Adan(AGROptimizer):
                 )
         return super()._adapted(state_dict)
 
-    def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad")
+    def _states(self, group: dict[str, Any]) -> tuple[StateTensor, ...]:
+        return _STATES
 
     def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
         beta1, beta2, beta3 = map(number, group["betas"])
@@ -138,14 +146,13 @@ class Adan(AGROptimizer):
     def _clip_eps(self) -> float:
         return number(self.param_groups[0]["eps"])  # as sail-sg's Adan has
 
-    def _count_on_devices(self, schedule: Schedule, scaling: Scaling) -> None:
-        devices = {launch.device for launch in schedule.launches}
+    def _place_counts(self, plan: StepPlan, scaling: Scaling) -> None:
+        devices = {launch.device for launch in plan.on_devices}
         for group in self.param_groups:
-            if (
-                isinstance(group["step"], Tensor) and group["step"].device not in devices
-            ):  # where nothing counts any more
-                group["step"] = int(number(group["step"]))
-        for launch in schedule.launches:
+            step = group["step"]
+            if isinstance(step, Tensor) and step.device not in devices:  # where nothing counts any more
+                group["step"] = int(number(step))
+        for launch in plan.on_devices:
             for index in launch.groups:
                 group = self.param_groups[index]
                 step = group["step"]
@@ -159,50 +166,55 @@ class Adan(AGROptimizer):
     def _counted_by_host(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if not isinstance(group["step"], Tensor)]
 
-    # What is saved of a parameter with whose state no step has been made yet (the first may have been skipped) lacks
-    # "neg_pre_grad": that is what marks the next step as its first.
-
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as torch.optim.Optimizer.state_dict does, with step counts as plain numbers."""
+        """Return the state as torch.optim.Optimizer.state_dict does, with step counts as plain numbers.
+
+        What is saved of a parameter with whose state no step has been made (the first may have been skipped) lacks
+        "neg_pre_grad": so sail-sg's Adan takes its next step for its first, as this one does.
+        """
         # Before the hooks that a program has registered: they get what others get.
-        with self._hook(self.register_state_dict_post_hook, self._saved, prepend=True):
-            self._settle()
+        with self._hook(self.register_state_dict_post_hook, _saved, prepend=True):
             return super().state_dict()
-
-    def _saved(self, saved: dict[str, Any]) -> dict[str, Any]:
-        for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
-            if isinstance(packed.get("step"), Tensor):
-                packed["step"] = int(packed["step"].item())
-            for parameter, index in zip(group["params"], packed["params"], strict=True):
-                if id(parameter) in self._fresh and index in saved["state"]:
-                    saved["state"][index] = _without_previous_gradient(saved["state"][index])
-        return saved
-
-    def __getstate__(self) -> dict[str, Any]:
-        with self._lock:
-            self._settle()
-            saved = super().__getstate__()
-            state = defaultdict(dict, saved["state"])
-            for parameter in [p for p in state if id(p) in self._fresh]:
-                state[parameter] = _without_previous_gradient(state[parameter])
-        return {**saved, "state": state}
 
     @torch.no_grad()
     def restart_opt(self) -> None:
         """Begin anew: step counts and averages become zero, and the next step counts as every parameter's first."""
         for group in self.param_groups:
             if isinstance(group["step"], Tensor):
-                group["step"].zero_()  # in place: a captured graph counts there
+                group["step"].zero_()  # in place, as all of this: a captured graph goes on with it
             else:
                 group["step"] = 0
             for parameter in group["params"]:
                 state = self.state.get(parameter, {})
-                state.pop(
-                    "neg_pre_grad", None
-                )  # made anew at the parameter's next step, which its absence marks as the first
-                for value in state.values():
-                    value.zero_()
+                for spec in _STATES:
+                    if isinstance(state.get(spec.key), Tensor):
+                        spec.fill(state[spec.key])
 
 
-def _without_previous_gradient(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state.items() if key != "neg_pre_grad"}
+def _saved(saved: dict[str, Any]) -> dict[str, Any]:
+    """Change a state dict that has just been made into one that sail-sg's Adan takes."""
+    for group in saved["param_groups"]:
+        if isinstance(group.get("step"), Tensor):
+            group["step"] = int(group["step"].item())
+    for index in _without_previous_gradient(saved["state"]):
+        saved["state"][index] = {k: v for k, v in saved["state"][index].items() if k != "neg_pre_grad"}
+    return saved
+
+
+def _without_previous_gradient(states: dict[Any, Any]) -> list[Any]:
+    """Return the keys of those states whose "neg_pre_grad" no step has written."""
+    # Of all at once, the first element; of those where it is NaN, and few if any are, the others.
+    plain = {
+        index: state["neg_pre_grad"]
+        for index, state in states.items()
+        if isinstance(state, dict) and isinstance(state.get("neg_pre_grad"), Tensor)
+    }
+    plain = {i: x for i, x in plain.items() if x.numel() > 0 and x.device.type != "meta" and not is_wrapper(x)}
+    by_device: dict[torch.device, list[Any]] = {}
+    for index, previous in plain.items():
+        by_device.setdefault(previous.device, []).append(index)
+    found = []
+    for indices in by_device.values():
+        firsts = torch.stack([plain[i][(0,) * plain[i].dim()].isnan() for i in indices]).tolist()
+        found += [i for i, missing in zip(indices, firsts, strict=True) if missing and bool(plain[i].isnan().all())]
+    return found

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import cuda, triton
 from . import native as core
-from .binding import is_dense, is_plain
+from .tensors import GradientKind, is_dense, is_plain
 
 #: Every backend, the preferred first.
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -46,8 +46,8 @@ def check_backend(backend: str | None) -> None:
         raise RuntimeError(f"backend={backend!r} is not there: {reason}. There are {there}")
 
 
-def why_not(backend: str, parameter: Tensor, gradient: Tensor | None = None) -> str | None:
-    """Return why `backend`, which is there, does not take `parameter` (with `gradient`), or None if it does."""
+def why_not(backend: str, parameter: Tensor, gradient: GradientKind | None = None) -> str | None:
+    """Return why `backend`, which is there, does not take `parameter` (with such gradients), or None if it does."""
     if backend == "reference":
         return None
     device = parameter.device
@@ -66,8 +66,8 @@ def why_not(backend: str, parameter: Tensor, gradient: Tensor | None = None) -> 
         return f"the {backend} backend takes {', '.join(map(str, NATIVE_DTYPES))}, not {parameter.dtype}"
     if not is_dense(parameter):
         return f"the {backend} backend takes dense parameters, not strides {parameter.stride()}"
-    if gradient is not None and not is_plain(gradient):
-        return f"the {backend} backend takes gradients that are plain tensors, not {type(gradient).__name__}"
+    if gradient is not None and not gradient.plain:
+        return f"the {backend} backend takes gradients that are plain tensors, not {gradient.class_.__name__}"
     if gradient is not None and gradient.dtype != parameter.dtype:
         sixteen_bits = parameter.dtype in (torch.bfloat16, torch.float16)
         if not (sixteen_bits and gradient.dtype == torch.float32):
@@ -79,7 +79,7 @@ def _device_types(backend: str) -> tuple[str, ...]:
     return {"cpu": lambda: ("cpu",), "cuda": cuda.device_types, "triton": triton.device_types}[backend]()
 
 
-def choose(parameter: Tensor, gradient: Tensor | None = None) -> str:
+def choose(parameter: Tensor, gradient: GradientKind | None = None) -> str:
     """Return the first available backend that takes `parameter`."""
     # What runs a GPU's kernels on the CPU takes what it is asked to, and nothing else away from the cpu backend.
     emulated = [b for b in ("cuda", "triton") if "cpu" in _device_types(b)]

@@ -3,39 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .launch import Scaling
-from .options import number
-from .schedule import Schedule
+from .launch import Launch
 
 
-def global_norm(
-    schedule: Schedule, groups: Sequence[dict[str, Any]], numbers: Sequence[Sequence[tuple[Any, ...]]], scaling: Scaling
-) -> float | Tensor:
+@dataclass
+class Clipping:
+    """How one step clips its gradients."""
+
+    #: What the norm is clipped to; 0 does not clip.
+    max_grad_norm: float = 0.0
+    #: What is added to the norm.
+    eps: float = 0.0
+    #: What every unscaled gradient is multiplied by; None where the step's one launch takes the norm and finds it.
+    coefficient: float | Tensor | None = 1.0
+    #: The norm, or the square of it where the launch takes it.
+    norm: float | Tensor | None = None
+    squares: Tensor | None = None
+
+    @property
+    def in_launch(self) -> bool:
+        """Whether the step's one launch takes the norm itself."""
+        return self.coefficient is None
+
+    def measured(self) -> Tensor | None:
+        """Return the norm as a float64 tensor, or None where nothing was clipped."""
+        if self.squares is not None:
+            with torch.no_grad():
+                return self.squares.sqrt()
+        if self.norm is None or isinstance(self.norm, Tensor):
+            return None if self.norm is None else self.norm.detach()
+        return torch.tensor(self.norm, dtype=torch.float64, device="cpu")
+
+
+def clipping(launches: Sequence[Launch], max_grad_norm: float, eps: float) -> Clipping:
+    """Return how a step clips, having reduced all gradients if it takes that to know."""
+    if not max_grad_norm:
+        return Clipping()
+    if len(launches) == 1 and launches[0].squares is not None:
+        return Clipping(max_grad_norm, eps, None, squares=launches[0].squares)
+    norm = global_norm(launches)
+    return Clipping(max_grad_norm, eps, clip_coefficient(norm, max_grad_norm, eps), norm)
+
+
+def global_norm(launches: Sequence[Launch]) -> float | Tensor:
     """Return the norm of all unscaled gradients.
 
     It is a tensor if the reference or a GPU has a part in it, so that the host need not wait for it.
-
-    Args:
-        schedule: what the step launches.
-        groups: the optimizer's.
-        numbers: of each launch on a GPU, those of each group.
-        scaling: of mixed precision.
     """
     squares: Any = 0.0
-    if schedule.cpu is not None:
-        squares = squares + schedule.cpu.square_sum()
-    if schedule.reference is not None:
-        squares = squares + schedule.reference.square_sum(groups)
-    if scaling.grad_scale is not None and schedule.on_host:
-        squares = squares / number(scaling.grad_scale) ** 2
-    for launch, of_groups in zip(schedule.launches, numbers, strict=True):
-        of_launch = launch.reduce(of_groups, scaling)
-        squares = of_launch + (squares.to(of_launch.device) if isinstance(squares, Tensor) else squares)
+    for launch in launches:
+        of_launch = launch.square_sum()
+        if isinstance(of_launch, Tensor) and isinstance(squares, Tensor):
+            squares = squares.to(of_launch.device)
+        squares = of_launch + squares
     norm: float | Tensor = squares**0.5
     return norm
 

@@ -6,14 +6,17 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .binding import Binding, planned, rows
-from .launch import DeviceLaunch, Scaling
+from .launch import DeviceLaunch
 from .native import native
+from .tensors import Binding, planned, rows
+
+if TYPE_CHECKING:
+    from .clipping import Clipping
 
 #: What is launched instead of kernels, on tensors on the CPU; see `rehearsal`.
 _stand_in: Any = None
@@ -94,18 +97,17 @@ class CudaLaunch(DeviceLaunch):
     """One launch of a step: all parameters on one device, of one combination of types."""
 
     backend = "cuda"
-    takes_norm = True
     kernel_reads = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-    def __init__(self, rule: str, bindings: Sequence[Binding], groups: int, clip: bool, counts: bool) -> None:
+    def __init__(
+        self, rule: str, bindings: Sequence[Binding], groups: int, sizes: Sequence[int], clip: bool, counts: bool
+    ) -> None:
         super().__init__(bindings, counts)
         _C = native()
         self.squares = torch.zeros((), dtype=torch.float64, device=self.device) if clip else None
-        first = bindings[0]
+        types = str(bindings[0].parameter.dtype), str(bindings[0].gradient.dtype)
         with self._current_device():
-            chunk, window, lead, resident, multiprocessors = _C.cuda_limits(
-                rule, first.parameter, first.gradient, self._index
-            )
+            chunk, window, lead, resident, multiprocessors = _C.cuda_limits(rule, *types, self._index)
         plan = _C.Plan(
             planned(bindings),
             clip,
@@ -121,42 +123,43 @@ class CudaLaunch(DeviceLaunch):
         self.table = table.to(self.device)
         self._executor.attach(self.table)
 
-    def reduce(self, numbers: Sequence[tuple[Any, ...]], scaling: Scaling) -> Tensor:
-        """Return the sum of the squares of all gradients; see DeviceLaunch.reduce."""
+    def square_sum(self) -> Tensor:
+        """Return the sum of the squares of all gradients; see Launch.square_sum."""
         assert self.squares is not None
-        self._launch("reduce", numbers, False, 0.0, 0.0, None, scaling, [], set(), [])
+        self._launch("reduce", counts=False)
         return self.squares
 
-    def update(
-        self, numbers: Sequence[tuple[Any, ...]], max_grad_norm: float, clip_eps: float, clip: Tensor | None,
-        scaling: Scaling, counted: Sequence[dict[str, Any]], fresh: set[int], stepped: Sequence[int],
-    ) -> None:  # fmt: skip
-        """Make the step; see DeviceLaunch.update."""
-        phase = "all" if clip is None else "update"
-        self._launch(phase, numbers, self.counts, max_grad_norm, clip_eps, clip, scaling, counted, fresh, stepped)
+    def update(self, clipping: Clipping, counted: Sequence[dict[str, Any]]) -> None:
+        """Make the step and count it where no signal handler can come between; see Launch.update."""
+        if clipping.in_launch or not clipping.max_grad_norm:
+            self._launch("all", self.counts, clipping.max_grad_norm, clipping.eps, counted=counted)
+        else:
+            assert isinstance(clipping.coefficient, Tensor)
+            clip = clipping.coefficient.to(self.device, torch.float64)
+            self._launch("update", self.counts, clip=clip, counted=counted)
 
     def _launch(
-        self, phase: str, numbers: Sequence[tuple[Any, ...]], counts: bool, max_grad_norm: float, clip_eps: float,
-        clip: Tensor | None, scaling: Scaling, counted: Sequence[dict[str, Any]], fresh: set[int],
-        stepped: Sequence[int],
-    ) -> None:  # fmt: skip
+        self,
+        phase: str,
+        counts: bool,
+        max_grad_norm: float = 0.0,
+        clip_eps: float = 0.0,
+        clip: Tensor | None = None,
+        counted: Sequence[dict[str, Any]] = (),
+    ) -> None:
         stream = self._follow_stream()
-        grad_scale, found_inf = scaling.on(self.device)
+        grad_scale, found_inf = self.scaling.on(self.device)
         squares = None if phase == "update" else self.squares
         captured = self.captured
         with self._current_device():
             self.captured = self._executor.launch(
-                self.gradients, numbers, counts, max_grad_norm, clip_eps, clip, squares, grad_scale, found_inf, phase,
-                stream, counted, fresh, stepped,
+                self.gradients, self.numbers, counts, max_grad_norm, clip_eps, clip, squares, grad_scale, found_inf,
+                phase, stream, counted,
             )  # fmt: skip
-        self.unkept = self.unkept or self.captured != captured
+        self.newly_captured = self.newly_captured or self.captured != captured
 
     def tables(self) -> Iterator[Tensor]:
         """Yield what launches read and write of the backend's own."""
         yield self.table
         if self.squares is not None:
             yield self.squares
-
-    def begun(self) -> list[bool]:
-        """Return of every binding whether a step has been made with its state. Waits for the device."""
-        return list(self._executor.begun(self.table.cpu()))

@@ -25,9 +25,9 @@ def _after_fork_in_child() -> None:
             # Another thread of the parent was in a step, and is not here to end it. What that step ran on is left as it
             # was at that moment, and the next is planned anew. What is on a GPU, which a child cannot use, is kept from
             # being freed here.
-            schedule, optimizer._schedule = optimizer._schedule, None
-            if schedule is not None and schedule.launches:
-                _abandoned.append(schedule)
+            plan, optimizer._plan = optimizer._plan, None
+            if plan is not None and plan.on_devices:
+                _abandoned.append(plan)
         optimizer._lock = threading.RLock()
 
 

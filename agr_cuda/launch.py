@@ -1,49 +1,57 @@
-"""What launches on GPUs have in common: what mixed precision tells them, streams, and what captured graphs need."""
+"""What launches have in common: the part of a step that one backend makes, and on GPUs streams and captured graphs."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .binding import Binding
 from .native import native
 from .options import number
+from .scaling import Scaling
+from .tensors import Binding
+
+if TYPE_CHECKING:
+    from .clipping import Clipping
+
+#: Of one group, in the order of its rule; some perhaps tensors.
+Numbers = tuple[Any, ...]
 
 
-@dataclass
-class Scaling:
-    """What gradients are divided by, and whether to make no step at all: set by torch.amp.GradScaler."""
+class Launch(ABC):
+    """One step of all parameters that one backend updates together. A parameter without a gradient stays as it is."""
 
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
+    backend: str
+    #: Where the launch, if it has all gradients, puts the sum of the squares of their elements, unscaled; None if it
+    #: does not take the norm for clipping by itself.
+    squares: Tensor | None = None
+    #: Where its gradients are; None for a backend that finds them itself.
+    gradients: Any = None
 
-    @classmethod
-    def asked_of(cls, optimizer: torch.optim.Optimizer) -> Scaling:
-        """Return what the scaler has set on the optimizer, perhaps nothing."""
-        return cls(_tensor(getattr(optimizer, "grad_scale", None)), _tensor(getattr(optimizer, "found_inf", None)))
+    def __init__(self, bindings: Sequence[Binding]) -> None:
+        self.bindings = bindings
 
-    def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """Return both as float32 tensors of one element on `device`, without waiting for them."""
-        return _single(self.grad_scale, device), _single(self.found_inf, device)
+    @abstractmethod
+    def prepare(self, groups: Sequence[dict[str, Any]], numbers: Sequence[Numbers], scaling: Scaling) -> None:
+        """Take what this step needs of its numbers. Whatever may fail of that comes before any update.
 
+        Args:
+            groups: the optimizer's.
+            numbers: of each group.
+            scaling: of mixed precision.
+        """
 
-def _tensor(value: Any) -> Tensor | None:
-    """Return an attribute that a scaler has set: a tensor, or a plain number where no gradient was looked at."""
-    if value is None or isinstance(value, Tensor):
-        return value
-    return torch.tensor(float(value), dtype=torch.float32, device="cpu")
+    @abstractmethod
+    def square_sum(self) -> float | Tensor:
+        """Return the sum of the squares of all gradients' elements, unscaled; leaves sums for `update`."""
 
-
-def _single(value: Tensor | None, device: torch.device) -> Tensor | None:
-    if value is None or (value.device == device and value.dtype == torch.float32):
-        return value
-    return value.to(device=device, dtype=torch.float32, non_blocking=True)
+    @abstractmethod
+    def update(self, clipping: Clipping, counted: Sequence[dict[str, Any]]) -> None:
+        """Make the step, or after `square_sum` the rest of it; then count it in the groups `counted`."""
 
 
 def on_device(value: Any, device: torch.device, kernel_reads: Sequence[torch.dtype]) -> Any:
@@ -68,73 +76,41 @@ _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _public_raw_stream)
 _NOTHING = nullcontext()
 
 
-class DeviceLaunch(ABC):
+class DeviceLaunch(Launch):
     """One step of all parameters on one GPU, of one combination of types; the base of the backends' own.
 
     Where its device is the CPU, kernels run on the host, in a test or a rehearsal, and there are no streams.
     """
 
-    backend: str
-    #: Whether a launch that has all the gradients takes their norm itself.
-    takes_norm: bool
-    #: Where such a launch puts the sum of the squares of all gradients' elements, unscaled; None if it never clips.
-    squares: Tensor | None = None
     #: The types of a tensor that stands for a group's number which kernels read as it is.
     kernel_reads: tuple[torch.dtype, ...]
 
     def __init__(self, bindings: Sequence[Binding], counts: bool) -> None:
-        self.bindings = bindings
+        super().__init__(bindings)
         self.device = bindings[0].parameter.device
         #: The indices of the groups whose parameters these are.
         self.groups = sorted({b.group for b in bindings})
         #: Whether it raises the step counts that groups have on its device: the last one there does.
         self.counts = counts
         self.gradients = native().GradientTable()
-        #: Whether the device knows better than the host which states a step has been made with.
-        self.unsettled = False
         #: Whether a launch was captured into a graph, which needs the tables from then on.
         self.captured = False
-        #: Whether one was captured since the optimizer last kept what graphs need.
-        self.unkept = False
+        #: Whether one was captured and the optimizer has not yet kept what its graph needs.
+        self.newly_captured = False
+        self.numbers: list[Numbers] = []
+        self.scaling = Scaling(None, None)
         self._index = self.device.index or 0
         self._module: Any = None if self.device.type == "cpu" else torch.get_device_module(self.device)
         self._stream = self._current_stream()
         self._stream_object = None if self._module is None else self._module.current_stream(self.device)
 
-    # What a backend says of itself.
-
-    @abstractmethod
-    def reduce(self, numbers: Sequence[tuple[Any, ...]], scaling: Scaling) -> Tensor:
-        """Return the sum of the squares of all gradients' elements, unscaled, and leave the abs-sums for `update`."""
-
-    @abstractmethod
-    def update(
-        self,
-        numbers: Sequence[tuple[Any, ...]],
-        max_grad_norm: float,
-        clip_eps: float,
-        clip: Tensor | None,
-        scaling: Scaling,
-        counted: Sequence[dict[str, Any]],
-        fresh: set[int],
-        stepped: Sequence[int],
-    ) -> None:
-        """Make the step, or after `reduce` the rest of it.
-
-        Args:
-            numbers: of each group. Where a number is a tensor, it is on this device, and read there.
-            max_grad_norm: clip by the norm of this launch's gradients alone, if it `takes_norm`; 0 does not.
-            clip_eps: what is added to the norm.
-            clip: float64, what every gradient is multiplied by; after `reduce`.
-            scaling: of mixed precision.
-            counted: groups whose step the host counts, after the launch.
-            fresh: out of which `stepped` is taken, after the launch.
-            stepped: see there.
-        """
-
-    @abstractmethod
-    def begun(self) -> list[bool]:
-        """Return of every binding whether a step has been made with its state. Waits for the device."""
+    def prepare(self, groups: Sequence[dict[str, Any]], numbers: Sequence[Numbers], scaling: Scaling) -> None:
+        """Take numbers, and tensors that stand for them where the kernels read them; see Launch.prepare."""
+        self.scaling = scaling
+        self.numbers = [
+            tuple([on_device(x, self.device, self.kernel_reads) if isinstance(x, Tensor) else x for x in of_group])
+            for of_group in numbers
+        ]
 
     @abstractmethod
     def tables(self) -> Iterator[Tensor]:
@@ -171,7 +147,7 @@ class DeviceLaunch(ABC):
             if not self.capturing():  # nor could a capture wait for what is outside of it
                 current.wait_stream(self._stream_object)
             # Let the allocator know that these are in use on both.
-            for used in (*self.tables(), *(b.relaid for b in self.bindings if b.relaid is not None)):
+            for used in (*self.tables(), *(b.staged for b in self.bindings if b.staged is not None)):
                 used.record_stream(current)
             self._stream, self._stream_object = stream, current
         return stream
@@ -180,8 +156,8 @@ class DeviceLaunch(ABC):
         """Yield what a captured launch reads and writes, besides parameters, gradients and what options are."""
         yield from self.tables()
         for b in self.bindings:
-            yield from (b.state[key] for key in b.keys)
-            if isinstance(b.state.get("step"), Tensor):
-                yield b.state["step"]
-            if b.relaid is not None:
-                yield b.relaid
+            yield from b.averages
+            if b.count is not None:
+                yield b.count
+            if b.staged is not None:
+                yield b.staged

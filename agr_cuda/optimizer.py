@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any, overload
@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .backends import check_backend
-from .binding import Binding, made_for_later, same_layout
-from .clipping import clip_coefficient, global_norm
+from .bind import bind, check_changeable, check_tensors, state_change
+from .clipping import Clipping, clipping
 from .fork import remember
 from .groups import ParameterGroup
 from .hooks import hooked, level_of_caller, passed_by_compilers
-from .launch import DeviceLaunch, Scaling, on_device
 from .options import FLAGS, check_betas, check_flag, check_nonnegative, make_plain, number
-from .schedule import Schedule, check_changeable, check_tensors, choose_backend
-from .state import StateChange, averages, check_apart, check_whole, written
+from .plan import StepPlan
+from .scaling import Scaling
+from .tensors import Binding, StateTensor
 
 #: The options that are one for the whole optimizer: in its `defaults`, and in no group.
 OF_ALL_GROUPS = ("max_grad_norm", "backend")
@@ -50,19 +50,14 @@ class AGROptimizer(torch.optim.Optimizer):
     _betas: int
     #: The group options that decide which kernels run and on what, as against the numbers that they run with.
     _structure: tuple[str, ...]
-    #: Of the state, what a whole one has besides tensors of the parameter's shape, and which of those it may lack.
-    _counts: tuple[str, ...] = ()
-    _may_lack: tuple[str, ...] = ()
 
-    _schedule: Schedule | None
+    _plan: StepPlan | None
     _checked: list[Any] | None  # the numbers that were last found in range
-    _fresh: set[int]  # id of parameters whose state is made, and no step yet made with it
     _lock: threading.RLock  # held from the look at the parameters to the end of their update
     _warned: set[str]  # of what
     _hooked: set[str]  # what registers hooks that are there for the moment
     _captured: dict[int, Tensor]  # by id: what launches captured into graphs read and write
-    _norm: float | Tensor | None  # of the last step's gradients
-    _squares: Tensor | None  # or the square of it, where a launch took it
+    _clipping: Clipping  # of the last step
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         if defaults["max_grad_norm"] is not None:
@@ -105,30 +100,28 @@ class AGROptimizer(torch.optim.Optimizer):
         the first step, and where `max_grad_norm` does not clip. After a step that mixed precision skipped it is not
         finite, or that of the step before.
         """
-        if self._squares is not None:
-            with torch.no_grad():
-                return self._squares.sqrt()
-        if self._norm is None or isinstance(self._norm, Tensor):
-            return None if self._norm is None else self._norm.detach()
-        return torch.tensor(self._norm, dtype=torch.float64, device="cpu")
+        return self._clipping.measured()
 
     # What a rule says of itself.
 
-    def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Return the keys of the state tensors that have the parameter's shape, in the order of the rule."""
+    def _states(self, group: dict[str, Any]) -> tuple[StateTensor, ...]:
+        """Return what the rule keeps of each parameter of a group, in the order of the rule."""
         raise NotImplementedError
 
     def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """Return the group's numbers, some perhaps tensors, in the order in which the native core takes them."""
         raise NotImplementedError
 
-    def _state_change(self, binding: Binding) -> StateChange:
-        """Return what a parameter's state needs before its step."""
-        return averages(binding)
-
     def _clip_eps(self) -> float:
         """Return what clipping adds to the norm."""
         raise NotImplementedError
+
+    def _place_counts(self, plan: StepPlan, scaling: Scaling) -> None:
+        """Put step counts of groups on a device where the host cannot know them, and back where no device counts."""
+
+    def _counted_by_host(self) -> list[dict[str, Any]]:
+        """Return the groups whose step count is a number."""
+        return []
 
     # torch.optim.Optimizer's interface.
 
@@ -198,14 +191,13 @@ class AGROptimizer(torch.optim.Optimizer):
             # of instances, as torch's optimizers say it: whoever clips gradients in between, or wants to know of
             # skipped steps, asks for this, and has them unscaled before.
             self._step_supports_amp_scaling = True
-        self._schedule = None
+        self._plan = None
         self._checked = None
-        self._fresh = set()
         self._warned = getattr(self, "_warned", set())
         self._captured = getattr(self, "_captured", {})
         self._hooked = getattr(self, "_hooked", set())
         self._lock = getattr(self, "_lock", None) or threading.RLock()
-        self._norm = self._squares = None
+        self._clipping = Clipping()
         remember(self)
         passed_by_compilers(AGROptimizer)
 
@@ -267,7 +259,7 @@ class AGROptimizer(torch.optim.Optimizer):
     @property
     def backends(self) -> list[str]:
         """The names of the backends that the last step used; empty before the first."""
-        return [] if self._schedule is None else self._schedule.backends
+        return [] if self._plan is None else self._plan.backends
 
     # The step.
 
@@ -296,11 +288,32 @@ class AGROptimizer(torch.optim.Optimizer):
         with self._lock:
             self._check_numbers()
             try:
-                self._run(self._current_schedule(), Scaling.asked_of(self))
+                self._make(self._plan_for_step())
             finally:
-                if self._schedule is not None:
-                    self._schedule.release()
+                if self._plan is not None:
+                    self._plan.release()
         return loss
+
+    def _make(self, plan: StepPlan) -> None:
+        """Make the step that is planned, unless mixed precision skips it. Whatever may fail comes before any update."""
+        scaling = Scaling.asked_of(self)
+        if plan.on_host and scaling.skips():
+            return
+        self._check_capture(plan)
+        self._place_counts(plan, scaling)
+        plan.stage_gradients()
+        numbers = [self._numbers(group) for group in self.param_groups]
+        for launch in plan.launches:
+            launch.prepare(self.param_groups, numbers, scaling)
+        self._clipping = clipping(plan.launches, float(self.max_grad_norm or 0), self._clip_eps())
+        counted = self._counted_by_host()
+        for launch in plan.launches:
+            launch.update(self._clipping, counted if launch is plan.launches[-1] else [])
+        if not plan.launches:
+            for group in counted:
+                group["step"] += 1
+        self._keep_for_graphs(plan)
+        plan.count_changes()
 
     def _check_numbers(self) -> None:
         for i, group in enumerate(self.param_groups):
@@ -315,87 +328,39 @@ class AGROptimizer(torch.optim.Optimizer):
                 self._check_group(group)
             self._checked = numbers
 
-    def _current_schedule(self) -> Schedule:
+    def _plan_for_step(self) -> StepPlan:
+        """Return a plan that fits, the last one if nothing has moved, with this step's gradients read."""
         options = itemgetter(*self._structure)
         structure = [bool(self.max_grad_norm), self.backend, *map(options, self.param_groups)]
-        schedule = self._schedule
-        if schedule is not None and schedule.structure == structure and schedule.fits(self.param_groups, self.state):
+        plan = self._plan
+        if (
+            plan is not None
+            and plan.structure == structure
+            and plan.fits(self.param_groups, self.state)
             # The watch knows where the native backends' tensors are; others it leaves to us.
-            for b in schedule.referred:
-                check_tensors(b.place, b.parameter, b.state, b.keys)
-                check_changeable(b.place, b.parameter, b.state)
-            if not any(self._state_change(b) for b in schedule.referred):
-                return schedule
-        self._settle()
-        self._schedule = None
-        bindings = self._bind_all()
-        clip = bool(self.max_grad_norm)
-        schedule = Schedule(self._rule, structure, bindings, self.param_groups, self.state, clip)
-        if schedule.written and not schedule.fits(self.param_groups, self.state):
-            raise RuntimeError("parameters, gradients or state were changed by another thread during step()")
-        self._schedule = schedule
-        return schedule
-
-    def _settle(self) -> None:
-        """Ask the devices which states a step has been made with, where the host does not know."""
-        schedule = self._schedule
-        for launch in [] if schedule is None else schedule.launches:
-            if launch.unsettled:
-                begun = launch.begun()
-                for binding, has_begun in zip(launch.bindings, begun, strict=True):
-                    if has_begun:
-                        self._fresh.discard(id(binding.parameter))
-                # Replays of a graph make steps of which nobody is told.
-                launch.unsettled = launch.captured and not all(begun)
-
-    def _bind_all(self) -> list[Binding]:
-        """Check every parameter that has a gradient, then make the state that is missing."""
-        bindings = []
-        index = -1
-        for group_index, group in enumerate(self.param_groups):
+            and self._still_bound(plan.by_reference)
+        ):
+            return plan
+        for group in self.param_groups:
             self._check_group(group)
-            for position, parameter in enumerate(group["params"]):
-                index += 1
-                if parameter.grad is not None:
-                    bindings.append(self._bind(index, group_index, position, parameter))
-        check_apart(written(bindings))
-        with made_for_later():
-            changes = [self._state_change(binding) for binding in bindings]
+        self._plan = None
+        bindings = bind(self, [] if plan is None else plan.bindings)
         self._warn_of_single_elements(bindings)
         self._warn_of_wrappers(bindings)
-        # From here on nothing fails that could have been foreseen.
-        for binding, change in zip(bindings, changes, strict=True):
-            if self._rule == "adan" and binding.state.get("neg_pre_grad") is None:
-                self._fresh.add(id(binding.parameter))
-            binding.fresh = id(binding.parameter) in self._fresh
-            if change:
-                change.make(binding.state)
-                self.state[binding.parameter] = binding.state
-        return bindings
+        clip = bool(self.max_grad_norm)
+        plan = StepPlan(self._rule, structure, bindings, self.param_groups, self.state, clip)
+        if not plan.fits(self.param_groups, self.state) and plan.written:
+            raise RuntimeError("parameters, gradients or state were changed by another thread during step()")
+        self._plan = plan
+        return plan
 
-    def _bind(self, index: int, group_index: int, position: int, parameter: Tensor) -> Binding:
-        group = self.param_groups[group_index]
-        place = f"group {group_index}, parameter {position}"
-        if position < len(group.get("param_names", ())):
-            place += f" ({group['param_names'][position]!r})"
-        gradient = parameter.grad
-        assert gradient is not None
-        keys = self._state_keys(group)
-        state = self.state.get(parameter, {})
-        check_tensors(place, parameter, state, keys)
-        check_whole(place, state, [k for k in (*keys, *self._counts) if k not in self._may_lack], self._may_lack)
-        tensors = {key: state[key] for key in keys if state.get(key) is not None}
-        backend = choose_backend(place, group, parameter, tensors, self.backend)
-        if backend == "reference":
-            check_changeable(place, parameter, state)
-        relaid = None
-        if backend != "reference" and not same_layout(parameter, gradient):
-            with made_for_later():
-                relaid = torch.empty_like(parameter, dtype=gradient.dtype, memory_format=torch.preserve_format)
-        return Binding(
-            index, group_index, place, parameter, keys, backend, state,
-            regularize=bool(group["agr"]), amsgrad=bool(group.get("amsgrad")), relaid=relaid,
-        )  # fmt: skip
+    def _still_bound(self, bindings: Sequence[Binding]) -> bool:
+        """Whether the reference backend's bindings are as they were; raise RuntimeError for what it cannot take."""
+        present = [b for b in bindings if b.parameter.grad is not None]
+        for b in present:
+            check_tensors(b.place, b.parameter, b.state, b.states)
+            check_changeable(b.place, b.parameter, b.state)
+        return not any(state_change(self, b) for b in present)
 
     def _warn_of_single_elements(self, bindings: list[Binding]) -> None:
         places = [b.place for b in bindings if b.regularize and b.parameter.numel() == 1]
@@ -421,91 +386,21 @@ class AGROptimizer(torch.optim.Optimizer):
             self._warned.add(of)
             warnings.warn(message, stacklevel=level_of_caller())
 
-    def _run(self, schedule: Schedule, scaling: Scaling) -> None:
-        if scaling.found_inf is not None and schedule.on_host and number(scaling.found_inf) != 0:
-            return
-        if schedule.launches:
-            self._check_capture(schedule)
-        self._count_on_devices(schedule, scaling)
-        if schedule.relaid:
-            with torch.no_grad():
-                for binding in schedule.relaid:
-                    assert binding.relaid is not None
-                    assert binding.parameter.grad is not None
-                    binding.relaid.copy_(binding.parameter.grad)
-        # Whatever may fail comes before the first update.
-        numbers = [self._numbers(group) for group in self.param_groups]
-        on_devices = [[self._on_device(group, launch) for group in numbers] for launch in schedule.launches]
-        clip: Any = 1.0
-        # Then the launch takes the norm itself.
-        alone = len(schedule.launches) == 1 and schedule.launches[0].takes_norm and not schedule.on_host
-        self._norm, self._squares = None, schedule.launches[0].squares if alone and self.max_grad_norm else None
-        if self.max_grad_norm and not alone:
-            self._norm = global_norm(schedule, self.param_groups, on_devices, scaling)
-            clip = clip_coefficient(self._norm, float(self.max_grad_norm), self._clip_eps())
-        if schedule.on_host:
-            on_host = clip if scaling.grad_scale is None else clip / number(scaling.grad_scale)
-        if schedule.cpu is not None:  # before a launch raises step counts among them
-            host_numbers = [tuple(number(x) if isinstance(x, Tensor) else x for x in group) for group in numbers]
-            host_clip = number(on_host)
-        if schedule.reference is not None:
-            schedule.reference.update(self.param_groups, numbers, on_host)
-        counted = self._counted_by_host()
-        # What is noted last is noted by the native call that makes the last update, in the same breath. A launch that
-        # may make no step leaves it to the device to note that.
-        unknown = scaling.found_inf is not None and not schedule.on_host
-        stepped = [id(b.parameter) for b in schedule.bindings] if self._fresh and not unknown else []
-        for i, launch in enumerate(schedule.launches):
-            last = schedule.cpu is None and i + 1 == len(schedule.launches)
-            launch.update(
-                on_devices[i],
-                float(self.max_grad_norm or 0) if alone else 0.0,
-                self._clip_eps(),
-                clip.to(launch.device, torch.float64) if isinstance(clip, Tensor) else None,
-                scaling,
-                counted if last else [],
-                self._fresh,
-                stepped if last else [],
-            )
-            launch.unsettled = launch.unsettled or (unknown and bool(self._fresh))
-            if launch.unkept:
-                self._keep_for_graphs(launch)
-                launch.unkept = False
-        if schedule.cpu is not None:
-            schedule.cpu.update(host_numbers, host_clip, counted, self._fresh, stepped)
-        elif not schedule.launches:
-            for group in counted:
-                group["step"] += 1
-            self._fresh.difference_update(stepped)
-        schedule.count_changes()
-        if stepped:
-            for binding in schedule.bindings:
-                binding.fresh = False
-
-    def _on_device(self, numbers: tuple[Any, ...], launch: DeviceLaunch) -> tuple[Any, ...]:
-        return tuple(on_device(x, launch.device, launch.kernel_reads) if isinstance(x, Tensor) else x for x in numbers)
-
-    # Graphs, and step counts on devices.
-
-    def _check_capture(self, schedule: Schedule) -> None:
+    def _check_capture(self, plan: StepPlan) -> None:
         """Raise RuntimeError if a graph is being captured with step counts or numbers that it would repeat."""
-        if all(group["capturable"] for group in self.param_groups):
+        if not plan.on_devices or all(group["capturable"] for group in self.param_groups):
             return
-        if any(launch.capturing() for launch in schedule.launches):
+        if any(launch.capturing() for launch in plan.on_devices):
             index = next(i for i, group in enumerate(self.param_groups) if not group["capturable"])
             raise RuntimeError(
                 f"step() is being captured in a CUDA graph, and group {index} has capturable=False; it must be True"
             )
 
-    def _count_on_devices(self, schedule: Schedule, scaling: Scaling) -> None:
-        """Put step counts of groups on a device where the host cannot know them, and back where no device counts."""
-
-    def _counted_by_host(self) -> list[dict[str, Any]]:
-        """Return the groups whose step count is a number."""
-        return []
-
-    def _keep_for_graphs(self, launch: DeviceLaunch) -> None:
-        """Keep what a captured launch reads and writes for as long as the optimizer lives, since the graph may."""
-        counts = [group["step"] for group in self.param_groups if isinstance(group.get("step"), Tensor)]
-        for tensor in (*counts, *launch.kept_for_graphs()):
-            self._captured[id(tensor)] = tensor
+    def _keep_for_graphs(self, plan: StepPlan) -> None:
+        """Keep what captured launches read and write for as long as the optimizer lives, since a graph may."""
+        for launch in plan.on_devices:
+            if launch.newly_captured:
+                launch.newly_captured = False
+                counts = [group["step"] for group in self.param_groups if isinstance(group.get("step"), Tensor)]
+                for tensor in (*counts, *launch.kept_for_graphs()):
+                    self._captured[id(tensor)] = tensor

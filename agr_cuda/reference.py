@@ -11,12 +11,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .binding import Binding
+from .launch import Launch, Numbers
+from .scaling import Scaling
+from .tensors import Binding
+
+if TYPE_CHECKING:
+    from .clipping import Clipping
 
 Number = float | Tensor
 
@@ -100,10 +105,11 @@ def adan(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the parameter, exp_avg, exp_avg_diff, exp_avg_sq and neg_pre_grad after Adan's step `t` (from 1).
 
-    `first` says that it is the parameter's first step, where the difference to the previous gradient counts as 0.
+    `neg_previous` is the previous gradient negated, or NaN where there is none: then the difference to it is 0, as in
+    the group's `first` step.
     """
     b1, b2, b3 = betas
-    d = torch.zeros_like(g) if first else g + neg_previous
+    d = torch.zeros_like(g) if first else (g + neg_previous).masked_fill(neg_previous.isnan(), 0)
     m = b1 * m + (1 - b1) * g
     u = b2 * u + (1 - b2) * d
     look_ahead = g + b2 * d
@@ -167,9 +173,12 @@ def foreach_adan(
 ) -> None:  # fmt: skip
     """Do `adan` for lists of tensors, in place; sweeping, one tensor at a time."""
     b1, b2, b3 = betas
-    d = torch._foreach_mul(g, 0.0) if first else torch._foreach_add(neg_previous, g)
+    d = list(torch._foreach_add(neg_previous, g))
     if first:
         torch._foreach_zero_(d)
+    else:
+        for difference, previous in zip(d, neg_previous, strict=True):
+            difference.masked_fill_(previous.isnan(), 0)
     torch._foreach_lerp_(m, g, 1 - b1)
     torch._foreach_lerp_(u, d, 1 - b2)
     torch._foreach_mul_(d, b2)
@@ -205,23 +214,32 @@ def _options(numbers: tuple[Any, ...], betas: int) -> dict[str, Any]:
     }
 
 
-class ReferenceLaunch:
+class ReferenceLaunch(Launch):
     """One step of all parameters that the reference backend updates."""
 
     backend = "reference"
 
     def __init__(self, rule: str, bindings: Sequence[Binding]) -> None:
+        super().__init__(bindings)
         self.rule = rule
-        self.bindings = bindings
         self._betas = 3 if rule == "adan" else 2
+        self._groups: Sequence[dict[str, Any]] = []
+        self._options: list[dict[str, Any]] = []
+        self._scaling = Scaling(None, None)
 
-    def square_sum(self, groups: Sequence[dict[str, Any]]) -> Number:
-        """Return the sum of the squares of all gradients' elements; a tensor, so that the host need not wait for it."""
+    def prepare(self, groups: Sequence[dict[str, Any]], numbers: Sequence[Numbers], scaling: Scaling) -> None:
+        """Take the numbers as they are, tensors among them; see Launch.prepare."""
+        self._groups, self._scaling = groups, scaling
+        self._options = [_options(of_group, self._betas) for of_group in numbers]
+
+    def square_sum(self) -> Number:
+        """Return the sum of squares, as a tensor so that the host need not wait for it; see Launch.square_sum."""
         total: Number = 0.0
         for binding in self.bindings:
             grad = binding.parameter.grad
-            assert grad is not None
-            differentiable = bool(groups[binding.group].get("differentiable", False))
+            if grad is None:
+                continue
+            differentiable = bool(self._groups[binding.group].get("differentiable", False))
             with torch.set_grad_enabled(differentiable):
                 magnitude = (grad if differentiable else grad.detach()).abs()
                 # In float64, where the device has it: squares of large gradients exceed float32.
@@ -230,31 +248,30 @@ class ReferenceLaunch:
                 # Of a DTensor it is one, of its mesh; with this it goes with plain tensors and DTensors of every mesh.
                 squares = squares.full_tensor() if hasattr(squares, "full_tensor") else squares
                 total = squares if isinstance(total, float) else total + squares.to(total.device)
-        return total
+        return total if self._scaling.grad_scale is None else total / self._scaling.factor() ** 2
 
-    def update(self, groups: Sequence[dict[str, Any]], numbers: Sequence[tuple[Any, ...]], clip: Number) -> None:
-        """Make the step.
-
-        Args:
-            groups: of parameters, for their flags.
-            numbers: of each group, as the native core takes them.
-            clip: what every gradient is multiplied by.
-        """
-        options = [_options(of_group, self._betas) for of_group in numbers]
+    def update(self, clipping: Clipping, counted: Sequence[dict[str, Any]]) -> None:
+        """Make the step; see Launch.update."""
+        assert clipping.coefficient is not None
+        clip = clipping.coefficient
+        if self._scaling.grad_scale is not None:
+            clip = clip / self._scaling.factor()
         together: dict[tuple[Any, ...], list[Binding]] = defaultdict(list)
         for binding in self.bindings:
-            group = groups[binding.group]
+            if binding.parameter.grad is None:
+                continue
+            group = self._groups[binding.group]
             if self._wants_foreach(binding, group):
                 t = self._step_count(binding, group)
-                together[binding.group, binding.parameter.device, binding.parameter.dtype, t, binding.fresh].append(
-                    binding
-                )
+                together[binding.group, binding.parameter.device, binding.parameter.dtype, t].append(binding)
                 continue
             with torch.set_grad_enabled(bool(group.get("differentiable", False))):
-                self._update_one(binding, group, options[binding.group], clip)
+                self._update_one(binding, group, clip)
         with torch.no_grad():
-            for (index, _, _, t, _), bindings in together.items():
-                self._update_together(bindings, groups[index], options[index], clip, t)
+            for (_, _, _, t), bindings in together.items():
+                self._update_together(bindings, clip, t)
+        for group in counted:
+            group["step"] += 1
 
     def _wants_foreach(self, binding: Binding, group: dict[str, Any]) -> bool:
         if group.get("differentiable") or group["capturable"] or isinstance(group["lr"], Tensor):
@@ -267,15 +284,15 @@ class ReferenceLaunch:
 
     def _step_count(self, binding: Binding, group: dict[str, Any]) -> Any:
         """Return the number of this step, from 1."""
-        if self.rule == "adan":
+        if binding.count is None:
             return group["step"] + 1
-        step = binding.state["step"].reshape(())
+        step = binding.count.reshape(())
         if not group["capturable"]:
             return float(step) + 1
         # In float64, where the device has it, for the bias corrections' sake.
         return (step if step.device.type == "mps" else step.double()) + 1
 
-    def _update_one(self, binding: Binding, group: dict[str, Any], options: dict[str, Any], clip: Number) -> None:
+    def _update_one(self, binding: Binding, group: dict[str, Any], clip: Number) -> None:
         p = binding.parameter
         assert p.grad is not None
         g = p.grad
@@ -285,30 +302,28 @@ class ReferenceLaunch:
         g = g.to(compute_dtype(p.dtype)) * scale
         if group["agr"]:
             g = psi(g)
-        states = [binding.state[key] for key in binding.keys]
-        stored = [p, *states]
+        stored = [p, *binding.averages]
         if p.is_complex():
             stored = [torch.view_as_real(x) for x in stored]
             g = torch.view_as_real(g)
         # Copies, where autograd would otherwise see a tensor that it saved change below.
         now = [x.to(g.dtype) if x.dtype != g.dtype else x.clone() for x in stored]
         t = self._step_count(binding, group)
+        options = self._options[binding.group]
         lr = options["lr"]
         if isinstance(lr, Tensor):  # of one element, of whatever shape
             options = {**options, "lr": lr.reshape(()).to(torch.promote_types(lr.dtype, now[0].real.dtype))}
         if self.rule == "adan":
-            first = binding.fresh or t == 1
-            after = adan(now[0], g, now[1], now[2], now[3], now[4], t, first, **options, no_prox=group["no_prox"])
+            after = adan(now[0], g, now[1], now[2], now[3], now[4], t, t == 1, **options, no_prox=group["no_prox"])
         else:
             after = adamw(now[0], g, now[1], now[2], now[3] if group["amsgrad"] else None, t, **options)
         for x, value in zip(stored, after, strict=True):
             x.copy_(value)
-        if self.rule != "adan":
-            binding.state["step"] += 1
+        if binding.count is not None:
+            binding.count.add_(1)
 
-    def _update_together(
-        self, bindings: Sequence[Binding], group: dict[str, Any], options: dict[str, Any], clip: Number, t: Any
-    ) -> None:
+    def _update_together(self, bindings: Sequence[Binding], clip: Number, t: Any) -> None:
+        group, options = self._groups[bindings[0].group], self._options[bindings[0].group]
         parameters = [binding.parameter for binding in bindings]
         dtype = compute_dtype(parameters[0].dtype)
         g = [p.grad.to(dtype) for p in parameters if p.grad is not None]
@@ -318,14 +333,15 @@ class ReferenceLaunch:
             g = list(torch._foreach_mul(g, -clip if group["maximize"] else clip))
         if group["agr"]:
             g = foreach_psi(g)
-        stored = [parameters, *([b.state[key] for b in bindings] for key in bindings[0].keys)]
+        stored = [parameters, *(list(column) for column in zip(*(b.averages for b in bindings), strict=True))]
         now = [[x.to(dtype) for x in column] for column in stored]  # the tensors themselves where the types agree
         if self.rule == "adan":
-            first = bindings[0].fresh or t == 1
-            foreach_adan(now[0], g, now[1], now[2], now[3], now[4], t, first, **options, no_prox=group["no_prox"])
+            foreach_adan(now[0], g, now[1], now[2], now[3], now[4], t, t == 1, **options, no_prox=group["no_prox"])
         else:
             foreach_adamw(now[0], g, now[1], now[2], now[3] if group["amsgrad"] else None, t, **options)
-            torch._foreach_add_([b.state["step"] for b in bindings], 1)
+        counts = [b.count for b in bindings if b.count is not None]
+        if counts:
+            torch._foreach_add_(counts, 1)
         for column, values in zip(stored, now, strict=True):
             if any(x is not value for x, value in zip(column, values, strict=True)):
                 torch._foreach_copy_(column, values)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .binding import is_dense, is_plain
 from .native import native
 from .state import check_apart
+from .tensors import is_dense, is_plain
 
 
 def regularize_gradients_(parameters: Tensor | Iterable[Tensor]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .binding import Binding, same_layout
+from .tensors import Binding, StateTensor, same_layout
 
 
 @dataclass
@@ -33,14 +33,14 @@ class StateChange:
         state.update(self.added)
 
 
-def check_whole(place: str, state: dict[str, Any], needed: Sequence[str], may_lack: Sequence[str]) -> None:
-    """Raise RuntimeError if some of a parameter's state is there and some that is `needed` is not.
+def check_whole(place: str, state: dict[str, Any], specs: Sequence[StateTensor]) -> None:
+    """Raise RuntimeError if some of a parameter's state is there and some that it needs is not.
 
     A part made anew beside averages of a long run would be wrong for as long as they remember; if all is missing, the
     parameter begins anew.
     """
-    missing = [key for key in needed if state.get(key) is None]
-    found = [key for key in (*needed, *may_lack) if state.get(key) is not None]
+    missing = [spec.key for spec in specs if state.get(spec.key) is None and not spec.may_lack]
+    found = [spec.key for spec in specs if state.get(spec.key) is not None]
     if missing and found:
         raise RuntimeError(
             f"the state of {place} has {', '.join(found)} and lacks {', '.join(missing)}; it must have all, or none to "
@@ -48,24 +48,47 @@ def check_whole(place: str, state: dict[str, Any], needed: Sequence[str], may_la
         )
 
 
-def averages(binding: Binding) -> StateChange:
-    """Return what the state tensors with the parameter's shape lack: themselves, or the memory layout of a kernel.
+def needed_change(binding: Binding, counts_on_device: bool) -> StateChange:
+    """Return what the state of a parameter lacks: tensors, or the memory that its backend can use them in.
+
+    Args:
+        binding: the parameter.
+        counts_on_device: whether its step count has to be on its device, for a graph or because a launch counts there
+            (as torch.optim.AdamW's fused operation does); else it is on the CPU.
 
     Called within `made_for_later`.
     """
     change = StateChange()
-    parameter = binding.parameter
-    for key in binding.keys:
-        value = binding.state.get(key)
-        if value is None:
-            change.added[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        elif binding.backend != "reference" and not same_layout(parameter, value):
-            memory = torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(value)
+    for spec in binding.states:
+        value = binding.state.get(spec.key)
+        if spec.role == "count":
+            device = binding.parameter.device if counts_on_device else torch.device("cpu")
+            _change_count(change, binding, spec, value, device)
+        elif value is None:
+            change.added[spec.key] = spec.made_for(binding.parameter, binding.parameter.device)
+        elif binding.backend != "reference" and not same_layout(binding.parameter, value):
+            memory = torch.empty_like(binding.parameter, dtype=value.dtype, memory_format=torch.preserve_format)
+            memory.copy_(value)
             if value.is_inference():  # whose memory cannot be changed, and which nothing else updates
-                change.added[key] = memory
+                change.added[spec.key] = memory
             else:
                 change.moved.append((value, memory))
     return change
+
+
+def _change_count(change: StateChange, binding: Binding, spec: StateTensor, value: Any, device: torch.device) -> None:
+    """Add to `change` what a step count needs to be a tensor of its type on `device`."""
+    dtype = spec.dtype_for(binding.parameter)
+    if not isinstance(value, Tensor):  # torch's older releases saved a plain number
+        made = spec.made_for(binding.parameter, device)
+        change.added[spec.key] = made if value is None else made.fill_(value)
+    elif value.device != device or (value.dtype != dtype and binding.backend != "reference"):
+        if not is_alone(value):
+            raise RuntimeError(
+                f"{spec.key} of {binding.place}, in memory shared with others, is {value.dtype} on {value.device}; it "
+                f"must be {dtype} on {device}"
+            )
+        change.moved.append((value, value.detach().to(dtype=dtype, device=device)))
 
 
 def is_alone(tensor: Tensor) -> bool:
@@ -90,7 +113,7 @@ def written(bindings: Sequence[Binding]) -> list[tuple[Tensor, str, str]]:
         (value, key, binding.place)
         for binding in bindings
         if binding.backend != "reference"
-        for key, value in (("", binding.parameter), *((k, binding.state.get(k)) for k in (*binding.keys, "step")))
+        for key, value in (("", binding.parameter), *((s.key, binding.state.get(s.key)) for s in binding.states))
         if isinstance(value, Tensor)
     ]
 

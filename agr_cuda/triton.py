@@ -11,14 +11,19 @@ import struct
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import Any
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .binding import Binding, planned
-from .launch import DeviceLaunch, Scaling
+from .launch import DeviceLaunch, Numbers
 from .native import native
+from .scaling import Scaling
+from .tensors import Binding, planned
+
+if TYPE_CHECKING:
+    from .clipping import Clipping
 
 OLDEST_TRITON = (3, 2)
 OLDEST_CAPABILITY = (8, 0)  # of NVIDIA's GPUs, as Triton says
@@ -116,78 +121,90 @@ class TritonLaunch(DeviceLaunch):
     """Two launches of a step: all parameters on one device, of one combination of types."""
 
     backend = "triton"
-    takes_norm = False  # PyTorch adds up the squares
     kernel_reads = (torch.float32, torch.float64)
 
-    def __init__(self, rule: str, bindings: Sequence[Binding], groups: int, clip: bool, counts: bool) -> None:
+    def __init__(
+        self, rule: str, bindings: Sequence[Binding], groups: int, sizes: Sequence[int], clip: bool, counts: bool
+    ) -> None:
         super().__init__(bindings, counts)
         from . import triton_kernels  # type: ignore[attr-defined]  # whose folder stands elsewhere in the repository
 
         self._kernels = triton_kernels
-        chunk = chunk_elements(max(b.parameter.numel() for b in bindings))
-        plan = native().Plan(planned(bindings), clip, chunk_elements=chunk, apart=True)
+        self._clips = clip
+        first = bindings[0]
+        self._constants = triton_kernels.constants(rule, first.parameter.dtype, first.gradient.dtype)
+        self._block = block_elements(first.parameter.dtype)
+        nvidia = self.device.type != "xpu" and torch.version.hip is None
+        self._options = compiler_options(first.parameter.dtype, nvidia)
+        self._make_tables(groups, sizes)
+        self._make_changing(triton_kernels.GROUP * groups)
+        self._compile()
+
+    def _make_tables(self, groups: int, sizes: Sequence[int]) -> None:
+        """Make what stays as it is while the plan lasts, and what launches leave for each other."""
+        bindings = self.bindings
+        # By what all parameters of the optimizer are, so that sums have the same bits whichever of them have gradients.
+        chunk = chunk_elements(max(sizes))
+        plan = native().Plan(planned(bindings), self._clips, chunk_elements=chunk, apart=True)
         reduced = [task[1:] for task in plan.tasks[: plan.first_update]]
         updated = [task[1:] for task in plan.tasks[plan.first_update :]]
         # The step of an empty tensor is counted too.
         updated += [(i, 0) for i, b in enumerate(bindings) if b.parameter.numel() == 0]
         #: Programs of each launch. The first has some that make numbers before those that reduce.
         self._reducers, self._updaters = -(-len(bindings) // TENSORS) + len(reduced), len(updated)
-
-        first = bindings[0]
-        self._constants = triton_kernels.constants(rule, first.parameter.dtype, first.gradient.dtype)
-        self._block = block_elements(first.parameter.dtype)
-        nvidia = self.device.type != "xpu" and torch.version.hip is None
-        self._options = compiler_options(first.parameter.dtype, nvidia)
         like: dict[str, Any] = {"device": self.device}
         self._limits = torch.tensor([len(bindings), chunk, groups], dtype=torch.int64, **like)
-        self._rows = torch.tensor(_rows(bindings, chunk, triton_kernels.ROW), dtype=torch.int64, **like)
+        first_chunks = [0, *accumulate(-(-size // chunk) for size in sizes)]
+        rows = _rows(bindings, chunk, first_chunks, self._kernels.ROW)
+        self._rows = torch.tensor(rows, dtype=torch.int64, **like)
         self._reduced = torch.tensor(reduced, dtype=torch.int64, **like).reshape(-1, 2)
         self._updated = torch.tensor(updated, dtype=torch.int64, **like).reshape(-1, 2)
-        #: Of every chunk, the sum of its magnitudes and that of its squares.
-        self._magnitudes, self._squares = torch.zeros(2, plan.chunks + plan.chunks % 2, dtype=torch.float64, **like)
-        self._numbers = torch.zeros(len(bindings), triton_kernels.NUMBERS, dtype=torch.float64, **like)
-        self._begun = torch.tensor([not b.fresh for b in bindings], dtype=torch.int32, **like)
-        # What changes from step to step: what groups say, then gradients' addresses. And what of it the device has.
-        words = triton_kernels.GROUP * groups
-        self._changing = torch.zeros(words + len(bindings), dtype=torch.int64, **like)
-        self._of_groups, self._addresses = self._changing[:words], self._changing[words:]
-        self._of_groups_as_floats = self._of_groups.view(torch.float64)
-        self._sent = b""
-        # From where graphs send that, each time they are replayed; and memory for those that are captured next, since
-        # most releases of PyTorch cannot pin any within a capture.
-        self._sent_by_graphs: list[Tensor] = []
-        self._through_pinned_memory = self.device.type != "cpu"
-        self._spare: list[Tensor] = []
+        #: Of every chunk of every parameter, the sum of its magnitudes and that of its squares.
+        chunks = first_chunks[-1]
+        self._magnitudes, self._squares = torch.zeros(2, chunks + chunks % 2, dtype=torch.float64, **like)
+        self._numbers = torch.zeros(len(bindings), self._kernels.NUMBERS, dtype=torch.float64, **like)
         #: What takes the place of a clipping coefficient, a scale and a verdict that there are not.
         self._no_clip = torch.ones((), dtype=torch.float64, **like)
         self._no_scale = torch.ones((), dtype=torch.float32, **like)
         self._no_inf = torch.zeros((), dtype=torch.float32, **like)
-        self._clips = clip
-        self._compile()
 
-    def reduce(self, numbers: Sequence[tuple[Any, ...]], scaling: Scaling) -> Tensor:
-        """Return the sum of the squares of all gradients; see DeviceLaunch.reduce."""
+    def _make_changing(self, words: int) -> None:
+        """Make what changes from step to step: `words` that groups say, then gradients' addresses."""
+        self._changing = torch.zeros(words + len(self.bindings), dtype=torch.int64, device=self.device)
+        self._of_groups, self._addresses = self._changing[:words], self._changing[words:]
+        self._of_groups_as_floats = self._of_groups.view(torch.float64)
+        #: What of it the device has.
+        self._copied = b""
+        # From where graphs copy that, each time they are replayed; and memory for those that are captured next, since
+        # most releases of PyTorch cannot pin any within a capture.
+        self._copied_by_graphs: list[Tensor] = []
+        self._through_pinned_memory = self.device.type != "cpu"
+        self._spare: list[Tensor] = []
+
+    def square_sum(self) -> Tensor:
+        """Return the sum of the squares of all gradients; see Launch.square_sum."""
         self._follow_stream()
         with self._current_device():
-            self._send(numbers)
-            self._reduce(scaling)
+            self._copy_changing()
+            self._reduce(self.scaling)
             squares: Tensor = self._squares.sum()
-            grad_scale, _ = scaling.on(self.device)
+            grad_scale, _ = self.scaling.on(self.device)
             return squares if grad_scale is None else squares / grad_scale.double() ** 2
 
-    def update(
-        self, numbers: Sequence[tuple[Any, ...]], max_grad_norm: float, clip_eps: float, clip: Tensor | None,
-        scaling: Scaling, counted: Sequence[dict[str, Any]], fresh: set[int], stepped: Sequence[int],
-    ) -> None:  # fmt: skip
-        """Make the step; see DeviceLaunch.update."""
+    def update(self, clipping: Clipping, counted: Sequence[dict[str, Any]]) -> None:
+        """Make the step; see Launch.update."""
         self._follow_stream()
         with self._current_device():
-            if clip is None:
-                self._send(numbers)
-                self._reduce(scaling)
-            self._update(clip, scaling)
+            clip = None
+            if clipping.max_grad_norm:
+                assert isinstance(clipping.coefficient, Tensor)
+                clip = clipping.coefficient.to(self.device, torch.float64)
+            else:
+                self._copy_changing()
+                self._reduce(self.scaling)
+            self._update(clip, self.scaling)
         # In Python an interrupt may come between, after which Adan's count lacks this step.
-        native().note_step(counted, fresh, stepped)
+        native().count_steps(counted)
 
     def _compile(self) -> None:
         """Compile what launches need: that takes seconds, so it comes before anything has changed."""
@@ -201,7 +218,7 @@ class TritonLaunch(DeviceLaunch):
         constants = {key: value for key, value in self._constants.items() if key != "PARAMETER"}
         self._kernels.reduce_step.run(
             self._limits, self._rows, self._reduced, self._addresses, self._of_groups, self._of_groups_as_floats,
-            self._magnitudes, self._squares, self._numbers, self._begun,
+            self._magnitudes, self._squares, self._numbers,
             self._no_scale if grad_scale is None else grad_scale,
             **constants, SQUARES=self._clips, BLOCK=self._block, TENSORS=TENSORS,
             **self._options, grid=(self._reducers,), warmup=warmup,
@@ -211,28 +228,28 @@ class TritonLaunch(DeviceLaunch):
         _, found_inf = scaling.on(self.device)
         self._kernels.update_step.run(
             self._limits, self._rows, self._updated, self._addresses, self._of_groups, self._magnitudes, self._numbers,
-            self._begun, self._no_clip if clip is None else clip, self._no_inf if found_inf is None else found_inf,
+            self._no_clip if clip is None else clip, self._no_inf if found_inf is None else found_inf,
             **self._constants, BLOCK=self._block, REST=REST, SUMS=SUMS,
             **self._options, grid=(self._updaters,), warmup=warmup,
         )  # fmt: skip
 
-    def _send(self, numbers: Sequence[tuple[Any, ...]]) -> None:
+    def _copy_changing(self) -> None:
         """Bring what has changed since the last step to the device, without waiting for it."""
         capturing = self.capturing()
         self.captured = self.captured or capturing
-        self.unkept = self.unkept or capturing
-        changing = b"".join(self._group_words(group) for group in numbers) + bytes(self.gradients)
-        # A captured launch sends what it needs each time it is replayed, so that from the first capture on nobody knows
-        # what the device has.
-        if changing == self._sent and not self.captured:
+        self.newly_captured = self.newly_captured or capturing
+        changing = b"".join(self._group_words(group) for group in self.numbers) + bytes(self.gradients)
+        # A captured launch copies what it needs each time it is replayed, so that what the device has is not known from
+        # the first capture on.
+        if changing == self._copied and not self.captured:
             return
-        self._sent = changing
+        self._copied = changing
         host = torch.frombuffer(bytearray(changing), dtype=torch.int64)
         if self._through_pinned_memory:
             pinned = self._spare.pop() if capturing and self._spare else self._pinned()
             host = pinned.copy_(host)
             if capturing:
-                self._sent_by_graphs.append(host)
+                self._copied_by_graphs.append(host)
             else:  # PyTorch uses this memory again only after the copy
                 self._spare += [self._pinned() for _ in range(SPARE - len(self._spare))]
         self._changing.copy_(host, non_blocking=True)
@@ -240,7 +257,7 @@ class TritonLaunch(DeviceLaunch):
     def _pinned(self) -> Tensor:
         return torch.empty(self._changing.shape, dtype=torch.int64, device="cpu", pin_memory=True)
 
-    def _group_words(self, numbers: tuple[Any, ...]) -> bytes:
+    def _group_words(self, numbers: Numbers) -> bytes:
         """Return what the kernels are told of a group; see triton_kernels/tables.py."""
         if self._constants["ADAN"]:
             lr, beta1, beta2, beta3, eps, weight_decay, no_prox, sign, steps = numbers
@@ -260,16 +277,12 @@ class TritonLaunch(DeviceLaunch):
     def tables(self) -> Iterator[Tensor]:
         """Yield what launches read and write of the backend's own."""
         yield from (self._limits, self._rows, self._reduced, self._updated, self._magnitudes, self._squares)
-        yield from (self._numbers, self._begun, self._changing, self._no_clip, self._no_scale, self._no_inf)
+        yield from (self._numbers, self._changing, self._no_clip, self._no_scale, self._no_inf)
 
     def kept_for_graphs(self) -> Iterator[Tensor]:
         """Yield what a captured launch reads and writes; see DeviceLaunch.kept_for_graphs."""
         yield from super().kept_for_graphs()
-        yield from self._sent_by_graphs
-
-    def begun(self) -> list[bool]:
-        """Return of every binding whether a step has been made with its state. Waits for the device."""
-        return [value != 0 for value in self._begun.tolist()]
+        yield from self._copied_by_graphs
 
 
 def _address(tensor: Tensor) -> int:
@@ -277,17 +290,16 @@ def _address(tensor: Tensor) -> int:
     return (tensor.data_ptr() + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def _rows(bindings: Sequence[Binding], chunk: int, length: int) -> list[list[int]]:
+def _rows(bindings: Sequence[Binding], chunk: int, first_chunks: Sequence[int], length: int) -> list[list[int]]:
     """Return what the kernels are told of each tensor, `length` words; see triton_kernels/tables.py."""
     rows = []
-    first_chunk = 0
     for b in bindings:
-        states = [_address(b.state[key]) for key in b.keys] + [0] * (4 - len(b.keys))
-        step = _address(b.state["step"]) if "step" in b.state else 0
+        states = [_address(average) for average in b.averages]
+        states += [0] * (4 - len(states))
+        step = 0 if b.count is None else _address(b.count)
         elements = b.parameter.numel()
         chunks = -(-elements // chunk)
-        place = [elements, first_chunk, chunks, b.group, int(b.regularize), int(b.amsgrad)]
+        place = [elements, first_chunks[b.index], chunks, b.group, int(b.regularize), int(b.amsgrad)]
         row = [_address(b.parameter), *states, step, *place]
         rows.append(row + [0] * (length - len(row)))
-        first_chunk += chunks
     return rows

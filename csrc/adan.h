@@ -23,10 +23,10 @@ struct AdanNumbers {
     T kept, difference_weight;
     Divisor<T> divisor;  // with the scale lr / (1 - b1^t)
     T eps_squared;
-    bool first;  // the parameter's first step, where the difference to the previous gradient is 0
+    bool first;  // the group's first step, where no gradient counts as a previous one
 
     // `t` counts the steps of the group from 1.
-    static AGR_INLINE AdanNumbers of(const AdanOptions& o, double t, bool first) {
+    static AGR_INLINE AdanNumbers of(const AdanOptions& o, double t) {
         const double decay = o.lr * o.weight_decay;
         const double kept = o.no_prox != 0 ? 1 - decay : 1 / (1 + decay);
         const double lr = o.no_prox != 0 ? o.lr : o.lr / (1 + decay);
@@ -41,7 +41,7 @@ struct AdanNumbers {
                 static_cast<T>(o.beta2 * correction1 / (1 - power(o.beta2, t))),
                 Divisor<T>::of(1 / square_root(1 - power(o.beta3, t)), o.eps, lr / correction1),
                 static_cast<T>(o.eps * o.eps),
-                first};
+                t == 1};
     }
 };
 
@@ -50,7 +50,8 @@ struct Adan {
     template <class T>
     using Numbers = AdanNumbers<T>;
 
-    // exp_avg, exp_avg_diff, exp_avg_sq and neg_pre_grad, which holds the previous gradient negated.
+    // exp_avg, exp_avg_diff, exp_avg_sq and neg_pre_grad, which holds the previous gradient negated, or NaN where there
+    // is none: before an element's first step, and after a gradient of NaN. The difference to it is 0 then.
     static constexpr int states = 4;
 
     template <class V, class T>
@@ -60,6 +61,7 @@ struct Adan {
         V& n = state[2];
         V& neg_previous = state[3];
         V d = c.first ? V{} : g + neg_previous;
+        d = neg_previous == neg_previous ? d : V{};
         V look_ahead = g + d * c.beta2;
         m = m * c.beta1 + g * c.gradient;
         u = u * c.beta2 + d * c.difference;

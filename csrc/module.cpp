@@ -10,8 +10,6 @@
 #include "cpu/executor.h"
 #include "plan.h"
 #include "python/bindings.h"
-#include "python/glance.h"
-#include "python/handles.h"
 #include "python/rows.h"
 #include "python/tensor_reader.h"
 #include "python/watch.h"
@@ -63,10 +61,6 @@ PYBIND11_MODULE(_C, m) {
 
     m.doc() = "The native core of agr_cuda; see csrc/.";
     m.def("uses_exchange_api", [] { return reader().uses_exchange_api(); });
-    m.def("glances", [] { return glance().works(); });
-    m.def("finds_gradients", [] { return glance().finds_gradients() && Handles::work(); });
-    m.def("counts_changes", [] { return glance().counts_changes(); });
-    m.def("use_glances", [](bool wanted) { glance().use(wanted); }, py::arg("wanted"));
     m.def("use_exchange_api", [](bool wanted) { reader().use_exchange_api(wanted); }, py::arg("wanted"));
 
     py::class_<Plan>(m, "Plan")
@@ -88,12 +82,7 @@ PYBIND11_MODULE(_C, m) {
         });
 
     // For what is launched from Python; executors of ours do this themselves.
-    m.def(
-        "note_step",
-        [](const py::list& counted, const py::set& fresh, const py::list& stepped) {
-            Notes{counted, fresh, stepped}.write();
-        },
-        py::arg("counted"), py::arg("fresh"), py::arg("stepped"));
+    m.def("count_steps", &count_steps, py::arg("groups"));
 
     py::class_<Watch>(m, "Watch", py::custom_type_setup([](PyHeapTypeObject* heap_type) {
                           PyTypeObject* type = &heap_type->ht_type;
@@ -110,10 +99,10 @@ PYBIND11_MODULE(_C, m) {
                       }))
         .def(py::init<py::list, py::dict>(), py::arg("groups"), py::arg("state"))
         .def("add", &Watch::add, py::arg("index"), py::arg("keys"), py::arg("table"), py::arg("slot"),
-             py::arg("relaid"))
-        .def("add_untabled", &Watch::add_untabled, py::arg("index"))
+             py::arg("gradient_class"), py::arg("gradient_type"), py::arg("staged"))
+        .def("add_by_reference", &Watch::add_by_reference, py::arg("index"))
         .def("unchanged", &Watch::unchanged, py::arg("groups"), py::arg("state"))
-        .def("count_changes", &Watch::count_changes)
+        .def_property_readonly("updated", &Watch::updated)
         .def("release", &Watch::release);
 
     bind_cpu(m);

@@ -47,12 +47,12 @@ struct Span {
 
 // One tensor of a step, as it is described once for a plan.
 struct Tensor {
-    Span span;  // its gradient is given anew with every step
+    Span span;  // its gradient is given anew with every step, and null in a step for which it has none
     Types types;
     Rule rule;
     std::int32_t group;
     float* step;  // the parameter's step count, which a step reads and raises; null for Adan, where the group has it
-    bool fresh;   // no step has been made with this state yet (Adan)
+    std::int32_t index;  // of the parameter among all of the optimizer's
 };
 
 // What a group says in one step.

@@ -91,13 +91,13 @@ def test_a_child_that_inherits_nothing_unfinished_keeps_what_was_planned(method:
     twin = method.ours(copies(all_params(optimizer)), backend="cpu")
     run(optimizer, 1)
     run(twin, 2)
-    planned = optimizer._schedule
+    planned = optimizer._plan
     child = os.fork()
     if child == 0:
         try:
             run(optimizer, range(1, 2))
             same = all(same_bits(p, q) for p, q in zip(all_params(optimizer), all_params(twin), strict=True))
-            os._exit(0 if same and optimizer._schedule is planned else 1)
+            os._exit(0 if same and optimizer._plan is planned else 1)
         finally:
             os._exit(2)
     assert os.waitpid(child, 0)[1] == 0

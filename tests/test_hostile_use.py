@@ -1,7 +1,5 @@
 """What programs do that nobody should: it gives an error or the right answer, and never half a step."""
 
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -10,8 +8,7 @@ from conftest import device_of
 from helpers import Method
 
 import agr_cuda
-from agr_cuda.native import native
-from agr_cuda.schedule import Schedule
+from agr_cuda.plan import StepPlan
 
 
 def leaf(values, grad, dtype=torch.float32):
@@ -95,13 +92,13 @@ def test_an_interrupt_after_the_update_does_not_make_the_next_step_a_first_one(m
         optimizer = agr_cuda.Adan([p])
         with monkeypatch.context() as patch:
             if interrupted:
-                patch.setattr(Schedule, "count_changes", interrupt)
+                patch.setattr(StepPlan, "count_changes", interrupt)
                 with pytest.raises(KeyboardInterrupt):
                     optimizer.step()
             else:
                 optimizer.step()
         p.grad = torch.tensor([0.3, 1.0, -1.0])
-        optimizer._schedule = None
+        optimizer._plan = None
         optimizer.step()
         results.append(p.detach())
     assert torch.equal(*results)
@@ -167,18 +164,3 @@ def test_an_expanded_gradient_is_refused_before_any_is_regularized() -> None:
     with pytest.raises(RuntimeError, match="expanded"):
         agr_cuda.regularize_gradients_([good, bad])
     assert good.grad.tolist() == [1.0, 2.0]
-
-
-@pytest.mark.parametrize("mode", ["no_grad()", "inference_mode()", "device('meta')"])
-def test_what_is_found_does_not_depend_on_the_first_steps_surroundings(mode: str) -> None:
-    """What glances go by is found out in it, once for a process."""
-    program = (
-        "import torch, agr_cuda\n"
-        "from agr_cuda.native import native\n"
-        "p = torch.nn.Parameter(torch.ones(5))\n"
-        "p.grad = torch.ones(5)\n"
-        f"with torch.{mode}:\n"
-        "    print(native().glances(), native().finds_gradients(), native().counts_changes())\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(native().glances())] * 3

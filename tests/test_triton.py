@@ -227,7 +227,7 @@ def test_graphs_send_from_memory_of_their_own(monkeypatch, generator) -> None:
     monkeypatch.setattr(launch_class, "_pinned", pinned)
     optimizer = agr_cuda.AdamW(parameters(generator, [(5,), (31,)], device=DEVICE), backend="triton", capturable=True)
     run(optimizer, 1)
-    (launch,) = optimizer._schedule.launches
+    (launch,) = optimizer._plan.launches
     launch._through_pinned_memory = True
     run(optimizer, 1)
     spare = len(launch._spare)
@@ -240,11 +240,11 @@ def test_graphs_send_from_memory_of_their_own(monkeypatch, generator) -> None:
         monkeypatch.setattr(launch_class, "capturing", lambda self: False)
         run(optimizer, 3)
         assert len(launch._spare) == spare
-        sent = {id(memory): memory.clone() for memory in launch._sent_by_graphs}
+        sent = {id(memory): memory.clone() for memory in launch._copied_by_graphs}
         assert len(sent) == captures
         assert sent.keys() <= optimizer._captured.keys()
         run(optimizer, 1)
-        assert all(torch.equal(memory, sent[id(memory)]) for memory in launch._sent_by_graphs)
+        assert all(torch.equal(memory, sent[id(memory)]) for memory in launch._copied_by_graphs)
     assert sum(reference() is not None for reference in made) == spare + 2
 
 

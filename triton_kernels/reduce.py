@@ -47,9 +47,10 @@ def _reduce(
     row = rows + tensor * t.ROW
     elements = tl.load(row + t.ELEMENTS)
     first = chunk * chunk_elements
-    # At most 2^31 elements, as the plan has seen to.
-    count = tl.minimum(elements - first, chunk_elements).to(tl.int32)
-    gradient = tl.load(gradients + tensor).to(tl.pointer_type(GRADIENT)) + first
+    address = tl.load(gradients + tensor)
+    # At most 2^31 elements, as the plan has seen to. A tensor without a gradient in this step has sums of 0.
+    count = tl.where(address != 0, tl.minimum(elements - first, chunk_elements), 0).to(tl.int32)
+    gradient = address.to(tl.pointer_type(GRADIENT)) + first
     magnitudes = tl.zeros((BLOCK,), TYPE)
     lost = tl.zeros((BLOCK,), TYPE)
     squares = tl.zeros((BLOCK,), tl.float64)
@@ -84,11 +85,13 @@ def _divisor(correction, eps, scale):
 
 @triton.jit
 def _decide(
-    block, rows, groups, groups_float, numbers, begun, grad_scale, tensors, ADAN: tl.constexpr, TENSORS: tl.constexpr
-):
+    block, rows, gradients, groups, groups_float, numbers, grad_scale, tensors,
+    ADAN: tl.constexpr, TENSORS: tl.constexpr,
+):  # fmt: skip
     """Write down what the rules of some tensors multiply by in this step; in float64, to be rounded once."""
     tensor = block * TENSORS + tl.arange(0, TENSORS)
-    there = tensor < tensors
+    # The state of a tensor without a gradient may be anywhere by now.
+    there = tl.load(gradients + tensor, mask=tensor < tensors, other=0) != 0
     row = rows + tensor * t.ROW
     group = tl.load(row + t.GROUP_INDEX, mask=there, other=0) * t.GROUP
     words, options = groups + group, groups_float + group
@@ -118,7 +121,6 @@ def _decide(
         beta3 = tl.load(options + t.BETA3, mask=there, other=0.0)
         no_prox = tl.load(options + t.NO_PROX, mask=there, other=0.0) != 0.0
         divisor = tl.where(no_prox, 1.0, 1.0 + decay)
-        first = (n == 1.0) | (tl.load(begun + tensor, mask=there, other=0) == 0)
         tl.store(out + 0, beta1, mask=there)
         tl.store(out + 1, 1.0 - beta1, mask=there)
         tl.store(out + 2, beta2, mask=there)
@@ -130,7 +132,7 @@ def _decide(
         tl.store(out + 7, eps, mask=there)
         tl.store(out + 8, tl.where(no_prox, 1.0 - decay, 1.0 / divisor), mask=there)
         tl.store(out + 9, beta2 * correction1 / correction2, mask=there)
-        tl.store(out + 10, tl.where(first, 1.0, 0.0), mask=there)
+        tl.store(out + 10, tl.where(n == 1.0, 1.0, 0.0), mask=there)
     else:
         tl.store(out + 0, 1.0 - decay, mask=there)
         tl.store(out + 1, tl.where(beta1 > 0.5, 1.0 - beta1, (1.0 - beta1) - 1.0), mask=there)
@@ -146,7 +148,7 @@ def _decide(
 
 @triton.jit
 def reduce_step(
-    limits, rows, tasks, gradients, groups, groups_float, magnitude_sums, square_sums, numbers, begun, grad_scale,
+    limits, rows, tasks, gradients, groups, groups_float, magnitude_sums, square_sums, numbers, grad_scale,
     ADAN: tl.constexpr, GRADIENT: tl.constexpr, TYPE: tl.constexpr, SQUARES: tl.constexpr,
     BLOCK: tl.constexpr, TENSORS: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +157,7 @@ def reduce_step(
     tensors = tl.load(limits)
     deciding = (tensors + TENSORS - 1) // TENSORS
     if program < deciding:
-        _decide(program, rows, groups, groups_float, numbers, begun, grad_scale, tensors, ADAN, TENSORS)
+        _decide(program, rows, gradients, groups, groups_float, numbers, grad_scale, tensors, ADAN, TENSORS)
     else:
         chunk_elements = tl.load(limits + 1)
         task = program - deciding

@@ -8,9 +8,8 @@ from .rules import adamw, adan, aligned, regularized
 
 
 @triton.jit
-def _count_step(tensor, row, numbers, begun):
-    """Count the step of a tensor that has a count of its own, and note that one has been made."""
-    tl.store(begun + tensor, 1)
+def _count_step(row, numbers):
+    """Count the step of a tensor that has a count of its own."""
     step = tl.load(row + t.STEP)
     if step != 0:
         tl.store(step.to(tl.pointer_type(tl.float32)), tl.load(numbers + t.NUMBERS_T).to(tl.float32))
@@ -101,7 +100,7 @@ def _update_elements(
 
 @triton.jit
 def update_step(
-    limits, rows, tasks, gradients, groups, sums, numbers, begun, clip, found_inf,
+    limits, rows, tasks, gradients, groups, sums, numbers, clip, found_inf,
     ADAN: tl.constexpr, PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, TYPE: tl.constexpr,
     BLOCK: tl.constexpr, REST: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +112,9 @@ def update_step(
     chunk_elements = tl.load(limits + 1)
     first = chunk * chunk_elements
     count = tl.minimum(tl.load(row + t.ELEMENTS) - first, chunk_elements).to(tl.int32)
-    count = tl.where(skipped != 0, 0, count)
+    address = tl.load(gradients + tensor)
+    # A tensor without a gradient in this step stays as it is.
+    count = tl.where((skipped != 0) | (address == 0), 0, count)
 
     numbers += tensor * t.NUMBERS
     scale = tl.load(numbers + t.NUMBERS_SCALE) * tl.load(clip)
@@ -134,7 +135,7 @@ def update_step(
     c10 = tl.load(numbers + 10).to(TYPE) if ADAN else c5
 
     p = tl.load(row + t.PARAMETER).to(tl.pointer_type(PARAMETER)) + first
-    g = tl.load(gradients + tensor).to(tl.pointer_type(GRADIENT)) + first
+    g = address.to(tl.pointer_type(GRADIENT)) + first
     s0 = tl.load(row + t.STATE + 0).to(tl.pointer_type(PARAMETER)) + first
     s1 = tl.load(row + t.STATE + 1).to(tl.pointer_type(PARAMETER)) + first
     s2 = tl.load(row + t.STATE + 2).to(tl.pointer_type(PARAMETER)) + first
@@ -153,7 +154,7 @@ def update_step(
         c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, ADAN, TYPE, REST, True,
     )  # fmt: skip
     if skipped == 0:
-        if chunk == 0:
-            _count_step(tensor, row, numbers, begun)
+        if (chunk == 0) & (address != 0):
+            _count_step(row, numbers)
         if tl.program_id(0) == 0:
             _count_steps_of_groups(groups, tl.load(limits + 2).to(tl.int32))

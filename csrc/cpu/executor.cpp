@@ -18,6 +18,9 @@ constexpr std::int64_t elements_worth_a_thread = 1 << 16;
 // what the cache has take 1.4 times as long, and so many steps with denormals come once.
 constexpr std::uint64_t steps_between_sweeps = 25;
 
+// How many of the numbers made last are looked through for those of the next tensor.
+constexpr std::ptrdiff_t recent_numbers = 16;
+
 void relax(int tries) {
     // Whoever holds the ticket that is waited for may have lost its core to us.
     if (tries > 64) {
@@ -69,31 +72,30 @@ double Executor::reduce(const void* const* gradients, int threads) {
 
 void Executor::update(const void* const* gradients, const std::vector<Group>& groups, double clip, int threads) {
     if (!plan_.limits.clip) ++epoch_;
-    prepare(groups, clip);
+    prepare(gradients, groups, clip);
     run(plan_.first_update, static_cast<std::int64_t>(plan_.tasks.size()), threads, gradients);
-    for (Tensor& tensor : tensors_) {
-        if (tensor.step != nullptr) *tensor.step += 1;
-        tensor.fresh = false;
-    }
+    for (std::size_t i = 0; i < tensors_.size(); ++i)
+        if (gradients[i] != nullptr && tensors_[i].step != nullptr) *tensors_[i].step += 1;
 }
 
-void Executor::prepare(const std::vector<Group>& groups, double clip) {
-    // Of each group, the numbers made last: nearly always all of its tensors have the same step count.
-    std::vector<std::int32_t> latest(groups.size(), -1);
+void Executor::prepare(const void* const* gradients, const std::vector<Group>& groups, double clip) {
     numbers_.clear();
     for (std::size_t i = 0; i < tensors_.size(); ++i) {
+        if (gradients[i] == nullptr) continue;
         const Tensor& tensor = tensors_[i];
         const Group& group = groups.at(tensor.group);
         const double t = tensor.step != nullptr ? static_cast<double>(*tensor.step) + 1 : group.t;
-        const bool first = tensor.fresh || t == 1;
-        std::int32_t& index = latest[tensor.group];
-        if (index < 0 || numbers_[index].t != t || numbers_[index].first != first) {
+        // Nearly always all tensors of a group have the same step count, so that its numbers were made a moment ago.
+        auto same = [&](const Numbers& numbers) { return numbers.group == tensor.group && numbers.t == t; };
+        const auto recent = numbers_.rbegin() + std::min<std::ptrdiff_t>(numbers_.size(), recent_numbers);
+        const auto found = std::find_if(numbers_.rbegin(), recent, same);
+        auto index = static_cast<std::int32_t>(numbers_.rend() - found) - 1;
+        if (found == recent) {
             index = static_cast<std::int32_t>(numbers_.size());
             const bool sweeps = static_cast<std::uint64_t>(t) % steps_between_sweeps == 0;
-            Numbers numbers{tensor.group, t, first, group.sign * clip, sweeps, {}, {}};
+            Numbers numbers{tensor.group, t, group.sign * clip, sweeps, {}, {}};
             if (tensor.rule == Rule::adan)
-                numbers.adan = {AdanNumbers<float>::of(group.adan, t, first),
-                                AdanNumbers<double>::of(group.adan, t, first)};
+                numbers.adan = {AdanNumbers<float>::of(group.adan, t), AdanNumbers<double>::of(group.adan, t)};
             else
                 numbers.adamw = {AdamWNumbers<float>::of(group.adamw, t), AdamWNumbers<double>::of(group.adamw, t)};
             numbers_.push_back(numbers);
@@ -104,7 +106,8 @@ void Executor::prepare(const std::vector<Group>& groups, double clip) {
 
 void Executor::run(std::int64_t first, std::int64_t last, int threads, const void* const* gradients) {
     std::int64_t elements = 0;
-    for (const Tensor& tensor : tensors_) elements += tensor.span.elements;
+    for (std::size_t i = 0; i < tensors_.size(); ++i)
+        if (gradients[i] != nullptr) elements += tensors_[i].span.elements;
     threads = static_cast<int>(std::max<std::int64_t>(
         1, std::min({std::int64_t{threads}, last - first, 1 + elements / elements_worth_a_thread})));
     // Relaxed: handing the job to the pool's threads orders this store before their additions.
@@ -124,10 +127,14 @@ void Executor::run_task(const Task& task, const void* gradient) {
     const Tensor& tensor = tensors_[task.tensor];
     const Plan::Tensor& planned = plan_.tensors[task.tensor];
     Progress& progress = progress_[task.tensor];
+    // A tensor without a gradient in this step adds nothing to the norm, and stays as it is.
+    const bool missing = gradient == nullptr;
+    if (missing && task.kind != TaskKind::reduce) return;
     Span whole = tensor.span;
     whole.gradient = gradient;
+    const std::int64_t elements = missing ? 0 : task.elements;
     const Span chunk =
-        whole.part(tensor.types, states_of(tensor.rule), task.chunk * plan_.limits.chunk_elements, task.elements);
+        whole.part(tensor.types, states_of(tensor.rule), task.chunk * plan_.limits.chunk_elements, elements);
     switch (task.kind) {
         case TaskKind::reduce: {
             const Sums* partial = &partial_[planned.first_chunk];

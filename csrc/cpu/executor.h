@@ -24,6 +24,9 @@ public:
     // types.
     Executor(Plan plan, std::vector<Tensor> tensors);
 
+    // `gradients`: the address of each tensor's, null for one that has none in this step, which then does nothing to
+    // it.
+
     // The sum of the squares of all elements of all gradients; also leaves the abs-sums that update() needs. Only for a
     // plan with clipping.
     double reduce(const void* const* gradients, int threads);
@@ -45,7 +48,6 @@ private:
     struct Numbers {
         std::int32_t group;
         double t;
-        bool first;
         double scale;
         bool sweeps;
         NumbersOf<AdamW<false>> adamw;  // for either form of AdamW
@@ -66,7 +68,7 @@ private:
     void run_task(const Task& task, const void* gradient);
     Sums sums_of(const Task& task, const Span& chunk) const;
     void update_chunk(const Task& task, const Span& chunk, const Sums& sums) const;
-    void prepare(const std::vector<Group>& groups, double clip);
+    void prepare(const void* const* gradients, const std::vector<Group>& groups, double clip);
 };
 
 // A chunk size for which all that a chunk's update touches fits in a core's second-level cache, and a window of the

@@ -22,6 +22,7 @@ struct Row {
     std::int64_t first_chunk, chunks;
     std::int64_t first_stretch, stretches;
     std::int32_t group;
+    std::int32_t index;  // of the parameter among all of the optimizer's
     Rule rule;
     bool regularize;
 };
@@ -35,7 +36,6 @@ struct Progress {
     Sums sums;              // of the whole gradient; written before `summed`
     std::uint32_t summed;   // the epoch in which `sums` was last written
     std::uint32_t arrived;  // stretches whose sums are written
-    std::uint32_t begun;    // a step has been made with this state (Adan's first step has no difference)
 };
 
 // What blocks tell each other about the launch. It leaves everything as it found it, but for the epoch.
@@ -71,15 +71,16 @@ struct Arguments {
     Sums* chunk_sums;        // of every chunk
     Sums* stretch_sums;      // of every stretch
     std::uint32_t* arrived;  // of every stretch, chunks whose sums are written
+    double* squares_of;      // of every parameter of the optimizer, the sum of its gradient's squares; 0 without one
     Control* control;
-    // Of every tensor, the address of its gradient; of every group, what it says. On the device, or null if they are in
-    // the payload, at the offset beside them.
+    // Of every tensor, the address of its gradient, or null if it has none in this step; of every group, what it says.
+    // On the device, or null if they are in the payload, at the offset beside them.
     const void* const* gradients;
     const void* groups;
     std::int32_t gradients_at, groups_at;
     std::int64_t first_task, end_task;
     std::int64_t chunk_elements;
-    std::int32_t tensors, group_count;
+    std::int32_t tensors, parameters, group_count;
     std::int32_t summed;  // tensors that have elements
     // Clipping by the norm: everything is reduced before the first update.
     bool clips;

@@ -49,7 +49,7 @@ struct AdanRules {
 
     template <class T>
     AGR_DEVICE static AdanNumbers<T> numbers(const AdanOptions& options, double t) {
-        return AdanNumbers<T>::of(options, t, false);
+        return AdanNumbers<T>::of(options, t);
     }
 };
 
@@ -136,13 +136,10 @@ private:
         return index < a.end_task ? a.tasks[index] : Task{TaskKind::whole, -1, 0, 0};
     }
 
-    AGR_DEVICE const G* gradient(const Task& task) const {
-        const void* address;
-        if (a.gradients != nullptr)
-            address = a.gradients[task.tensor];
-        else
-            address = reinterpret_cast<const void* const*>(a.payload + a.gradients_at)[task.tensor];
-        return static_cast<const G*>(address) + task.chunk * a.chunk_elements;
+    // Null for a tensor that has none in this step.
+    AGR_DEVICE const G* gradient_of(std::int32_t tensor) const {
+        if (a.gradients != nullptr) return static_cast<const G*>(a.gradients[tensor]);
+        return static_cast<const G*>(reinterpret_cast<const void* const*>(a.payload + a.gradients_at)[tensor]);
     }
 
     AGR_DEVICE const GroupOf<Options>& group(std::int32_t index) const {
@@ -154,7 +151,10 @@ private:
 
     template <bool squares>
     AGR_DEVICE void reduce(const Task& task) {
-        share(sums_of<squares>(gradient(task), task.elements), squares);
+        const G* g = gradient_of(task.tensor);
+        // What has no gradient adds nothing, but is counted: others wait for all of a tensor's chunks and all tensors.
+        const int elements = g != nullptr ? task.elements : 0;
+        share(sums_of<squares>(g + task.chunk * a.chunk_elements, elements), squares);
         if (first_thread()) shared_.task[turn_ ^ 1] = task_of(ticket_);
         block_barrier();
         // The other warps go on with the next task meanwhile.
@@ -229,14 +229,17 @@ private:
         }
         if (lane == 0) {
             progress->sums = sums;
+            if (squares) a.squares_of[row.index] = sums.squares;
             store_release(&progress->summed, shared_.epoch);
         }
 
         if (!squares || !last_to_arrive(&a.control->arrived, a.summed)) return;
-        sums = sum_of(a.tensors, true, [&](std::int64_t i) { return a.progress[i].sums; });
+        // In an order that does not depend on which parameters have gradients, nor on which have had any.
+        sums = sum_of(a.parameters, true, [&](std::int64_t i) { return Sums{0, a.squares_of[i]}; });
         if (lane == 0) {
-            if (a.squares != nullptr) *a.squares = sums.squares * unscaling() * unscaling();
-            a.control->clip = clip_of(sums.squares);
+            const double unscaled = sums.squares * unscaling() * unscaling();
+            if (a.squares != nullptr) *a.squares = unscaled;
+            a.control->clip = clip_of(unscaled);
             store_release(&a.control->known, shared_.epoch);
         }
     }
@@ -267,9 +270,9 @@ private:
         return sum_of_warp(mine, squares);
     }
 
-    // min(1, max_grad_norm / (norm + eps)); NaN for a norm of NaN.
+    // min(1, max_grad_norm / (norm + eps)); NaN for a norm of NaN. As clip_coefficient in agr_cuda/clipping.py.
     AGR_DEVICE double clip_of(double squares) const {
-        const double divisor = square_root(squares) * unscaling() + a.clip_eps;
+        const double divisor = square_root(squares) + a.clip_eps;
         if (divisor == 0) return 1;
         const double coefficient = a.max_grad_norm / divisor;
         return coefficient > 1 ? 1 : coefficient;
@@ -359,11 +362,11 @@ private:
     }
 
     template <class R>
-    AGR_DEVICE Part<R> part_of(const Task& task, const Row& row) const {
+    AGR_DEVICE Part<R> part_of(const Task& task, const Row& row, const G* gradient) const {
         const std::int64_t first = task.chunk * a.chunk_elements;
         Part<R> part;
         part.parameter = static_cast<P*>(row.parameter) + first;
-        part.gradient = gradient(task);
+        part.gradient = gradient + first;
         part.elements = task.elements;
         part.aligned = Packed<P, lanes>::aligned(part.parameter) && Packed<G, lanes>::aligned(part.gradient);
 #pragma unroll
@@ -376,8 +379,15 @@ private:
 
     template <class R>
     AGR_DEVICE void update(const Task& task) {
+        const G* gradient = gradient_of(task.tensor);
+        if (gradient == nullptr) {
+            draw_next();
+            if (first_thread()) shared_.task[turn_ ^ 1] = task_of(ticket_);
+            block_barrier();
+            return;
+        }
         const Row& row = a.rows[task.tensor];
-        const Part<R> part = part_of<R>(task, row);
+        const Part<R> part = part_of<R>(task, row, gradient);
         const bool regularize = row.regularize;
         int i = thread_index() * lanes;
         // Under way before anything waits; and in the cache, not in registers, of which the decision takes many.
@@ -430,7 +440,6 @@ private:
         Decided decided;
         decided.numbers = shared_.numbers;
         const Progress* progress = a.progress + task.tensor;
-        if constexpr (std::is_same_v<Rules, AdanRules>) decided.numbers.first = t == 1 || progress->begun == 0;
 
         double scale = options.sign * unscaling();
         // On its way while the rest is waited for; not sooner, since it waits for the ticket.
@@ -486,10 +495,8 @@ private:
         block_barrier();
         if (!shared_.last_out) return;
         if (a.ends) {
-            for (std::int32_t i = thread_index(); i < a.tensors; i += block_threads) {
-                if (a.rows[i].step != nullptr) *a.rows[i].step += 1;
-                a.progress[i].begun = 1;
-            }
+            for (std::int32_t i = thread_index(); i < a.tensors; i += block_threads)
+                if (a.rows[i].step != nullptr && gradient_of(i) != nullptr) *a.rows[i].step += 1;
             for (std::int32_t i = thread_index(); i < a.group_count; i += block_threads)
                 if (group(i).counts) *group(i).count += 1;
         }

@@ -42,6 +42,7 @@ Executor::Executor(Plan plan, std::vector<Tensor> tensors, int groups, int devic
         stretches_ += (tensor.chunks + stretch_chunks - 1) / stretch_chunks;
         summed_ += tensor.chunks > 0;
     }
+    for (const Tensor& tensor : tensors_) parameters_ = std::max(parameters_, tensor.index + 1);
     blocks_ = static_cast<int>(
         std::max<std::int64_t>(1, std::min<std::int64_t>(blocks, static_cast<std::int64_t>(plan_.tasks.size()))));
 
@@ -58,6 +59,7 @@ Executor::Executor(Plan plan, std::vector<Tensor> tensors, int groups, int devic
     layout_.chunk_sums = place(static_cast<std::size_t>(plan_.chunks), sizeof(Sums));
     layout_.stretch_sums = place(static_cast<std::size_t>(stretches_), sizeof(Sums));
     layout_.arrived = place(static_cast<std::size_t>(stretches_), sizeof(std::uint32_t));
+    layout_.squares_of = place(static_cast<std::size_t>(parameters_), sizeof(double));
     layout_.control = place(1, sizeof(Control));
     layout_.gradients = place(count, sizeof(void*));
     layout_.groups = place(groups_, std::max(sizeof(GroupOf<AdamWOptions>), sizeof(GroupOf<AdanOptions>)));
@@ -81,27 +83,15 @@ std::vector<unsigned char> Executor::table() const {
         row.first_stretch = stretch;
         row.stretches = (planned.chunks + stretch_chunks - 1) / stretch_chunks;
         row.group = tensor.group;
+        row.index = tensor.index;
         row.rule = tensor.rule;
         row.regularize = planned.regularize;
         stretch += row.stretches;
         put(layout_.rows + static_cast<std::int64_t>(i * sizeof(Row)), row);
-        Progress progress{};
-        progress.begun = !tensor.fresh;
-        put(layout_.progress + static_cast<std::int64_t>(i * sizeof(Progress)), progress);
     }
     if (!plan_.tasks.empty())
         std::memcpy(bytes.data() + layout_.tasks, plan_.tasks.data(), plan_.tasks.size() * sizeof(Task));
     return bytes;
-}
-
-std::vector<bool> Executor::begun(const unsigned char* table) const {
-    std::vector<bool> begun;
-    for (std::size_t i = 0; i < tensors_.size(); ++i) {
-        Progress progress;
-        std::memcpy(&progress, table + layout_.progress + i * sizeof(Progress), sizeof(Progress));
-        begun.push_back(progress.begun != 0);
-    }
-    return begun;
 }
 
 void Executor::attach(void* address) {
@@ -114,9 +104,11 @@ void Executor::attach(void* address) {
     a.chunk_sums = reinterpret_cast<Sums*>(at(layout_.chunk_sums));
     a.stretch_sums = reinterpret_cast<Sums*>(at(layout_.stretch_sums));
     a.arrived = reinterpret_cast<std::uint32_t*>(at(layout_.arrived));
+    a.squares_of = reinterpret_cast<double*>(at(layout_.squares_of));
     a.control = reinterpret_cast<Control*>(at(layout_.control));
     a.chunk_elements = plan_.limits.chunk_elements;
     a.tensors = static_cast<std::int32_t>(tensors_.size());
+    a.parameters = parameters_;
     a.group_count = static_cast<std::int32_t>(groups_);
     a.summed = summed_;
     sent_gradients_.clear();

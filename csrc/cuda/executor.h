@@ -44,11 +44,10 @@ public:
     std::vector<unsigned char> table() const;
     void attach(void* address);
 
+    // `gradients`: the address of each tensor's, null for one that has none in this step, which then does nothing to
+    // it.
     void launch(const void* const* gradients, const std::vector<DeviceGroup>& groups, const Settings& settings,
                 Phase phase, void* stream);
-
-    // Of every tensor, whether a step has been made with its state; from the table as it is on the device.
-    std::vector<bool> begun(const unsigned char* table) const;
 
     // Whether a launch was captured into a graph, which may write to the table at any time from then on.
     bool captured() const { return captured_; }
@@ -56,7 +55,8 @@ public:
 private:
     // Where the parts of the table are, from its start.
     struct Layout {
-        std::int64_t rows, tasks, progress, chunk_sums, stretch_sums, arrived, control, gradients, groups, bytes;
+        std::int64_t rows, tasks, progress, chunk_sums, stretch_sums, arrived, squares_of, control, gradients, groups,
+            bytes;
     };
 
     Plan plan_;
@@ -67,6 +67,7 @@ private:
     Kernel kernel_{};
     std::int64_t stretches_ = 0;
     std::int32_t summed_ = 0;
+    std::int32_t parameters_ = 0;  // of the optimizer, up to the last one that is among the tensors
     Layout layout_{};
     unsigned char* address_ = nullptr;
     Arguments arguments_{};  // what is the same in every launch is filled in

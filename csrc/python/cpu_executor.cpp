@@ -30,7 +30,7 @@ public:
     }
 
     void update(const GradientTable& gradients, const py::list& groups, double clip, int threads,
-                const py::list& counted, const py::set& fresh, const py::list& stepped) {
+                const py::sequence& counted) {
         if (groups.size() < groups_) throw std::invalid_argument("numbers are missing for some groups");
         std::vector<Group> numbers;
         numbers.reserve(groups.size());
@@ -44,7 +44,7 @@ public:
             py::gil_scoped_release unlocked;
             executor_->update(gradients.addresses.data(), numbers, clip, threads);
         }
-        Notes{counted, fresh, stepped}.write();
+        count_steps(counted);
     }
 
 private:
@@ -84,7 +84,7 @@ void bind_cpu(py::module_& m) {
         .def(py::init<const Plan&, const py::list&>(), py::arg("plan"), py::arg("tensors"))
         .def("reduce", &CpuExecutor::reduce, py::arg("gradients"), py::arg("threads"))
         .def("update", &CpuExecutor::update, py::arg("gradients"), py::arg("groups"), py::arg("clip"),
-             py::arg("threads"), py::arg("counted"), py::arg("fresh"), py::arg("stepped"));
+             py::arg("threads"), py::arg("counted"));
 }
 
 }  // namespace agr::python

@@ -108,15 +108,11 @@ public:
 
     void attach(const py::handle& tensor) { executor_->attach(reader().read_or_throw(tensor, "table").data); }
 
-    std::vector<bool> begun(const py::handle& tensor) const {
-        return executor_->begun(static_cast<const unsigned char*>(in_memory(tensor, 0).data));
-    }
-
     // Whether the stream's work is being captured. `phase`: "all", "reduce" or "update".
     bool launch(const GradientTable& gradients, const py::list& groups, bool counts, double max_grad_norm,
                 double clip_eps, const py::object& clip, const py::object& squares, const py::object& grad_scale,
-                const py::object& found_inf, const std::string& phase, std::uintptr_t stream, const py::list& counted,
-                const py::set& fresh, const py::list& stepped) {
+                const py::object& found_inf, const std::string& phase, std::uintptr_t stream,
+                const py::sequence& counted) {
         std::vector<cuda::DeviceGroup> numbers;
         numbers.reserve(groups.size());
         for (py::handle item : groups) {
@@ -145,7 +141,7 @@ public:
             py::gil_scoped_release unlocked;
             executor_->launch(gradients.addresses.data(), numbers, settings, which, reinterpret_cast<void*>(stream));
         }
-        Notes{counted, fresh, stepped}.write();
+        count_steps(counted);
         return executor_->captured();
     }
 
@@ -175,13 +171,13 @@ private:
     }
 };
 
-// (chunk_elements, window_bytes, lead_bytes, blocks of a multiprocessor, multiprocessors) of a launch for these
-// tensors.
+// (chunk_elements, window_bytes, lead_bytes, blocks of a multiprocessor, multiprocessors) of a launch for tensors of
+// types that are called so.
 std::tuple<std::int64_t, std::int64_t, std::int64_t, int, int> cuda_limits(const std::string& rule,
-                                                                           const py::handle& parameter,
-                                                                           const py::handle& gradient, int device) {
-    const Type type = *on_device(parameter, "parameter", device_type(), device).type;
-    const Types types{type, *on_device(gradient, "gradient", device_type(), device).type, type};
+                                                                           const std::string& parameter,
+                                                                           const std::string& gradient, int device) {
+    const Type type = type_named(parameter);
+    const Types types{type, type_named(gradient), type};
     const cuda::Kernel kernel{rule == "adan" ? cuda::Family::adan : cuda::Family::adamw, types};
     const cuda::Launcher::Device properties = launcher().device(device);
     const int resident = launcher().resident_blocks(kernel, device);
@@ -210,11 +206,9 @@ void bind_cuda(py::module_& m) {
         .def_property_readonly("table_bytes", &CudaExecutor::table_bytes)
         .def("write_table", &CudaExecutor::write_table, py::arg("tensor"))
         .def("attach", &CudaExecutor::attach, py::arg("tensor"))
-        .def("begun", &CudaExecutor::begun, py::arg("tensor"))
         .def("launch", &CudaExecutor::launch, py::arg("gradients"), py::arg("groups"), py::arg("counts"),
              py::arg("max_grad_norm"), py::arg("clip_eps"), py::arg("clip"), py::arg("squares"), py::arg("grad_scale"),
-             py::arg("found_inf"), py::arg("phase"), py::arg("stream"), py::arg("counted"), py::arg("fresh"),
-             py::arg("stepped"));
+             py::arg("found_inf"), py::arg("phase"), py::arg("stream"), py::arg("counted"));
 }
 
 }  // namespace agr::python

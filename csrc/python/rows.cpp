@@ -34,12 +34,13 @@ Rows rows_of(const py::list& tensors, DeviceType type, std::int32_t index) {
         tensor.rule = rule_named(py::cast<std::string>(row[0]));
         tensor.group = py::cast<std::int32_t>(row[1]);
         rows.groups = std::max(rows.groups, static_cast<std::size_t>(tensor.group) + 1);
-        const TensorView parameter = on_device(row[2], "parameter", type, index);
+        tensor.index = py::cast<std::int32_t>(row[2]);
+        const TensorView parameter = on_device(row[3], "parameter", type, index);
         tensor.span.parameter = parameter.data;
         tensor.span.elements = parameter.elements();
         tensor.types.parameter = *parameter.type;
-        tensor.types.gradient = *on_device(row[3], "gradient", type, index).type;
-        const auto states = py::cast<py::tuple>(row[4]);
+        tensor.types.gradient = type_named(py::cast<std::string>(row[4]));
+        const auto states = py::cast<py::tuple>(row[5]);
         if (static_cast<int>(states.size()) != states_of(tensor.rule))
             throw std::invalid_argument("a rule was given the wrong number of state tensors");
         for (std::size_t k = 0; k < states.size(); ++k) {
@@ -49,13 +50,12 @@ Rows rows_of(const py::list& tensors, DeviceType type, std::int32_t index) {
             tensor.span.state[k] = state.data;
             tensor.types.state = *state.type;
         }
-        if (!row[5].is_none()) {
-            const TensorView step = on_device(row[5], "step", type, index);
+        if (!row[6].is_none()) {
+            const TensorView step = on_device(row[6], "step", type, index);
             if (step.type != Type::float32 || step.elements() != 1)
                 throw std::invalid_argument("a step count is one float32");
             tensor.step = static_cast<float*>(step.data);
         }
-        tensor.fresh = py::cast<bool>(row[6]);
         rows.adan = tensor.rule == Rule::adan;
         rows.tensors.push_back(tensor);
     }
@@ -84,13 +84,12 @@ GroupNumbers group_of(py::handle item, bool adan) {
     return numbers;
 }
 
-void Notes::write() const {
+void count_steps(const py::sequence& groups) {
     static PyObject* const step = PyUnicode_InternFromString("step");
-    for (py::handle group : counted) {
+    for (py::handle group : groups) {
         py::dict dictionary = py::cast<py::dict>(group);
         dictionary[py::handle(step)] = py::int_(py::cast<std::int64_t>(dictionary[py::handle(step)]) + 1);
     }
-    for (py::handle parameter : stepped) PySet_Discard(fresh.ptr(), parameter.ptr());
 }
 
 }  // namespace agr::python

@@ -21,8 +21,8 @@ struct Rows {
     bool adan = false;
 };
 
-// `tensors`: (rule, group, parameter, gradient, states, step or None, fresh) of each. Python keeps them alive, and the
-// Watch notices when they move.
+// `tensors`: (rule, group, index, parameter, name of the gradient's type, states, step or None) of each. Python keeps
+// them alive, and the Watch notices when they move.
 Rows rows_of(const pybind11::list& tensors, DeviceType type, std::int32_t index = 0);
 
 // `groups`: for AdamW (lr, beta1, beta2, eps, weight_decay, sign), for Adan (lr, beta1, beta2, beta3, eps,
@@ -35,13 +35,8 @@ struct GroupNumbers {
 };
 GroupNumbers group_of(pybind11::handle tuple, bool adan);
 
-// What a step leaves in Python's objects, where no signal handler can come between the step and these notes of it.
-struct Notes {
-    const pybind11::list& counted;  // the dictionaries of Adan's groups whose "step" is a number
-    const pybind11::set& fresh;     // from which `stepped` is taken
-    const pybind11::list& stepped;
-
-    void write() const;
-};
+// Raises "step" of each of these dictionaries, which are Adan's groups whose step count is a number. The native call
+// that makes a step does this too, since no signal handler can come between the two there.
+void count_steps(const pybind11::sequence& groups);
 
 }  // namespace agr::python

@@ -1,5 +1,6 @@
 #include "tensor_reader.h"
 
+#include <stdexcept>
 #include <string>
 
 namespace py = pybind11;
@@ -82,6 +83,14 @@ ExchangeAPI* find_exchange_api() {
 }
 
 }  // namespace
+
+Type type_named(const std::string& name) {
+    if (name == "torch.float32") return Type::float32;
+    if (name == "torch.bfloat16") return Type::bfloat16;
+    if (name == "torch.float16") return Type::float16;
+    if (name == "torch.float64") return Type::float64;
+    throw std::invalid_argument("no kernel takes " + name);
+}
 
 std::int64_t TensorView::elements() const {
     std::int64_t product = 1;

@@ -9,11 +9,15 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "../step.h"
 
 namespace agr::python {
+
+// The type that PyTorch calls so ("torch.float32", ...). Throws std::invalid_argument for what no kernel takes.
+Type type_named(const std::string& name);
 
 // DLPack's numbering of devices.
 enum DeviceType : std::int32_t { cpu_device = 1, cuda_device = 2, other_device = -1 };

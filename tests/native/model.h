@@ -64,13 +64,17 @@ struct Model {
         Type type;
         bool regularize;
         Stored parameter, gradient;
-        std::vector<Stored> states;
+        std::vector<Stored> states{};
         float step = 0;
+        int steps = 0;        // as the equations count them
+        bool present = true;  // has a gradient in this step
+
+        const void* address() const { return present ? gradient.data() : nullptr; }
         // What the equations say.
-        std::vector<long double> p;
-        std::vector<std::vector<long double>> s;
+        std::vector<long double> p{};
+        std::vector<std::vector<long double>> s{};
         // Of p and each of s, the largest value before the step: what roundings are measured by where a sum cancels.
-        std::vector<long double> largest;
+        std::vector<long double> largest{};
     };
     std::vector<std::unique_ptr<Tensor>> tensors;
 
@@ -84,6 +88,23 @@ inline long double largest_of(const std::vector<long double>& values) {
 }
 
 constexpr double max_norm = 0.7;
+
+// What the state `k` is before a tensor's first step: 0, or NaN for Adan's previous gradient.
+inline void add_state(Model::Tensor& tensor, Rule rule, int k, std::int64_t shift = 0) {
+    const std::int64_t elements = tensor.parameter.elements;
+    const double initial = rule == Rule::adan && k == 3 ? std::nan("") : 0.0;
+    tensor.states.emplace_back(tensor.type, elements, shift);
+    for (std::int64_t i = 0; i < elements; ++i) tensor.states.back().set(i, initial);
+    tensor.s.emplace_back(elements, initial);
+}
+
+// New gradients, of `scale` times unit normal numbers. Some tensors have none, if `some_missing`.
+inline void new_gradients(Model& model, double scale = 1, bool some_missing = true) {
+    for (auto& tensor : model.tensors) {
+        tensor->present = !some_missing || up_to(4) != 0;
+        for (std::int64_t i = 0; i < tensor->gradient.elements; ++i) tensor->gradient.set(i, scale * normal());
+    }
+}
 
 // All of one type, or each of a type of its own.
 inline Model random_model(Rule rule, bool mixed = true) {
@@ -103,45 +124,37 @@ inline Model random_model(Rule rule, bool mixed = true) {
         const Type type = mixed ? types[up_to(3)] : one;
         const Type gradient = bytes_of(type) == 2 && (mixed ? up_to(1) != 0 : wide) ? Type::float32 : type;
         auto shift = [] { return up_to(3) == 0 ? 1 + up_to(8) : 0; };
-        auto tensor = std::make_unique<Model::Tensor>(Model::Tensor{type,
-                                                                    sized.regularize,
-                                                                    Stored(type, sized.elements, shift()),
-                                                                    Stored(gradient, sized.elements, shift()),
-                                                                    {},
-                                                                    0,
-                                                                    {},
-                                                                    {},
-                                                                    {}});
+        auto tensor = std::make_unique<Model::Tensor>(Model::Tensor{
+            type, sized.regularize, Stored(type, sized.elements, shift()), Stored(gradient, sized.elements, shift())});
         for (std::int64_t i = 0; i < sized.elements; ++i) {
             tensor->parameter.set(i, normal());
             tensor->p.push_back(tensor->parameter.get(i));
         }
-        for (int k = 0; k < states_of(rule); ++k) {
-            tensor->states.emplace_back(type, sized.elements, shift());
-            tensor->s.emplace_back(sized.elements, 0.0L);
-        }
+        for (int k = 0; k < states_of(rule); ++k) add_state(*tensor, rule, k, shift());
         model.tensors.push_back(std::move(tensor));
     }
     return model;
 }
 
-// One step of the equations of SPEC, without a thought to speed. The stored values are rounded to their type.
+// Step `t` of the equations, without a thought to speed. The stored values are rounded to their type.
 inline void step_by_definition(Model& model, int t) {
     long double squares = 0;
     for (auto& tensor : model.tensors)
-        for (std::int64_t i = 0; i < tensor->gradient.elements; ++i)
+        for (std::int64_t i = 0; i < tensor->gradient.elements && tensor->present; ++i)
             squares += std::pow((long double)tensor->gradient.get(i), 2);
     const long double norm = std::sqrt(squares) / model.grad_scale;
     const long double clip = (model.clip ? std::min(1.0L, max_norm / (norm + 1e-8L)) : 1.0L) / model.grad_scale;
     for (auto& tensor : model.tensors) {
+        auto& s = tensor->s;
+        tensor->largest = {largest_of(tensor->p)};
+        for (const auto& state : s) tensor->largest.push_back(largest_of(state));
+        if (!tensor->present) continue;
+        ++tensor->steps;
         const std::int64_t n = tensor->parameter.elements;
         std::vector<long double> g(n);
         long double sum = 0;
         for (std::int64_t i = 0; i < n; ++i) sum += std::fabs(g[i] = clip * model.group.sign * tensor->gradient.get(i));
         for (std::int64_t i = 0; i < n && tensor->regularize && sum > 0; ++i) g[i] *= 1 - std::fabs(g[i]) / sum;
-        auto& s = tensor->s;
-        tensor->largest = {largest_of(tensor->p)};
-        for (const auto& state : s) tensor->largest.push_back(largest_of(state));
         // Adan's exp_avg_diff takes up a difference of gradients, each of which is rounded.
         if (model.rule == Rule::adan) {
             const long double taken = (1 - model.group.adan.beta2) * std::max(largest_of(g), largest_of(s[3]));
@@ -151,7 +164,7 @@ inline void step_by_definition(Model& model, int t) {
             long double& p = tensor->p[i];
             if (model.rule == Rule::adan) {
                 const AdanOptions& o = model.group.adan;
-                const long double d = t == 1 ? 0 : g[i] + s[3][i];
+                const long double d = tensor->steps == 1 ? 0 : g[i] + s[3][i];
                 s[0][i] = o.beta1 * s[0][i] + (1 - o.beta1) * g[i];
                 s[1][i] = o.beta2 * s[1][i] + (1 - o.beta2) * d;
                 s[2][i] = o.beta3 * s[2][i] + (1 - o.beta3) * std::pow(g[i] + o.beta2 * d, 2);
@@ -169,8 +182,8 @@ inline void step_by_definition(Model& model, int t) {
                 s[1][i] = o.beta2 * s[1][i] + (1 - o.beta2) * g[i] * g[i];
                 long double v = s[1][i];
                 if (model.rule == Rule::adamw_amsgrad) v = s[2][i] = std::max(s[2][i], v);
-                p -= o.lr / (1 - std::pow((long double)o.beta1, t)) * s[0][i] /
-                     (std::sqrt(v) / std::sqrt(1 - std::pow((long double)o.beta2, t)) + o.eps);
+                p -= o.lr / (1 - std::pow((long double)o.beta1, tensor->steps)) * s[0][i] /
+                     (std::sqrt(v) / std::sqrt(1 - std::pow((long double)o.beta2, tensor->steps)) + o.eps);
             }
         }
     }
@@ -187,6 +200,7 @@ inline void compare(Model& model, const char* what) {
                          const char* name) {
             const long double largest = std::max(before, largest_of(expected));
             for (std::int64_t i = 0; i < stored.elements; ++i) {
+                if (std::isnan(stored.get(i)) && std::isnan(expected[i])) continue;
                 const long double error = std::fabs(stored.get(i) - expected[i]);
                 const double least = stored.type == Type::float16 ? 0x1p-24 : 0x1p-126;
                 CHECK(error <= 16 * unit(stored.type) * largest + least,

@@ -31,7 +31,7 @@ cpu::Executor executor_of(Model& model) {
         row.types = {tensor->type, tensor->gradient.type, tensor->type};
         row.rule = model.rule;
         row.step = model.rule == Rule::adan ? nullptr : &tensor->step;
-        row.fresh = true;
+        row.index = static_cast<std::int32_t>(rows.size());
         rows.push_back(row);
     }
     return cpu::Executor(Plan(std::move(planned), model.limits), std::move(rows));
@@ -39,7 +39,7 @@ cpu::Executor executor_of(Model& model) {
 
 void step(cpu::Executor& executor, Model& model, int t, int threads) {
     std::vector<const void*> gradients;
-    for (auto& tensor : model.tensors) gradients.push_back(tensor->gradient.data());
+    for (auto& tensor : model.tensors) gradients.push_back(tensor->address());
     model.group.t = t;
     double clip = 1;
     if (model.clip) clip = std::min(1.0, max_norm / (std::sqrt(executor.reduce(gradients.data(), threads)) + 1e-8));
@@ -52,13 +52,13 @@ void test_models(int rounds, const char* what) {
             Model model = random_model(rule);
             cpu::Executor executor = executor_of(model);
             for (int t = 1; t <= 4; ++t) {
-                for (auto& tensor : model.tensors)
-                    for (std::int64_t i = 0; i < tensor->gradient.elements; ++i) tensor->gradient.set(i, normal());
+                new_gradients(model);
                 step(executor, model, t, 1 + static_cast<int>(up_to(7)));
                 step_by_definition(model, t);
                 compare(model, what);
                 for (auto& tensor : model.tensors)
-                    CHECK(rule == Rule::adan || tensor->step == static_cast<float>(t), "step %g", tensor->step);
+                    CHECK(rule == Rule::adan || tensor->step == static_cast<float>(tensor->steps), "step %g",
+                          tensor->step);
             }
         }
     }
@@ -72,9 +72,9 @@ Model large_model() {
     model.group = {{}, {1e-2, 0.98, 0.92, 0.99, 1e-8, 0.1, 0}, 0, 1};
     std::mt19937_64 same_bits(7);
     for (std::int64_t elements : {1, 64, 70000, 0, 200003, 509, 510, 31, 90001, 5, 150000}) {
-        auto tensor = std::make_unique<Model::Tensor>(Model::Tensor{
-            Type::float32, true, Stored(Type::float32, elements), Stored(Type::float32, elements), {}, 0, {}, {}, {}});
-        for (int k = 0; k < 4; ++k) tensor->states.emplace_back(Type::float32, elements);
+        auto tensor = std::make_unique<Model::Tensor>(
+            Model::Tensor{Type::float32, true, Stored(Type::float32, elements), Stored(Type::float32, elements)});
+        for (int k = 0; k < 4; ++k) add_state(*tensor, model.rule, k);
         for (std::int64_t i = 0; i < elements; ++i) {
             tensor->parameter.set(i, std::normal_distribution<double>()(same_bits));
             tensor->gradient.set(i, std::normal_distribution<double>()(same_bits));

@@ -28,7 +28,7 @@ TYPES = [
     *((t, torch.float32) for t in (torch.bfloat16, torch.float16)),
 ]
 # What pointers point to: all others to words of 64 bits.
-POINTERS = {"begun": "*i32", "grad_scale": "*fp32", "found_inf": "*fp32"}
+POINTERS = {"grad_scale": "*fp32", "found_inf": "*fp32"}
 FLOATS = ("groups_float", "magnitude_sums", "square_sums", "sums", "numbers", "clip")
 
 
