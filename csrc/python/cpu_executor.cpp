@@ -62,12 +62,12 @@ void regularize(const py::list& gradients, int threads) {
         const TensorView gradient = on_device(item, "gradient", cpu_device);
         Tensor tensor{};
         tensor.rule = Rule::regularize;
-        tensor.types = {*gradient.type, *gradient.type, *gradient.type};
-        tensor.span.parameter = gradient.data;
+        tensor.types = {*gradient.type(), *gradient.type(), *gradient.type()};
+        tensor.span.parameter = gradient.data();
         tensor.span.elements = gradient.elements();
         tensors.push_back(tensor);
-        planned.push_back({tensor.span.elements, bytes_of(*gradient.type), true});
-        addresses.push_back(gradient.data);
+        planned.push_back({tensor.span.elements, bytes_of(*gradient.type()), true});
+        addresses.push_back(gradient.data());
     }
     py::gil_scoped_release unlocked;
     cpu::Executor executor(Plan(std::move(planned), cpu::default_limits(false)), std::move(tensors));

@@ -102,11 +102,11 @@ public:
 
     // Into the memory of a tensor on the CPU; once, since it is not kept.
     void write_table(const py::handle& tensor) {
-        std::memcpy(in_memory(tensor, table_.size()).data, table_.data(), table_.size());
+        std::memcpy(in_memory(tensor, table_.size()).data(), table_.data(), table_.size());
         table_ = {};
     }
 
-    void attach(const py::handle& tensor) { executor_->attach(reader().read_or_throw(tensor, "table").data); }
+    void attach(const py::handle& tensor) { executor_->attach(reader().read_or_throw(tensor, "table").data()); }
 
     // Whether the stream's work is being captured. `phase`: "all", "reduce" or "update".
     bool launch(const GradientTable& gradients, const py::list& groups, bool counts, double max_grad_norm,
@@ -120,11 +120,11 @@ public:
             cuda::DeviceGroup on_device_too{group.group, nullptr, Type::float32, nullptr, counts};
             if (group.lr != nullptr) {
                 const TensorView lr = one(group.lr, "lr");
-                on_device_too.lr = lr.data;
-                on_device_too.lr_type = *lr.type;
+                on_device_too.lr = lr.data();
+                on_device_too.lr_type = *lr.type();
             }
             if (group.steps != nullptr)
-                on_device_too.count = static_cast<float*>(one(group.steps, "step", Type::float32).data);
+                on_device_too.count = static_cast<float*>(one(group.steps, "step", Type::float32).data());
             numbers.push_back(on_device_too);
         }
         cuda::Settings settings;
@@ -154,20 +154,20 @@ private:
 
     static TensorView in_memory(const py::handle& tensor, std::size_t bytes) {
         const TensorView view = reader().read_or_throw(tensor, "table");
-        if (view.device_type != cpu_device || static_cast<std::size_t>(view.elements()) < bytes)
+        if (view.kind.device_type != cpu_device || static_cast<std::size_t>(view.elements()) < bytes)
             throw std::invalid_argument("a table is read and written in memory that is large enough");
         return view;
     }
 
     TensorView one(py::handle tensor, const char* role, std::optional<Type> type = std::nullopt) const {
         const TensorView view = on_device(tensor, role, device_type(), device_);
-        if (view.elements() != 1 || (type && view.type != type))
+        if (view.elements() != 1 || (type && view.type() != type))
             throw std::invalid_argument(std::string(role) + " has another type or size than the kernel reads");
         return view;
     }
 
     void* address(const py::object& tensor, const char* role, Type type) const {
-        return tensor.is_none() ? nullptr : one(tensor, role, type).data;
+        return tensor.is_none() ? nullptr : one(tensor, role, type).data();
     }
 };
 

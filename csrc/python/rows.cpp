@@ -19,10 +19,10 @@ Rule rule_named(const std::string& name) {
 
 TensorView on_device(py::handle tensor, const char* role, DeviceType type, std::int32_t index) {
     const TensorView view = reader().read_or_throw(tensor, role);
-    if (view.device_type != type || view.device_index != index)
+    if (view.kind.device_type != type || view.kind.device_index != index)
         throw std::runtime_error(std::string("the ") + role + " is not on " +
                                  (type == cpu_device ? "the CPU" : "cuda:" + std::to_string(index)));
-    if (!view.type) throw std::runtime_error(std::string("no kernel takes the type of the ") + role);
+    if (!view.type()) throw std::runtime_error(std::string("no kernel takes the type of the ") + role);
     return view;
 }
 
@@ -36,9 +36,9 @@ Rows rows_of(const py::list& tensors, DeviceType type, std::int32_t index) {
         rows.groups = std::max(rows.groups, static_cast<std::size_t>(tensor.group) + 1);
         tensor.index = py::cast<std::int32_t>(row[2]);
         const TensorView parameter = on_device(row[3], "parameter", type, index);
-        tensor.span.parameter = parameter.data;
+        tensor.span.parameter = parameter.data();
         tensor.span.elements = parameter.elements();
-        tensor.types.parameter = *parameter.type;
+        tensor.types.parameter = *parameter.type();
         tensor.types.gradient = type_named(py::cast<std::string>(row[4]));
         const auto states = py::cast<py::tuple>(row[5]);
         if (static_cast<int>(states.size()) != states_of(tensor.rule))
@@ -47,14 +47,14 @@ Rows rows_of(const py::list& tensors, DeviceType type, std::int32_t index) {
             const TensorView state = on_device(states[k], "state", type, index);
             if (state.elements() != tensor.span.elements)
                 throw std::invalid_argument("a state tensor has the wrong size");
-            tensor.span.state[k] = state.data;
-            tensor.types.state = *state.type;
+            tensor.span.state[k] = state.data();
+            tensor.types.state = *state.type();
         }
         if (!row[6].is_none()) {
             const TensorView step = on_device(row[6], "step", type, index);
-            if (step.type != Type::float32 || step.elements() != 1)
+            if (step.type() != Type::float32 || step.elements() != 1)
                 throw std::invalid_argument("a step count is one float32");
-            tensor.step = static_cast<float*>(step.data);
+            tensor.step = static_cast<float*>(step.data());
         }
         rows.adan = tensor.rule == Rule::adan;
         rows.tensors.push_back(tensor);

@@ -88,8 +88,9 @@ void Watch::add(std::size_t index, const std::vector<std::string>& keys, std::sh
     entry.end = tensors_.size();
     entry.items = items_of(state.ptr());
     entry.gradient_class = reinterpret_cast<PyTypeObject*>(keep(gradient_class));
-    entry.gradient_type = type_named(gradient_type);
-    if (!staged.is_none()) entry.staged = not_null(reader().read_or_throw(keep(staged), "staged gradient").data);
+    entry.gradient_kind = tensors_[entry.first].kind;
+    set_type(entry.gradient_kind, type_named(gradient_type));
+    if (!staged.is_none()) entry.staged = not_null(reader().read_or_throw(keep(staged), "staged gradient").data());
     if (table->addresses.size() <= slot) table->addresses.resize(slot + 1);
     entry.table = std::move(table);
     entry.slot = slot;
@@ -99,11 +100,10 @@ void Watch::add_by_reference(std::size_t index) { entries_.at(index).update = Up
 
 void Watch::expect(PyObject* tensor, const char* role) {
     const TensorView view = reader().read_or_throw(tensor, role);
-    if (!view.type) throw std::runtime_error(std::string("no kernel takes the type of the ") + role);
-    tensors_.push_back({tensor, Py_TYPE(tensor), view.data, *view.type, view.device_type, view.device_index,
-                        view.dimensions, sizes_.size()});
-    sizes_.insert(sizes_.end(), view.shape, view.shape + view.dimensions);
-    sizes_.insert(sizes_.end(), view.strides, view.strides + view.dimensions);
+    if (!view.type()) throw std::runtime_error(std::string("no kernel takes the type of the ") + role);
+    tensors_.push_back({tensor, Py_TYPE(tensor), view.data(), view.kind, sizes_.size()});
+    sizes_.insert(sizes_.end(), view.shape, view.shape + view.kind.dimensions);
+    sizes_.insert(sizes_.end(), view.strides, view.strides + view.kind.dimensions);
 }
 
 bool Watch::unchanged(py::handle groups, py::handle state) {
@@ -162,11 +162,13 @@ bool Watch::parameter_fits(Entry& entry, bool& other_gradients) {
 bool Watch::fits(const Expected& expected) const {
     TensorView view;
     if (!reader().read(expected.tensor, view)) return false;
+    if (view.data() != expected.data || Py_TYPE(expected.tensor) != expected.class_ || !(view.kind == expected.kind))
+        return false;
     const std::int64_t* sizes = sizes_.data() + expected.sizes_at;
-    return view.data == expected.data && Py_TYPE(expected.tensor) == expected.class_ && view.type == expected.type &&
-           view.device_type == expected.device_type && view.device_index == expected.device_index &&
-           view.dimensions == expected.dimensions && std::equal(view.shape, view.shape + view.dimensions, sizes) &&
-           std::equal(view.strides, view.strides + view.dimensions, sizes + view.dimensions);
+    const std::int64_t* strides = sizes + view.kind.dimensions;
+    for (std::int32_t i = 0; i < view.kind.dimensions; ++i)
+        if (view.shape[i] != sizes[i] || view.strides[i] != strides[i]) return false;
+    return true;
 }
 
 // Others may keep their own things beside our states.
@@ -183,22 +185,40 @@ bool Watch::states_fit(Entry& entry) {
 }
 
 bool Watch::gradient_fits(Entry& entry, PyObject* gradient) {
-    const Expected& parameter = tensors_[entry.first];
-    const std::int64_t* sizes = sizes_.data() + parameter.sizes_at;
-    const std::int64_t* strides = sizes + parameter.dimensions;
     TensorView view;
-    if (!reader().read(gradient, view)) return false;
-    if (Py_TYPE(gradient) != entry.gradient_class || view.type != entry.gradient_type ||
-        view.device_type != parameter.device_type || view.device_index != parameter.device_index ||
-        view.dimensions != parameter.dimensions || !std::equal(view.shape, view.shape + view.dimensions, sizes))
+    if (!reader().read(gradient, view) || Py_TYPE(gradient) != entry.gradient_class ||
+        !(view.kind == entry.gradient_kind))
         return false;
-    if (entry.staged == nullptr && view.elements() > 0) {
-        for (std::int32_t i = 0; i < view.dimensions; ++i)
-            if (sizes[i] != 1 && view.strides[i] != strides[i]) return false;
+    const std::int64_t* sizes = sizes_.data() + tensors_[entry.first].sizes_at;
+    const std::int64_t* strides = sizes + view.kind.dimensions;
+    bool same_layout = true;
+    for (std::int32_t i = 0; i < view.kind.dimensions; ++i) {
+        if (view.shape[i] != sizes[i]) return false;
+        same_layout &= sizes[i] == 1 || view.strides[i] == strides[i];
     }
-    if (is_negative_view(gradient)) return false;
-    entry.table->addresses[entry.slot] = entry.staged != nullptr ? entry.staged : not_null(view.data);
+    if (!same_layout && entry.staged == nullptr && view.elements() > 0) return false;
+    if (!entry.known.is(gradient, view.data())) {
+        if (is_negative_view(gradient)) return false;
+        entry.known.becomes(gradient, view.data());
+    }
+    entry.table->addresses[entry.slot] = entry.staged != nullptr ? entry.staged : not_null(view.data());
     return true;
+}
+
+bool Watch::Known::is(PyObject* other, const void* at) {
+    if (other != gradient || at != data || !weak) return false;
+    if (py::reinterpret_steal<py::object>(PyObject_CallNoArgs(weak.ptr())).ptr() == other) return true;
+    replaced = true;
+    weak = py::object();
+    return false;
+}
+
+void Watch::Known::becomes(PyObject* other, const void* at) {
+    weak = py::object();
+    if (other == gradient && at == data && !replaced)
+        weak = py::reinterpret_steal<py::object>(PyWeakref_NewRef(other, nullptr));
+    gradient = other;
+    data = at;
 }
 
 void Watch::list_updated() {

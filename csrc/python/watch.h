@@ -46,9 +46,11 @@ public:
     pybind11::list updated() const { return updated_; }
 
     void release() {
-        // Moved out first: the end of a gradient may lead to another step, and so back to here.
-        const std::vector<pybind11::object> gradients = std::move(gradients_);
-        gradients_.clear();
+        while (!gradients_.empty()) {
+            // Taken out first: the end of a gradient may lead to another step, and so back to here.
+            const pybind11::object gradient = std::move(gradients_.back());
+            gradients_.pop_back();
+        }
     }
 
     int traverse(visitproc visit, void* arg) const;
@@ -60,8 +62,7 @@ private:
         PyObject* tensor;  // kept alive by kept_
         PyTypeObject* class_;
         void* data;
-        Type type;
-        std::int32_t device_type, device_index, dimensions;
+        TensorView::Kind kind;
         std::size_t sizes_at;  // in sizes_: its sizes, and then its strides
     };
 
@@ -71,6 +72,18 @@ private:
     };
 
     enum class Update : std::uint8_t { none, by_reference, native };
+
+    // A gradient that was found not to stand for its negative, which takes longer to ask than all else. It does not
+    // become such a view while it lives and stays where it is.
+    struct Known {
+        PyObject* gradient = nullptr;  // perhaps freed by now, and another object in its place
+        const void* data = nullptr;
+        pybind11::object weak;   // a weak reference to it, made when it was seen a second time
+        bool replaced = false;  // another was found in its place: gradients are new in every step, and not worth this
+
+        bool is(PyObject* other, const void* at);
+        void becomes(PyObject* other, const void* at);
+    };
 
     // A parameter of the optimizer, in the order of its groups.
     struct Entry {
@@ -83,8 +96,9 @@ private:
         std::vector<Item> items;      // all of it, in its order; of these, the states alone are kept alive
         std::vector<PyObject*> keys;  // of its states
         PyTypeObject* gradient_class = nullptr;
-        Type gradient_type{};
+        TensorView::Kind gradient_kind{};
         const void* staged = nullptr;
+        Known known;
         std::shared_ptr<GradientTable> table;
         std::size_t slot = 0;
     };
