@@ -10,7 +10,7 @@ import argparse
 import sys
 from types import ModuleType
 
-from bench import overhead, step, traffic
+from bench.commands import overhead, step, traffic
 
 COMMANDS: dict[str, ModuleType] = {"step": step, "overhead": overhead, "traffic": traffic}
 

@@ -25,11 +25,15 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench is a package of the repository that is not installed
 
-from bench import chart, contenders, measure, overhead, plain, report, results, shapes, stats, targets
 from bench.__main__ import main
-from bench.contenders import ALL, BY_NAME, YARDSTICK, Contender
-from bench.measure import Lane, Timing
-from bench.workload import PrivateGradients, Workload
+from bench.commands import overhead
+from bench.measuring import clocks, races, stats
+from bench.measuring.clocks import Timing
+from bench.measuring.races import Lane
+from bench.reporting import chart, plain, results, tables, targets
+from bench.workloads import contenders, shapes
+from bench.workloads.contenders import ALL, BY_NAME, YARDSTICK, Contender
+from bench.workloads.tensors import PrivateGradients, Workload
 
 SHAPES = ((3, 4), (7,), (1,))
 
@@ -99,15 +103,15 @@ def test_a_race_visits_every_lane_once_a_round_in_changing_order() -> None:
     lanes = [Lane(name, lambda name=name: log.append(name)) for name in "abcd"]  # type: ignore[misc]
     counter = iter(range(1000))
 
-    def clock(action: measure.Action) -> Timing:
+    def clock(action: clocks.Action) -> Timing:
         action()
         return Timing(float(next(counter)), 0.0)
 
-    timings = measure.race(
+    timings = races.race(
         lanes, clock, rounds=20, seconds=1e-9, new_round=lambda number: log.append(f"<{number}"),
         between=lambda: log.append(">"),
     )  # fmt: skip
-    assert len(log) == measure.FEWEST_ROUNDS * 6, "time was up at once, so the fewest rounds are taken"
+    assert len(log) == races.FEWEST_ROUNDS * 6, "time was up at once, so the fewest rounds are taken"
     rounds = [log[begin : begin + 6] for begin in range(0, len(log), 6)]
     assert [(r[0], r[-1]) for r in rounds] == [(f"<{number}", ">") for number in range(len(rounds))]
     assert all(sorted(r[1:5]) == list("abcd") for r in rounds)
@@ -116,7 +120,7 @@ def test_a_race_visits_every_lane_once_a_round_in_changing_order() -> None:
             assert timings[name][number].step == 4 * number + r[1:5].index(name)
 
     log.clear()
-    measure.race(lanes, clock, rounds=20, seconds=60, new_round=lambda number: None)
+    races.race(lanes, clock, rounds=20, seconds=60, new_round=lambda number: None)
     assert len({tuple(log[begin : begin + 4]) for begin in range(0, 80, 4)}) > 5
 
 
@@ -125,7 +129,7 @@ def test_the_collector_is_off_in_a_race_and_on_again_after_it() -> None:
 
     states: list[bool] = []
     lane = Lane("a", lambda: states.append(gc.isenabled()))
-    measure.race([lane], measure.cpu_clock, rounds=2, seconds=1, new_round=lambda number: None)
+    races.race([lane], clocks.cpu_clock, rounds=2, seconds=1, new_round=lambda number: None)
     assert states == [False, False]
     assert gc.isenabled()
 
@@ -137,7 +141,7 @@ def test_a_lane_undoes_its_surroundings_where_its_step_fails() -> None:
     log: list[str] = []
     lane = Lane("a", fail, before=lambda: log.append("before"), after=lambda: log.append("after"))
     with pytest.raises(RuntimeError, match="no step"):
-        lane.visit(measure.cpu_clock)
+        lane.visit(clocks.cpu_clock)
     assert log == ["before", "after"]
 
 
@@ -369,12 +373,12 @@ def test_the_table_of_a_gpu_shows_host_times_and_the_chart_is_drawn(tmp_path: Pa
     result = result_of("321x64", {YARDSTICK: (0, [0.002] * 3), "agr-adamw": (0, [0.001, 0.0005, 0.0002])})
     result.rows.append(results.row(BY_NAME["optimi-adan"], "not installed", "pip install torch-optimi"))
     console = Console(width=150, record=True, file=io.StringIO())
-    console.print(report.results_table(result, with_host=True))
+    console.print(tables.results_table(result, with_host=True))
     shown = console.export_text()
     assert "host ratio" in shown
     assert "50 us" in shown, "the host's median"
     assert "500 us" in shown, "the device's median"
-    assert report.reasons(result) == ["optimi Adan, default: pip install torch-optimi"]
+    assert tables.reasons(result) == ["optimi Adan, default: pip install torch-optimi"]
     chart.write_chart(tmp_path / "new" / "chart.png", [result] * 4, "a GPU", on_gpu=True)
     assert (tmp_path / "new" / "chart.png").read_bytes().startswith(b"\x89PNG")
 
@@ -394,7 +398,7 @@ def test_without_rich_tables_are_plain_text(
 ) -> None:
     for name in ("rich", "rich.console", "rich.table", "rich.text"):
         monkeypatch.setitem(sys.modules, name, None)
-    specification = importlib.util.find_spec("bench.terminal")
+    specification = importlib.util.find_spec("bench.reporting.terminal")
     assert specification
     assert specification.loader
     terminal = importlib.util.module_from_spec(specification)

@@ -1,4 +1,4 @@
-"""Sweep the tunables of the CUDA launch: `python -m bench.gpu_tune --out FILE.json`.
+"""Sweep the tunables of the CUDA launch: `python -m bench.gpu_report.tune --out FILE.json`.
 
 The cuda backend reads them from the environment when it lays a schedule: AGR_CUDA_CHUNK (elements of a chunk),
 AGR_CUDA_WINDOW and AGR_CUDA_LEAD (bytes of gradient), AGR_CUDA_BLOCKS (blocks a multiprocessor). First each is varied
@@ -23,13 +23,16 @@ from typing import Any
 import torch
 
 import agr_cuda
-from bench import contenders, machine, measure, options
-from bench.measure import CopyProbe, Lane
-from bench.report import duration, times
-from bench.shapes import ModelSet, model_set
-from bench.stats import Summary, paired_ratios, summarize
-from bench.terminal import Table, console
-from bench.workload import Workload
+from bench.commands import options
+from bench.measuring import clocks, machine, races
+from bench.measuring.clocks import CopyProbe
+from bench.measuring.races import Lane
+from bench.measuring.stats import Summary, paired_ratios, summarize
+from bench.reporting.terminal import Table, console
+from bench.reporting.units import duration, times
+from bench.workloads import contenders
+from bench.workloads.shapes import ModelSet, model_set
+from bench.workloads.tensors import Workload
 
 MIB = 2**20
 SWEPT = {
@@ -122,7 +125,7 @@ def measure_set(
     model: ModelSet, settings: Sequence[Setting], device: torch.device, seconds: float, probe: CopyProbe
 ) -> list[Result]:
     """Time AGR-AdamW on one model set with every setting; the first is the one to compare with."""
-    clock = measure.clock_for(device)
+    clock = clocks.clock_for(device)
     workload = Workload(model.shapes, device, torch.float32)
     state: dict[torch.Tensor, Any] = {}
     lanes = []
@@ -137,7 +140,7 @@ def measure_set(
         state = optimizer.state
     probe.clear()
     probe()
-    timings = measure.race(lanes, clock, rounds=1000, seconds=seconds, new_round=workload.turn, between=probe)
+    timings = races.race(lanes, clock, rounds=1000, seconds=seconds, new_round=workload.turn, between=probe)
     copy = summarize(probe.samples).median
     unit = [timing.step for timing in timings[lanes[0].name]]
     results = []
@@ -175,7 +178,7 @@ def table(ranked: Sequence[Mapping[str, Any]], title: str) -> Table:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_tune", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_report.tune", description=__doc__)
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=options.device, default=default_device, help="cpu tries the sweep itself out")
     parser.add_argument("--sets", nargs="+", type=model_set, default=[*map(model_set, SETS)], metavar="SET")

@@ -10,7 +10,7 @@ try:
     from rich.text import Text
 except ModuleNotFoundError:  # on a machine that was set up for training alone, say
     # The same names for plain text's classes, which mypy cannot know to be like rich's.
-    from bench.plain import Console, Table, Text  # type: ignore[assignment]
+    from bench.reporting.plain import Console, Table, Text  # type: ignore[assignment]
 
 __all__ = ["Console", "Table", "Text", "console"]
 

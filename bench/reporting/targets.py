@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from bench.contenders import YARDSTICK
-from bench.results import SetResult, compare
+from bench.reporting.results import SetResult, compare
+from bench.workloads.contenders import YARDSTICK
 
 LARGE_MODEL = 100_000_000  # elements
 LARGE_TITLE = "100M elements and more"  # what stands for a large model where none was measured

@@ -23,7 +23,7 @@ UNITS = {
 }
 
 Kernel = dict[str, float]  # metric: value, in bytes, seconds, percent or a count
-Prediction = Mapping[str, Any]  # of bench.traffic
+Prediction = Mapping[str, Any]  # of `python -m bench traffic`
 
 
 def number(text: str, unit: str = "") -> float | None:

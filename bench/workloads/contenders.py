@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from bench.workload import SHARED_COPIES
+from bench.workloads.tensors import SHARED_COPIES
 
 Parameters = list[torch.nn.Parameter]
 Step = Callable[[], object]

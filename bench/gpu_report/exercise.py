@@ -1,4 +1,4 @@
-"""A short program for tools that watch a GPU: `python -m bench.gpu_exercise check`, or `profile CASES.json`.
+"""A short program for tools that watch a GPU: `python -m bench.gpu_report.exercise check`, or `profile CASES.json`.
 
 `check` is for compute-sanitizer. It takes steps of every rule in every type, over tensors of odd sizes, of one and of
 many chunks, with and without clipping, half of them at addresses that no vector access can use, and compares the
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 import agr_cuda
-from bench.shapes import model_set
-from bench.workload import Workload
+from bench.workloads.shapes import model_set
+from bench.workloads.tensors import Workload
 
 # One element, odd sizes, several chunks whatever a chunk's size, and a matrix.
 SIZES = ((1,), (3,), (0,), (1009,), (64, 33), (4097,), (70_001,), (1_000_003,))
@@ -156,7 +156,7 @@ def profile(path: Path, only: int | None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_exercise", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_report.exercise", description=__doc__)
     modes = parser.add_subparsers(dest="mode", required=True)
     modes.add_parser("check")
     profiling = modes.add_parser("profile")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from bench.gpu_runner import Digest
+from bench.gpu_report.runner import Digest
 
 SHOWN_FAILURES = 5  # of tests
 LONGEST_REASON = 300  # characters of why a contender was not measured

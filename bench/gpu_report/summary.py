@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.gpu_runner import Outcome
+from bench.gpu_report.runner import Outcome
 
 TAIL_SHOWN = 8  # lines of a failed stage's output
 LONGEST_LINE = 300

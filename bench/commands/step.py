@@ -24,13 +24,17 @@ from typing import Any
 
 import torch
 
-from bench import chart, contenders, machine, measure, options, report, results, shapes, targets, terminal
-from bench.contenders import YARDSTICK, Contender
-from bench.measure import CopyProbe, Lane, Timing
-from bench.results import Row, SetResult
-from bench.shapes import ModelSet
-from bench.stats import summarize
-from bench.workload import PrivateGradients, Workload
+from bench.commands import options
+from bench.measuring import clocks, machine, races
+from bench.measuring.clocks import CopyProbe, Timing
+from bench.measuring.races import Lane
+from bench.measuring.stats import summarize
+from bench.reporting import chart, results, tables, targets, terminal
+from bench.reporting.results import Row, SetResult
+from bench.workloads import contenders, shapes
+from bench.workloads.contenders import YARDSTICK, Contender
+from bench.workloads.shapes import ModelSet
+from bench.workloads.tensors import PrivateGradients, Workload
 
 EPS = {torch.float16: 1e-4}  # 1e-8 is zero in float16, and plain foreach operations would divide by it
 DEFAULT_EPS = 1e-8
@@ -82,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=40.0,
         metavar="SECONDS",
         help="time for the rounds of a set, shared by its batches; at least "
-        f"{measure.FEWEST_ROUNDS} rounds of each batch are taken even if they last longer (default: 40)",
+        f"{races.FEWEST_ROUNDS} rounds of each batch are taken even if they last longer (default: 40)",
     )
     parser.add_argument(
         "--warmup",
@@ -96,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.natural_int,
         default=2,
         metavar="COUNT",
-        help=f"a step of under {1000 * measure.SHORT_STEP:.0f} ms is taken this many times more and the last is timed; "
+        help=f"a step of under {1000 * races.SHORT_STEP:.0f} ms is taken this many times more and the last is timed; "
         "with 0, the other contenders have driven its tensors out of the caches (default: 2)",
     )
     parser.add_argument(
@@ -123,7 +127,7 @@ class Bench:
         self.args = args
         self.device: torch.device = args.device
         self.dtype = options.DTYPES[args.dtype]
-        self.clock = measure.clock_for(self.device)
+        self.clock = clocks.clock_for(self.device)
         self.probe = CopyProbe(self.device, args.copy_mebibytes or COPY_MEBIBYTES[self.device.type])
         chosen = {entry.name for entry in args.contenders} | {YARDSTICK}
         self.contenders = [
@@ -185,7 +189,7 @@ class Bench:
                 unmeasured[contender.name] = results.row(contender, "failed", reason)
             else:
                 lanes.append(lane)
-        timings = measure.race(
+        timings = races.race(
             lanes,
             self.clock,
             rounds=self.args.rounds,
@@ -196,7 +200,7 @@ class Bench:
         kernels: dict[str, int] = {}
         if self.device.type == "cuda":
             ours = {entry.name for entry in batch if entry.ours}
-            kernels = {lane.name: measure.count_kernels(lane.step) for lane in lanes if lane.name in ours}
+            kernels = {lane.name: clocks.count_kernels(lane.step) for lane in lanes if lane.name in ours}
         return timings, kernels
 
     def lane(self, contender: Contender, workload: Workload) -> Lane:
@@ -256,15 +260,15 @@ def run(args: argparse.Namespace) -> int:
         records = [target.record() for target in judged]
         results.write_json(args.out / f"{stem}.json", description, settings, found, records)
         chart.write_chart(args.out / f"{stem}.png", found, subtitle, on_gpu)
-        console.print(report.results_table(found[-1], on_gpu))
-        for reason in report.reasons(found[-1]):
+        console.print(tables.results_table(found[-1], on_gpu))
+        for reason in tables.reasons(found[-1]):
             console.print(reason, highlight=False, markup=False)
         if not found[-1].parameters_finite:
             console.print("[red]Parameters are no longer finite: a contender's step is wrong.")
 
-    console.print(report.legend(on_gpu), highlight=False)
+    console.print(tables.legend(on_gpu), highlight=False)
     if judged:
-        console.print(report.targets_table(judged))
+        console.print(tables.targets_table(judged))
     else:
         console.print("The targets are stated for float32, so this run does not judge them.")
     console.print(f"Wrote {args.out / stem}.json and .png", highlight=False, soft_wrap=True)

@@ -27,10 +27,13 @@ from typing import Any
 
 import torch
 
-from bench import contenders, machine, measure, options, report, terminal
-from bench.contenders import BY_NAME, YARDSTICK, Parameters, Step
-from bench.stats import Summary, paired_ratios, summarize
-from bench.targets import Target
+from bench.commands import options
+from bench.measuring import machine, races
+from bench.measuring.stats import Summary, paired_ratios, summarize
+from bench.reporting import tables, terminal, units
+from bench.reporting.targets import Target
+from bench.workloads import contenders
+from bench.workloads.contenders import BY_NAME, YARDSTICK, Parameters, Step
 
 UNTIMED = 5  # steps at the beginning of a block
 MOST_HOST_US = 100.0
@@ -171,7 +174,7 @@ def measure_all(args: argparse.Namespace, backends: Sequence[str]) -> list[Row]:
     """Measure every optimizer, agr_cuda's on these backends, with both kinds of gradients."""
     on_gpu = args.device.type == "cuda"
     tracks = [Track(entry, new, args) for entry in entries(on_gpu, backends) for new in (False, True)]
-    with measure.collector_off():
+    with races.collector_off():
         for _ in range(max(1, round(args.steps / args.block))):
             for track in tracks:
                 track.run(args.block)
@@ -206,8 +209,8 @@ def table(rows: list[Row], title: str) -> terminal.Table:
         made.add_column(heading, justify="right")
     for row in rows:
         figures = (row.host_s.median, row.host_s.smallest)
-        shown, fastest = map(report.duration, figures)
-        cells = (shown, report.span(row.host_s), fastest, str(row.host_s.count), report.times(row.ratio.median))
+        shown, fastest = map(units.duration, figures)
+        cells = (shown, units.span(row.host_s), fastest, str(row.host_s.count), units.times(row.ratio.median))
         made.add_row(row.label, row.gradients, *cells, style="bold" if row.backend else None)
     return made
 
@@ -247,7 +250,7 @@ def run(args: argparse.Namespace) -> int:
     stated = (args.tensors, args.elements, args.dtype) == (321, 64, "float32")
     judged = judge(rows, on_gpu) if stated else []
     if judged:
-        console.print(report.targets_table(judged))
+        console.print(tables.targets_table(judged))
     document = {
         "format": 2,
         "machine": description,

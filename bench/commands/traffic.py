@@ -2,8 +2,8 @@
 
 AGR needs a tensor's abs-sum before its first element can be updated, so that every gradient is read twice. What the
 schedule is for is that the second read finds the gradient in the cache. This says how often it does, what share of
-DRAM's bandwidth a step can reach therefore, and how long blocks wait for an abs-sum. bench/cache_model.py says what is
-modelled and what is not.
+DRAM's bandwidth a step can reach therefore, and how long blocks wait for an abs-sum. bench/cache_model/replay.py says
+what is modelled and what is not.
 
 On a GPU, ncu's dram__bytes_read.sum and dram__bytes_write.sum over the elements are what "read" and "written" predict.
 A share of 0.5 of the cache stands for GPUs whose cache is two partitions, each of which may hold a copy of a line
@@ -17,66 +17,19 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import product
-from math import prod
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
-from agr_cuda import _C
-from agr_cuda.cuda import rehearsal
-from bench import machine, options, shapes
-from bench.cache_model import Machine, Tensor, Traffic, replay
-from bench.contenders import ACCESSES
-from bench.shapes import ModelSet
-from bench.terminal import Console, Table, console
-
-H200 = Machine()
-# The sweep's windows as shares of the cache, and leads as shares of what all blocks reduce at once.
-SWEPT_WINDOWS = (0.0625, 0.125, 0.25, 0.5, 0.75)
-SWEPT_LEADS = (0.0, 0.25, 0.5, 1.0, 1.5)
-SWEPT_RULE = "AdamW"  # where a second read costs most
-SWEPT_PIECES = 100_000
-PIECES = 1_200_000
-SAME = 0.001  # reaches that differ by less are equally good: then the smaller window and lead are preferred
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How a plan is cut and ordered."""
-
-    chunk_elements: int
-    window_bytes: int
-    lead_bytes: int
-
-
-def backend_limits(dtype: torch.dtype) -> tuple[Limits, int]:
-    """Return how the cuda backend cuts and orders tensors of this type on an H200, and how many blocks it has there."""
-    tensor = torch.empty(1, dtype=dtype)
-    with rehearsal():  # whose device has the numbers of an H200
-        chunk, window, lead, resident, multiprocessors = _C.cuda_limits("adamw", tensor, tensor, 0)
-    return Limits(chunk, window, lead), resident * multiprocessors
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One replay: what was asked, and what came out."""
-
-    model: ModelSet
-    rule: str
-    share: float  # of the cache
-    limits: Limits
-    on_chip_bytes: int
-    traffic: Traffic
-
-    def record(self) -> dict[str, object]:
-        """Return it ready for JSON."""
-        found = self.traffic
-        derived = {name: getattr(found, name) for name in ("read", "written", "total", "ceiling", "reach", "hit_share")}
-        asked = {"rule": self.rule, "share": self.share, "on_chip_bytes": self.on_chip_bytes}
-        return {"set": self.model.name} | asked | asdict(self.limits) | asdict(found) | derived
+from bench.cache_model.prediction import H200, SWEPT_LEADS, SWEPT_WINDOWS, Limits, Prediction, Predictor, best_of
+from bench.commands import options
+from bench.measuring import machine
+from bench.reporting.terminal import Console, Table, console
+from bench.workloads import shapes
+from bench.workloads.shapes import ModelSet
 
 
 def _set(text: str) -> ModelSet:
@@ -142,52 +95,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-class Predictor:
-    """The settings of one run, and a replay for any model, rule and limits."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.itemsize = options.DTYPES[args.dtype].itemsize
-        defaults, blocks = backend_limits(options.DTYPES[args.dtype])
-        args.blocks = args.blocks or blocks
-        args.chunk = args.chunk or defaults.chunk_elements
-        self.wave = args.blocks * args.chunk * self.itemsize  # bytes of gradient that all blocks reduce at once
-        window = round(defaults.window_bytes * args.l2 / H200.cache_bytes) if args.window is None else args.window
-        self.limits = Limits(args.chunk, window, self.wave if args.lead is None else args.lead)
-
-    def predict(
-        self, model: ModelSet, rule: str, share: float, limits: Limits, on_chip: int, pieces: int = PIECES
-    ) -> Prediction:
-        """Make the plan and replay it."""
-        tensors: list[Tensor] = [(prod(shape), self.itemsize, True) for shape in model.shapes]
-        plan = _C.Plan(
-            tensors,
-            chunk_elements=limits.chunk_elements,
-            window_bytes=limits.window_bytes,
-            lead_bytes=limits.lead_bytes,
-        )
-        cache = share * self.args.l2
-        on = Machine(cache, self.args.blocks, on_chip, limits.window_bytes, not self.args.no_hints)
-        streams = (ACCESSES[rule] - 1) // 2  # all but the gradient are read and written
-        return Prediction(
-            model, rule, share, limits, on_chip, replay(tensors, plan.tasks, plan.chunk_elements, streams, on, pieces)
-        )
-
-    def figures(self, model: ModelSet) -> list[Prediction]:
-        """Return every rule at every share, without and then with what is kept on chip."""
-        kept = (0, self.args.on_chip) if self.args.on_chip else (0,)
-        asked = product(ACCESSES, self.args.share, kept)
-        return [self.predict(model, rule, share, self.limits, on_chip) for rule, share, on_chip in asked]
-
-    def sweep(self, model: ModelSet, share: float) -> list[Prediction]:
-        """Return every window with every lead, the smaller first."""
-        windows = [int(part * self.args.l2) for part in SWEPT_WINDOWS]
-        leads = [int(part * self.wave) for part in SWEPT_LEADS]
-        tried = [Limits(self.args.chunk, *pair) for pair in product(windows, leads)]
-        kept = self.args.on_chip
-        return [self.predict(model, SWEPT_RULE, share, limits, kept, SWEPT_PIECES) for limits in tried]
-
-
 def mebibytes(size: float) -> str:
     """Return a size with two digits after the point at most."""
     return f"{size / 2**20:.2f}".rstrip("0").rstrip(".") + " MiB"
@@ -227,11 +134,6 @@ def figures_table(predictions: Sequence[Prediction], title: str) -> Table:
     return table
 
 
-def best_of(reaches: Sequence[float]) -> int:
-    """Return the index of the first that is not below the highest by more than SAME."""
-    return next(place for place, reach in enumerate(reaches) if reach >= max(reaches) - SAME)
-
-
 def sweep_table(predictions: Sequence[Prediction]) -> Table:
     """Return windows down, leads across: reach, and in brackets bytes an element and the share of time waited."""
     first = predictions[0]
@@ -258,11 +160,12 @@ def choice(label: str, limits: Limits, reach: float) -> str:
     return f"{label}: {where}: reaches {percent(reach)}"
 
 
-def print_sweep(terminal: Console, predictor: Predictor) -> list[Prediction]:
+def print_sweep(
+    terminal: Console, predictor: Predictor, models: Sequence[ModelSet], shares: Sequence[float]
+) -> list[Prediction]:
     """Try windows and leads on every model, and print which are best for each and for all together."""
     tried: list[Prediction] = []
     choices: list[str] = []
-    models, shares = predictor.args.sets, predictor.args.share
     for model, share in product(models, shares):
         terminal.print(f"Sweeping {model.title}, share {share:g} ...", highlight=False)
         found = predictor.sweep(model, share)
@@ -273,7 +176,7 @@ def print_sweep(terminal: Console, predictor: Predictor) -> list[Prediction]:
         choices.append(choice(f"{model.title}, share {share:g}", found[best].limits, reaches[best]))
     count = len(SWEPT_WINDOWS) * len(SWEPT_LEADS)
     runs = [tried[begin : begin + count] for begin in range(0, len(tried), count)]
-    means = [sum(run[place].traffic.reach for run in runs) / len(runs) for place in range(count)]
+    means = [fmean(run[place].traffic.reach for run in runs) for place in range(count)]
     best = best_of(means)
     choices.append(choice("All, on average", runs[0][best].limits, means[best]))
     for line in choices:
@@ -291,21 +194,31 @@ reach (sweep): the ceiling times the share of time not waited, which is what is 
 def run(args: argparse.Namespace) -> int:
     """Print the predictions and write them as JSON."""
     terminal = console()
-    predictor = Predictor(args)
+    predictor = Predictor(
+        options.DTYPES[args.dtype],
+        cache_bytes=args.l2,
+        blocks=args.blocks,
+        chunk_elements=args.chunk,
+        window_bytes=args.window,
+        lead_bytes=args.lead,
+        on_chip_bytes=args.on_chip,
+        hints=not args.no_hints,
+    )
     limits = predictor.limits
     title = (
-        f"Predicted traffic, {args.dtype}: cache {mebibytes(args.l2)}, {args.blocks} blocks, chunks of {args.chunk:,}, "
-        f"window {mebibytes(limits.window_bytes)}, lead {mebibytes(limits.lead_bytes)}"
+        f"Predicted traffic, {args.dtype}: cache {mebibytes(args.l2)}, {predictor.blocks} blocks, "
+        f"chunks of {limits.chunk_elements:,}, window {mebibytes(limits.window_bytes)}, "
+        f"lead {mebibytes(limits.lead_bytes)}"
     )
-    found = [prediction for model in args.sets for prediction in predictor.figures(model)]
+    found = [prediction for model in args.sets for prediction in predictor.figures(model, args.share)]
     terminal.print(figures_table(found, title))
     terminal.print(LEGEND, highlight=False)
-    swept = print_sweep(terminal, predictor) if args.sweep else []
+    swept = print_sweep(terminal, predictor, args.sets, args.share) if args.sweep else []
 
     settings = {
         "dtype": args.dtype,
         "l2_bytes": args.l2,
-        "blocks": args.blocks,
+        "blocks": predictor.blocks,
         "hints": not args.no_hints,
         "tag": args.tag,
     }

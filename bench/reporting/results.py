@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from bench.contenders import YARDSTICK, Contender, Unmeasured
-from bench.measure import Timing
-from bench.shapes import ModelSet
-from bench.stats import Summary, paired_ratios, ratio_of_fastest, ratio_of_medians, summarize
+from bench.measuring.clocks import Timing
+from bench.measuring.stats import Summary, paired_ratios, ratio_of_fastest, ratio_of_medians, summarize
+from bench.workloads.contenders import YARDSTICK, Contender, Unmeasured
+from bench.workloads.shapes import ModelSet
 
 DISTURBING = 0.1  # share of the processors
 Status = Literal["measured", "failed"] | Unmeasured
