@@ -30,7 +30,7 @@ from bench.commands import overhead
 from bench.measuring import clocks, races, stats
 from bench.measuring.clocks import Timing
 from bench.measuring.races import Lane
-from bench.reporting import chart, plain, results, tables, targets
+from bench.reporting import chart, documents, plain, results, tables, targets
 from bench.workloads import contenders, shapes
 from bench.workloads.contenders import ALL, BY_NAME, YARDSTICK, Contender
 from bench.workloads.tensors import PrivateGradients, Workload
@@ -278,16 +278,18 @@ def result_of(name: str, times: dict[str, tuple[int, list[float]]], other_work: 
     model = shapes.model_set(name)
     copy = stats.summarize([1e9])
     rows = []
+    batches: dict[int, dict[str, list[Timing]]] = {}
     for contender, (batch, seconds) in times.items():
-        timings = [Timing(second, second / 10) for second in seconds]
-        unit = [Timing(1.0, 0.1)] * len(seconds)
-        figures = results.figures(BY_NAME[contender], batch, timings, unit, model, 4, copy)
+        timings = batches.setdefault(batch, {YARDSTICK: [Timing(1.0, 0.1)] * len(seconds)})
+        timings[contender] = [Timing(second, second / 10) for second in seconds]
+    for contender, (batch, _) in times.items():
+        figures = results.figures(BY_NAME[contender], batch, batches[batch], model, 4, copy)
         rows.append(results.row(BY_NAME[contender], "measured", figures=figures))
     return results.SetResult(name, model.title, len(model.shapes), model.elements, copy, rows, True, other_work)
 
 
 def test_a_row_counts_the_bytes_that_its_rule_must_move() -> None:
-    result = result_of("10x1000", {"agr-adamw": (0, [2.0, 2.0]), "agr-adan": (0, [4.0])})
+    result = result_of("10x1000", {"agr-adamw": (0, [2.0, 2.0]), "agr-adan": (0, [4.0, 4.0])})
     adamw, adan = result.figures("agr-adamw"), result.figures("agr-adan")
     assert adamw
     assert adan
@@ -295,7 +297,7 @@ def test_a_row_counts_the_bytes_that_its_rule_must_move() -> None:
     assert adamw.bytes_per_second == 28 * 10_000 / 2.0
     assert adamw.share_of_copy == 28 * 10_000 / 2.0 / 1e9
     assert adan.bytes_per_element == 44
-    assert adan.ratio == stats.Summary(4.0, 4.0, 4.0, 4.0, 1)
+    assert adan.ratio == stats.Summary(4.0, 4.0, 4.0, 4.0, 2)
 
 
 def test_a_comparison_pairs_rounds_within_a_batch_and_uses_the_yardstick_across() -> None:
@@ -381,6 +383,26 @@ def test_the_table_of_a_gpu_shows_host_times_and_the_chart_is_drawn(tmp_path: Pa
     assert tables.reasons(result) == ["optimi Adan, default: pip install torch-optimi"]
     chart.write_chart(tmp_path / "new" / "chart.png", [result] * 4, "a GPU", on_gpu=True)
     assert (tmp_path / "new" / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_document_has_a_line_for_each_record_and_six_digits_a_number(tmp_path: Path) -> None:
+    summary = {"median": 1 / 3, "count": 1234567}
+    document = {
+        "format": 1,
+        "machine": {"cpu": "a", "backends": ["b", "c"], "load": None},
+        "sets": [{"name": "s", "copy": summary, "rows": [{"label": "r", "step_s": summary}, {"label": "none"}]}],
+        "targets": [],
+    }
+    documents.write(tmp_path / "new" / "a.json", document)
+    written = (tmp_path / "new" / "a.json").read_text()
+    assert json.loads(written) == documents.rounded(document)
+    assert [line.strip(" ,") for line in written.splitlines()][1:-1] == [
+        '"format": 1',
+        *('"machine": {', '"cpu": "a"', '"backends": ["b", "c"]', '"load": null', "}"),
+        *('"sets": [', "{", '"name": "s"', '"copy": {', '"median": 0.333333', '"count": 1234567', "}"),
+        *('"rows": [', '{"label": "r", "step_s": {"median": 0.333333, "count": 1234567}}', '{"label": "none"}', "]"),
+        *("}", "]", '"targets": []'),
+    ]
 
 
 def test_a_target_is_recorded_with_what_tables_show_of_it() -> None:
@@ -561,11 +583,33 @@ def test_step_writes_every_contender_and_a_chart(tmp_path: Path) -> None:
         for row in entry["rows"]:
             if row["status"] == "measured":
                 figures = row["figures"]
-                assert figures["step_s"]["count"] == len(figures["samples"]) == 2
+                assert figures["step_s"]["count"] == 2
+                assert "samples" not in figures
                 assert figures["step_s"]["lower"] <= figures["step_s"]["median"] <= figures["step_s"]["upper"]
                 assert figures["ratio"]["median"] > 0
             else:
                 assert "pip install" in row["reason"]
+    lines = (tmp_path / "step-cpu-float32-tiny.json").read_text().splitlines()
+    assert len(lines) < 150, "a row a line"
+    assert not list(tmp_path.glob("*.samples.json"))
+
+
+@pytest.mark.usefixtures("threads")
+def test_samples_that_are_asked_for_lie_beside_the_summary_and_say_the_same(tmp_path: Path) -> None:
+    name = "torch-adamw-foreach"
+    assert main(tiny(tmp_path, "--sets", "3x16", "--contenders", name, "--samples")) == 0
+    (rows,) = ({row["name"]: row["figures"] for row in entry["rows"]} for entry in written(tmp_path)["sets"])  # type: ignore[attr-defined]
+    (found,) = json.loads((tmp_path / "step-cpu-float32-tiny.samples.json").read_text())["sets"]
+    (batch,) = found["batches"]
+    steps = {entry["contender"]: [step for step, _ in entry["samples"]] for entry in batch}
+    assert found["set"] == "3x16"
+    assert steps.keys() == rows.keys() == {name, YARDSTICK}
+    for contender, seconds in steps.items():
+        assert rows[contender]["step_s"]["median"] == pytest.approx(stats.summarize(seconds).median, rel=1e-4)
+        ratio = stats.paired_ratios(seconds, steps[YARDSTICK]).median
+        assert rows[contender]["ratio"]["median"] == pytest.approx(ratio, rel=1e-4)
+    ignored = ["git", "check-ignore", "-q", "bench/results/step-cpu-float32-tiny.samples.json"]
+    assert not (ROOT / ".git").exists() or subprocess.run(ignored, cwd=ROOT, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

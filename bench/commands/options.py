@@ -1,13 +1,17 @@
-"""Command-line options that every benchmark command shares: device, dtype, threads, output."""
+"""Command-line options that commands share: sets, counts, device, dtype, threads, output."""
 
 from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from bench.workloads.shapes import ALLOWED_SETS, model_set
 
 DTYPES = {
     "float32": torch.float32,
@@ -62,33 +66,55 @@ def file_tag(text: str) -> str:
     return text
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --device, --dtype, --threads, --out and --tag."""
+def named(find: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a parser that passes on the message of the ValueError that `find` raises."""
+
+    def parse(text: str) -> Any:
+        try:
+            return find(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse
+
+
+def add_sets(parser: argparse.ArgumentParser, default: Sequence[str], allowed: str = ALLOWED_SETS) -> None:
+    """Add --sets, with these by default."""
     parser.add_argument(
-        "--device",
-        type=device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        metavar="DEVICE",
-        help="cpu, cuda or cuda:INDEX (default: cuda where PyTorch finds a GPU, else cpu)",
+        "--sets",
+        nargs="+",
+        metavar="SET",
+        type=named(model_set),
+        default=[*map(model_set, default)],
+        help=f"model sets: {allowed} (default: {' '.join(default)})",
     )
+
+
+def add_counts(parser: argparse.ArgumentParser, counts: Mapping[str, tuple[int, str]]) -> None:
+    """Add options that take a count: by name the default and what is counted."""
+    for name, (default, what) in counts.items():
+        text = f"{what} (default: {default})"
+        parser.add_argument(f"--{name}", type=positive_int, default=default, metavar="COUNT", help=text)
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Add --dtype."""
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="float32",
         help="storage type of parameters, gradients and state (default: float32)",
     )
-    parser.add_argument(
-        "--threads",
-        type=positive_int,
-        metavar="COUNT",
-        help=f"PyTorch's number of CPU threads (default: PyTorch's choice, here {torch.get_num_threads()})",
-    )
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Add --out and --tag, which say where files go and what they are called."""
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("runs/bench"),
         metavar="FOLDER",
-        help="folder for JSON and chart, made if missing (default: runs/bench)",
+        help="folder of the files that are written, made if missing (default: runs/bench)",
     )
     parser.add_argument(
         "--tag",
@@ -97,3 +123,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="end of the output files' names; an equal one overwrites (default: date and time)",
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser, threads: int | None = None) -> None:
+    """Add --device, --dtype, --threads (by default this many, or PyTorch's choice), --out and --tag."""
+    parser.add_argument(
+        "--device",
+        type=device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        metavar="DEVICE",
+        help="cpu, cuda or cuda:INDEX (default: cuda where PyTorch finds a GPU, else cpu)",
+    )
+    add_dtype(parser)
+    default = threads or f"PyTorch's choice, here {torch.get_num_threads()}"
+    parser.add_argument(
+        "--threads",
+        type=positive_int,
+        default=threads,
+        metavar="COUNT",
+        help=f"PyTorch's number of CPU threads (default: {default})",
+    )
+    add_output(parser)
+
+
+def heed(args: argparse.Namespace) -> None:
+    """Make --threads and --device PyTorch's own."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)

@@ -16,7 +16,6 @@ agr_cuda has no backend to measure.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,7 +29,7 @@ import torch
 from bench.commands import options
 from bench.measuring import machine, races
 from bench.measuring.stats import Summary, paired_ratios, summarize
-from bench.reporting import tables, terminal, units
+from bench.reporting import documents, tables, terminal, units
 from bench.reporting.targets import Target
 from bench.workloads import contenders
 from bench.workloads.contenders import BY_NAME, YARDSTICK, Parameters, Step
@@ -67,20 +66,15 @@ class Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    for name, default, what in (
-        ("tensors", 321, "tensors"),
-        ("elements", 64, "elements of a tensor"),
-        ("steps", 2000, "timed steps of each optimizer with each kind of gradients"),
-        ("block", 50, "timed steps in a row"),
-    ):
-        parser.add_argument(
-            f"--{name}",
-            type=options.positive_int,
-            default=default,
-            metavar="COUNT",
-            help=f"{what} (default: {default})",
-        )
-    options.add_arguments(parser)
+    counts = {
+        "tensors": (321, "tensors"),
+        "elements": (64, "elements of a tensor"),
+        "steps": (2000, "timed steps of each optimizer with each kind of gradients"),
+        "block": (50, "timed steps in a row"),
+    }
+    options.add_counts(parser, counts)
+    # More would wait by spinning for work that there is none of, and take the host's core where there are few.
+    options.add_arguments(parser, threads=1)
 
 
 def ours(rule: str, backend: str) -> Entry:
@@ -226,12 +220,9 @@ def rehearsal() -> AbstractContextManager[object] | None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark. Returns 2 where agr_cuda has no backend to measure, else 0."""
-    # More would wait by spinning for work that there is none of, and take the host's core where there are few.
-    torch.set_num_threads(args.threads or 1)
+    options.heed(args)
     console = terminal.console()
     on_gpu = args.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(args.device)
     around = nullcontext() if on_gpu else rehearsal()
     if around is None:
         console.print("agr_cuda.cuda.rehearsal is missing: this version of agr_cuda has no cuda backend to measure.")
@@ -260,7 +251,6 @@ def run(args: argparse.Namespace) -> int:
         "targets": [target.record() for target in judged],
     }
     path = args.out / f"overhead-{args.device.type}-{args.tag}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    documents.write(path, document)
     console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
     return 0

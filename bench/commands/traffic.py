@@ -15,9 +15,7 @@ Writes traffic-DTYPE-TAG.json into the output folder. Exit code 0, or 2 for bad 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
-from datetime import datetime
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -27,30 +25,15 @@ import torch
 from bench.cache_model.prediction import H200, SWEPT_LEADS, SWEPT_WINDOWS, Limits, Prediction, Predictor, best_of
 from bench.commands import options
 from bench.measuring import machine
+from bench.reporting import documents
 from bench.reporting.terminal import Console, Table, console
-from bench.workloads import shapes
-from bench.workloads.shapes import ModelSet
-
-
-def _set(text: str) -> ModelSet:
-    try:
-        return shapes.model_set(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+from bench.workloads.shapes import MODELS, ModelSet
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
     natural, positive = options.natural_int, options.positive_int
-    names = " ".join(shapes.MODELS)
-    parser.add_argument(
-        "--sets",
-        nargs="+",
-        metavar="SET",
-        type=_set,
-        default=[shapes.model_set(name) for name in shapes.MODELS],
-        help=f"model sets: {names}, or COUNTxELEMENTS such as 321x4096 (default: {names})",
-    )
+    options.add_sets(parser, tuple(MODELS), f"{' '.join(MODELS)}, or COUNTxELEMENTS such as 321x4096")
     window = "gradient that waits for its UPDATE (default: the cuda backend's share of --l2)"
     lead = "gradient of other tasks between a tensor's last REDUCE and first UPDATE (default: a chunk for each block)"
     on_chip = (
@@ -78,21 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-hints", action="store_true", help="the cache keeps what was used last, whatever a task asks it to keep"
     )
     parser.add_argument("--sweep", action="store_true", help="also try windows and leads, and say which are best")
-    parser.add_argument(
-        "--dtype",
-        choices=options.DTYPES,
-        default="float32",
-        help="storage type of parameters, gradients and state (default: float32)",
-    )
-    out = Path("runs/bench")
-    parser.add_argument("--out", type=Path, default=out, metavar="FOLDER", help=f"folder for JSON (default: {out})")
-    parser.add_argument(
-        "--tag",
-        type=options.file_tag,
-        default=datetime.now().strftime("%Y%m%d-%H%M%S"),
-        metavar="TEXT",
-        help="end of the output file's name; an equal one overwrites (default: date and time)",
-    )
+    options.add_dtype(parser)
+    options.add_output(parser)
 
 
 def mebibytes(size: float) -> str:
@@ -230,7 +200,6 @@ def run(args: argparse.Namespace) -> int:
         "sweep": [prediction.record() for prediction in swept],
     }
     path: Path = args.out / f"traffic-{args.dtype}-{args.tag}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    documents.write(path, document)
     terminal.print(f"Wrote {path}", highlight=False, soft_wrap=True)
     return 0

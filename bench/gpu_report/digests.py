@@ -44,7 +44,7 @@ def read_all(folder: Path, pattern: str) -> dict[str, Any]:
 
 
 def medians(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a step benchmark's figures without its samples."""
+    """Return the medians of a step benchmark."""
     return {
         entry["name"]: {
             "copy_bytes_per_second": entry["copy"]["median"],

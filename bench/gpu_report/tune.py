@@ -9,15 +9,13 @@ setting has an optimizer of its own over the same parameters and state, and all 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from math import exp, log
 from pathlib import Path
-from statistics import fmean
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -28,10 +26,11 @@ from bench.measuring import clocks, machine, races
 from bench.measuring.clocks import CopyProbe
 from bench.measuring.races import Lane
 from bench.measuring.stats import Summary, paired_ratios, summarize
+from bench.reporting import documents
 from bench.reporting.terminal import Table, console
 from bench.reporting.units import duration, times
 from bench.workloads import contenders
-from bench.workloads.shapes import ModelSet, model_set
+from bench.workloads.shapes import ModelSet
 from bench.workloads.tensors import Workload
 
 MIB = 2**20
@@ -43,7 +42,7 @@ SWEPT = {
 }
 SETS = ("gpt2", "vit-b-16", "llama-3.2-1b")
 WORTH = 0.99  # of the default's time, on average over the sets: what a value must beat to be combined with others
-BYTES_PER_ELEMENT = 28
+BYTES_PER_ELEMENT = 4 * contenders.ACCESSES["AdamW"]  # in float32
 
 Setting = Mapping[str, int]  # tunables that are not at their default
 DEFAULT: Setting = {}
@@ -90,7 +89,7 @@ def averages(results: Sequence[Result]) -> list[tuple[float, Setting]]:
     for result in results:
         ratios.setdefault(label(result.setting), []).append(result.ratio.median)
         settings[label(result.setting)] = result.setting
-    means = [(exp(fmean(map(log, values))), settings[name]) for name, values in ratios.items()]
+    means = [(geometric_mean(values), settings[name]) for name, values in ratios.items()]
     return sorted(means, key=lambda pair: pair[0])
 
 
@@ -181,7 +180,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_report.tune", description=__doc__)
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=options.device, default=default_device, help="cpu tries the sweep itself out")
-    parser.add_argument("--sets", nargs="+", type=model_set, default=[*map(model_set, SETS)], metavar="SET")
+    options.add_sets(parser, SETS)
     parser.add_argument("--seconds", type=options.positive_float, default=6.0, help="a set's (default: 6)")
     for name, values in SWEPT.items():
         parser.add_argument(f"--{name}", nargs="*", type=options.natural_int, default=values, metavar="VALUE")
@@ -208,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
         for model in args.sets:
             found += measure_set(model, settings, device, seconds, probe)
             document[key] = {"results": [asdict(result) for result in found], "ranking": ranking(found)}
-            args.out.write_text(json.dumps(document, indent=1) + "\n")
+            documents.write(args.out, document)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         terminal.print(table(ranking(found), title))

@@ -45,6 +45,7 @@ class Contender:
     writes_gradients: bool = False  # whether its step changes p.grad
     scratch: int = 0  # temporary copies of the model's size that a step makes, about
     devices: tuple[str, ...] = ("cpu", "cuda")  # kinds of device where it is measured
+    rivals: tuple[str, ...] = ()  # whom it is compared with, round by round, besides the yardstick
 
     @property
     def ours(self) -> bool:
@@ -59,7 +60,8 @@ class Contender:
     @property
     def copies(self) -> int:
         """Tensors of the model's size that it keeps: its state, and private gradients if it writes them."""
-        return {"AdamW": 2, "Adan": 4}[self.rule] + self.writes_gradients
+        # A gradient is read, a parameter and each tensor of state are read and written.
+        return (self.accesses - 3) // 2 + self.writes_gradients
 
 
 class LeftOutError(Exception):
@@ -164,8 +166,8 @@ def _native(rule: str, agr: bool) -> Callable[[Parameters, float], Step]:
     return make
 
 
-def _ours(name: str, label: str, rule: str, agr: bool = True) -> Contender:
-    return Contender(name, f"agr_cuda {label}", rule, agr, _native(rule, agr), "agr_cuda")
+def _ours(name: str, label: str, rule: str, agr: bool = True, rivals: tuple[str, ...] = ()) -> Contender:
+    return Contender(name, f"agr_cuda {label}", rule, agr, _native(rule, agr), "agr_cuda", rivals=rivals)
 
 
 def _reference(name: str, rule: str, scratch: int) -> Contender:
@@ -174,8 +176,8 @@ def _reference(name: str, rule: str, scratch: int) -> Contender:
 
 
 def _triton(name: str, rule: str) -> Contender:
-    build = of_backend("triton", rule)
-    return Contender(name, f"agr_cuda {rule}, Triton", rule, True, build, "agr_cuda", devices=("cuda",))
+    build, rivals = of_backend("triton", rule), (f"agr-{rule.lower()}", f"optimi-{rule.lower()}-triton")
+    return Contender(name, f"agr_cuda {rule}, Triton", rule, True, build, "agr_cuda", devices=("cuda",), rivals=rivals)
 
 
 def _torch(name: str, label: str, scratch: int = 0, **options: Any) -> Contender:
@@ -222,7 +224,7 @@ ALL = (
         devices=("cuda",),  # on a CPU, compiling would take longer than the benchmark
     ),
     _peer_triton("optimi-adamw-triton", "AdamW"),
-    _ours("agr-adan", "Adan", "Adan"),
+    _ours("agr-adan", "Adan", "Adan", rivals=("optimi-adan-foreach", "reference-adan")),
     _triton("agr-adan-triton", "Adan"),
     _ours("agr-adan-off", "Adan, agr off", "Adan", agr=False),
     _reference("reference-adan", "Adan", scratch=5),
