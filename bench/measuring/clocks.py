@@ -32,6 +32,12 @@ def cpu_clock(action: Action) -> Timing:
     return Timing(seconds, seconds)
 
 
+def idle_clock(action: Action) -> Timing:
+    """Time one call on the current CUDA device, idle at first, until the call returns: the host's time alone."""
+    torch.cuda.synchronize()
+    return cpu_clock(action)
+
+
 def cuda_clock(action: Action) -> Timing:
     """Time two calls on the current CUDA device: one for the host's time, one for the device's.
 
@@ -41,10 +47,7 @@ def cuda_clock(action: Action) -> Timing:
     the queue holds, shows those gaps nevertheless, as it would in training.)
     """
     cuda: Any = torch.cuda  # parts of it have no types
-    cuda.synchronize()
-    begin = time.perf_counter()
-    action()
-    host = time.perf_counter() - begin
+    host = idle_clock(action).host
     cuda.synchronize()
 
     first, last = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
@@ -60,6 +63,11 @@ def cuda_clock(action: Action) -> Timing:
 def clock_for(device: torch.device) -> Clock:
     """Return the clock of the device's kind."""
     return cuda_clock if device.type == "cuda" else cpu_clock
+
+
+def host_clock_for(device: torch.device) -> Clock:
+    """Return the clock of the host's time, which on a CPU is the whole."""
+    return idle_clock if device.type == "cuda" else cpu_clock
 
 
 class CopyProbe:
