@@ -10,9 +10,14 @@ import argparse
 import sys
 from types import ModuleType
 
-from bench.commands import overhead, step, traffic
+from bench.commands import gradients, overhead, step, traffic
 
-COMMANDS: dict[str, ModuleType] = {"step": step, "overhead": overhead, "traffic": traffic}
+COMMANDS: dict[str, ModuleType] = {
+    "step": step,
+    "overhead": overhead,
+    "gradients": gradients,
+    "traffic": traffic,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

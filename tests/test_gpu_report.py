@@ -203,7 +203,7 @@ def test_the_stages_ask_benchmarks_for_what_they_take(tmp_path: Path, monkeypatc
             parsed.append(tune.build_parser().parse_args(words[words.index("bench.gpu_report.tune") + 1 :]))
         elif "bench.gpu_report.exercise" in words:
             parsed.append(exercise.build_parser().parse_args(words[words.index("bench.gpu_report.exercise") + 1 :]))
-    assert len(parsed) == 2 + 1 + 2 + 2 + 2 + 1
+    assert len(parsed) == 2 + 1 + 1 + 2 + 2 + 2 + 1
     step = next(args for args in parsed if getattr(args, "command", "") == "step")
     assert [model.name for model in step.sets] == list(stages.SETS)
     names = {contender.name for contender in step.contenders}
@@ -259,7 +259,7 @@ def test_without_a_cuda_backend_the_report_is_about_triton(tmp_path: Path, monke
     for name in ("sanitizer", "profile", "tune"):
         with pytest.raises(Skip, match="no cuda backend: no nvcc"):
             stages.STAGES[name](place(tmp_path)).commands()
-    for name in ("step", "overhead", "traffic"):
+    for name in ("step", "overhead", "gradients", "traffic"):
         assert stages.STAGES[name](place(tmp_path)).commands()
 
 
@@ -422,6 +422,26 @@ def test_a_contender_that_was_not_measured_is_left_out_of_the_table_and_says_why
         entry["rows"].append(absent)
     lines = digests.step_table(document)
     assert [line for line in lines if "optimi" in line] == ["optimi-adamw-triton, not installed: pip install it"]
+
+
+def test_gradients_that_come_and_go_have_a_line_a_pattern(tmp_path: Path) -> None:
+    def row(pattern: str, label: str, seconds: float) -> dict[str, object]:
+        return {
+            "pattern": pattern,
+            "label": label,
+            "host_s": {"median": seconds},
+            "ratio": {"median": seconds / 1e-3},
+        }
+
+    rows = [row(pattern, label, t) for pattern in ("all", "half") for label, t in (("ours", 5e-5), ("torch", 1e-3))]
+    target = {"text": "ours", "verdict": "met"}
+    (tmp_path / "gradients-cuda-gpu-report.json").write_text(json.dumps({"rows": rows, "targets": [target]}))
+    digest = stages.gradients(place(tmp_path)).digest([])
+    assert digest.lines == [
+        "- all: ours 50.0 us (0.050x), torch 1000.0 us (1.000x)",
+        "- half: ours 50.0 us (0.050x), torch 1000.0 us (1.000x)",
+    ]
+    assert digest.figures["targets"] == [target]
 
 
 def test_a_long_reason_is_one_line_with_its_beginning_and_its_end() -> None:

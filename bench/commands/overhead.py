@@ -35,7 +35,6 @@ from bench.workloads import contenders
 from bench.workloads.contenders import BY_NAME, YARDSTICK, Parameters, Step
 
 UNTIMED = 5  # steps at the beginning of a block
-EPS = 1e-8
 BACKENDS = {"cuda": "", "triton": ", Triton"}  # those that launch on a GPU, and what labels say of them
 Around = Callable[[], AbstractContextManager[object]]
 
@@ -81,7 +80,7 @@ def ours(rule: str, backend: str) -> Entry:
     """Return agr_cuda's optimizer of that rule on a backend that launches on a GPU."""
 
     def build(parameters: Parameters) -> Step:
-        return contenders.of_backend(backend, rule)(parameters, EPS)
+        return contenders.of_backend(backend, rule)(parameters, contenders.eps_for(parameters[0].dtype))
 
     return Entry(f"agr_cuda {rule}{BACKENDS[backend]}", build, backend)
 
@@ -91,7 +90,7 @@ def torchs(name: str, note: str = "", **more: Any) -> Entry:
     contender = BY_NAME[name]
 
     def build(parameters: Parameters) -> Step:
-        return contenders.build(contender, parameters, EPS)
+        return contenders.build(contender, parameters, contenders.eps_for(parameters[0].dtype))
 
     return Entry(contender.label + note, build, **more)
 

@@ -36,8 +36,6 @@ from bench.workloads.contenders import YARDSTICK, Contender
 from bench.workloads.shapes import ModelSet
 from bench.workloads.tensors import PrivateGradients, Workload
 
-EPS = {torch.float16: 1e-4}  # 1e-8 is zero in float16, and plain foreach operations would divide by it
-DEFAULT_EPS = 1e-8
 SHARE_OF_FREE_MEMORY = 0.75
 COPY_MEBIBYTES = {"cpu": 256, "cuda": 1024}
 
@@ -189,7 +187,7 @@ class Bench:
 
     def lane(self, contender: Contender, workload: Workload) -> Lane:
         """Return a contender with its optimizer, and with its own gradients if it writes them."""
-        step = contenders.build(contender, workload.parameters, EPS.get(self.dtype, DEFAULT_EPS))
+        step = contenders.build(contender, workload.parameters, contenders.eps_for(self.dtype))
         if not contender.writes_gradients:
             return Lane(contender.name, step, repeats=self.args.repeats)
         private = PrivateGradients(workload)

@@ -109,6 +109,15 @@ def overhead_lines(document: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def gradients_lines(document: Mapping[str, Any]) -> list[str]:
+    """Return a line a pattern: how long a step of each optimizer keeps the host as gradients come and go."""
+    patterns: dict[str, list[str]] = {}
+    for row in document["rows"]:
+        time, ratio = row["host_s"]["median"] * 1e6, row["ratio"]["median"]
+        patterns.setdefault(row["pattern"], []).append(f"{row['label']} {time:.1f} us ({ratio:.3f}x)")
+    return [f"- {pattern}: {', '.join(cells)}" for pattern, cells in patterns.items()]
+
+
 def tune_tables(sweep: Sequence[Mapping[str, Any]], together: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a Markdown table of the fastest settings, and one of the best values together if they were tried."""
     default = [entry for entry in sweep[SHOWN_SETTINGS:] if entry["setting"] == "default"]

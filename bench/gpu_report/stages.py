@@ -141,7 +141,7 @@ def tests(place: Place) -> Stage:
     def digest(runs: Sequence[Run]) -> Digest:
         return digests.junit(report) if report.exists() else digests.stopped_tests(runs[-1].output)
 
-    return Stage("tests", 105, commands, digest)
+    return Stage("tests", 103, commands, digest)
 
 
 def sanitizer(place: Place) -> Stage:
@@ -208,6 +208,20 @@ def overhead(place: Place) -> Stage:
     return Stage("overhead", 20, commands, digest)
 
 
+def gradients(place: Place) -> Stage:
+    """Time steps as gradients come and go."""
+
+    def commands() -> list[Command]:
+        options = ("--device", "cuda", "--steps", "100", "--seconds", "0.6", "--out", str(place.work), "--tag", TAG)
+        return [python("-m", "bench", "gradients", *options)]
+
+    def digest(runs: Sequence[Run]) -> Digest:
+        document = json.loads((place.work / f"gradients-cuda-{TAG}.json").read_text())
+        return Digest(digests.gradients_lines(document), {"targets": document["targets"]})
+
+    return Stage("gradients", 7, commands, digest)
+
+
 def traffic(place: Place) -> Stage:
     """Predict what the profile measures."""
 
@@ -267,5 +281,6 @@ def tune(place: Place) -> Stage:
 
 
 STAGES: dict[str, Callable[[Place], Stage]] = {
-    made.__name__: made for made in (machine, build, tests, sanitizer, step, overhead, traffic, profile, tune)
+    made.__name__: made
+    for made in (machine, build, tests, sanitizer, step, overhead, gradients, traffic, profile, tune)
 }
