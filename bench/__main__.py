@@ -1,6 +1,6 @@
 """The command line of the benchmarks: `python -m bench COMMAND`, run from the repository's root.
 
-A command is a module of this package with a docstring (its first line is the summary),
+A command is a module of bench.commands with a docstring (its first line is the summary),
 `add_arguments(parser)` and `run(args) -> exit code`. To add one, write the module and name it in COMMANDS.
 """
 
