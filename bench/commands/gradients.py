@@ -108,11 +108,8 @@ def judge(rows: Sequence[Row]) -> list[Target]:
 
 def table(rows: Sequence[Row], title: str) -> terminal.Table:
     """Return a row a measurement."""
-    made = terminal.Table(title=f"step() as gradients come and go: {title}", title_justify="left")
-    for heading in ("gradients", "optimizer"):
-        made.add_column(heading, no_wrap=True)
-    for heading in ("step()", "quartiles", "fastest", "steps", "of torch's fused"):
-        made.add_column(heading, justify="right", no_wrap=heading == "quartiles")
+    numbers = ("step()", "quartiles", "fastest", "steps", "of torch's fused")
+    made = terminal.table(f"step() as gradients come and go: {title}", ["gradients", "optimizer"], numbers)
     for row in rows:
         host = row.host_s
         times = (units.duration(host.median), units.span(host), units.duration(host.smallest), str(host.count))

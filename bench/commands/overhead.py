@@ -199,13 +199,10 @@ def judge(rows: list[Row], on_gpu: bool) -> list[Target]:
 
 def table(rows: list[Row], title: str) -> terminal.Table:
     """Return a row a measurement."""
-    made = terminal.Table(title=f"Host time of step(): {title}", title_justify="left")
-    made.add_column("optimizer")
-    made.add_column("gradients")
     on_gpu = all(row.ratio_to_whole is None for row in rows)
     ratios = ("of torch's fused",) if on_gpu else ("of torch's fused", "with its operation")
-    for heading in ("step()", "quartiles", "fastest", "steps", *ratios):
-        made.add_column(heading, justify="right", no_wrap=heading == "quartiles")
+    numbers = ("step()", "quartiles", "fastest", "steps", *ratios)
+    made = terminal.table(f"Host time of step(): {title}", ["optimizer", "gradients"], numbers)
     for row in rows:
         figures = (row.host_s.median, row.host_s.smallest)
         shown, fastest = map(units.duration, figures)

@@ -26,7 +26,7 @@ from bench.cache_model.prediction import H200, SWEPT_LEADS, SWEPT_WINDOWS, Limit
 from bench.commands import options
 from bench.measuring import machine
 from bench.reporting import documents
-from bench.reporting.terminal import Console, Table, console
+from bench.reporting.terminal import Console, Table, console, table
 from bench.workloads.shapes import MODELS, ModelSet
 
 
@@ -77,20 +77,17 @@ def percent(share: float) -> str:
 
 def figures_table(predictions: Sequence[Prediction], title: str) -> Table:
     """Return a row a prediction; what is kept on chip is compared with the row before."""
-    table = Table(title=title, title_justify="left")
-    for heading in ("model", "rule"):
-        table.add_column(heading, no_wrap=True)
     with_kept = any(prediction.on_chip_bytes for prediction in predictions)
     columns = ["cache", *(["on chip"] if with_kept else []), "ideal", "read", "written", "total"]
-    for heading in (*columns, *(["saved"] if with_kept else []), "ceiling", "hits", "waited", "idle"):
-        table.add_column(heading, justify="right")
+    columns += [*(["saved"] if with_kept else []), "ceiling", "hits", "waited", "idle"]
+    made = table(title, ["model", "rule"], columns)
     before: Prediction | None = None
     for prediction in predictions:
         found = prediction.traffic
         kept, saved = [mebibytes(prediction.on_chip_bytes)], [""]
         if prediction.on_chip_bytes and before:
             saved = [f"{before.traffic.total - found.total:.2f}"]
-        table.add_row(
+        made.add_row(
             prediction.model.title,
             prediction.rule,
             f"{prediction.share:g}",
@@ -101,7 +98,7 @@ def figures_table(predictions: Sequence[Prediction], title: str) -> Table:
             *map(percent, (found.ceiling, found.hit_share, found.waited, found.idle)),
         )
         before = prediction
-    return table
+    return made
 
 
 def sweep_table(predictions: Sequence[Prediction]) -> Table:
@@ -109,19 +106,16 @@ def sweep_table(predictions: Sequence[Prediction]) -> Table:
     first = predictions[0]
     best = best_of([prediction.traffic.reach for prediction in predictions])
     title = f"{first.model.title}, {first.rule}, share {first.share:g} of the cache: window down, lead across"
-    table = Table(title=title, title_justify="left")
-    table.add_column("", justify="right")
     leads = list(dict.fromkeys(prediction.limits.lead_bytes for prediction in predictions))
-    for lead in leads:
-        table.add_column(mebibytes(lead), justify="right")
+    made = table(title, [], ["", *map(mebibytes, leads)])
     for begin in range(0, len(predictions), len(leads)):
         cells = []
         for place in range(begin, begin + len(leads)):
             found = predictions[place].traffic
             text = f"{percent(found.reach)} ({found.total:.2f}, {percent(found.waited)})"
             cells.append(f"[bold]{text}[/]" if place == best else text)
-        table.add_row(mebibytes(predictions[begin].limits.window_bytes), *cells)
-    return table
+        made.add_row(mebibytes(predictions[begin].limits.window_bytes), *cells)
+    return made
 
 
 def choice(label: str, limits: Limits, reach: float) -> str:

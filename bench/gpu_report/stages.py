@@ -259,7 +259,7 @@ def profile(place: Place) -> Stage:
         found = counters.kernels(table.read_text().splitlines())
         predictions = counters.predictions(place.work)
         records = counters.compare(json.loads(cases.read_text()), found, predictions)
-        return Digest(counters.table(records), {"steps": records})
+        return Digest(counters.compared(records), {"steps": records})
 
     return Stage("profile", 55, commands, digest)
 

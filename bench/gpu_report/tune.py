@@ -26,8 +26,7 @@ from bench.measuring import clocks, machine, races
 from bench.measuring.clocks import CopyProbe
 from bench.measuring.races import Lane
 from bench.measuring.stats import Summary, paired_ratios, summarize
-from bench.reporting import documents
-from bench.reporting.terminal import Table, console
+from bench.reporting import documents, terminal
 from bench.reporting.units import duration, times
 from bench.workloads import contenders
 from bench.workloads.shapes import ModelSet
@@ -164,12 +163,9 @@ def ranking(results: Sequence[Result]) -> list[dict[str, Any]]:
     return ranked
 
 
-def table(ranked: Sequence[Mapping[str, Any]], title: str) -> Table:
+def table(ranked: Sequence[Mapping[str, Any]], title: str) -> terminal.Table:
     """Return a row a setting, a column a set."""
-    made = Table(title=title, title_justify="left")
-    made.add_column("setting", no_wrap=True)
-    for heading in (*ranked[0]["sets"], "average"):
-        made.add_column(heading, justify="right")
+    made = terminal.table(title, ["setting"], [*ranked[0]["sets"], "average"])
     for entry in ranked:
         made.add_row(entry["setting"], *entry["sets"].values(), f"{entry['average']:.3f}x")
     return made
@@ -197,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
     swept = {name: tuple(getattr(args, name)) for name in SWEPT if getattr(args, name)}
     settings = combinations(swept) if args.product else one_at_a_time(swept)
     probe = CopyProbe(device, args.copy_mebibytes)
-    terminal = console()
+    console = terminal.console()
     document: dict[str, Any] = {"format": 1, "machine": machine.describe(device)}
     for key in ("sweep", "together"):
         document[key] = {"results": [], "ranking": []}
@@ -210,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
             documents.write(args.out, document)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        terminal.print(table(ranking(found), title))
+        console.print(table(ranking(found), title))
         return found
 
     title = "AGR-AdamW: time, ratio to the default setting, share of the copy bandwidth"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from bench.reporting.results import Row, SetResult
 from bench.reporting.targets import Target
-from bench.reporting.terminal import Table, Text
+from bench.reporting.terminal import Table, Text, table
 from bench.reporting.units import duration, span, times
 
 VERDICT_STYLES = {"met": "green", "missed": "red", "not measured": "dim"}
@@ -34,21 +34,16 @@ def _cells(row: Row, with_host: bool) -> list[str]:
 def results_table(result: SetResult, with_host: bool) -> Table:
     """Return one model set's table: a contender a row."""
     others = "" if result.other_work is None else f"Other work took {100 * result.other_work:.0f}% of the processors."
-    table = Table(
-        title=f"{result.title}: {result.tensors} tensors, {result.elements:,} elements",
-        caption=f"Copy bandwidth: {result.copy.median / 1e9:.2f} GB/s (median of {result.copy.count}). {others}",
-        title_justify="left",
-        caption_justify="left",
-    )
-    table.add_column("contender", no_wrap=True)
+    title = f"{result.title}: {result.tensors} tensors, {result.elements:,} elements"
+    caption = f"Copy bandwidth: {result.copy.median / 1e9:.2f} GB/s (median of {result.copy.count}). {others}"
     host = ("host", "host ratio") if with_host else ()
     ratio = ("ratio", "quartiles", "of fastest")
-    for heading in ("step", "quartiles", "rounds", *ratio, *host, "GB/s", "of copy"):
-        table.add_column(heading, justify="right")
+    numbers = ("step", "quartiles", "rounds", *ratio, *host, "GB/s", "of copy")
+    made = table(title, ["contender"], numbers, caption)
     for row in result.rows:
         style = "bold" if row.ours else None if row.figures else "dim"
-        table.add_row(*_cells(row, with_host), style=style)
-    return table
+        made.add_row(*_cells(row, with_host), style=style)
+    return made
 
 
 def reasons(result: SetResult) -> list[str]:
@@ -58,17 +53,16 @@ def reasons(result: SetResult) -> list[str]:
 
 def targets_table(targets: Sequence[Target]) -> Table:
     """Return the design's targets with what was measured."""
-    table = Table(title="Targets", title_justify="left")
-    table.add_column("target")
-    table.add_column("limit", justify="right")
-    table.add_column("measured", justify="right")
-    table.add_column("by the fastest", justify="right")
-    table.add_column("verdict")
+    made = Table(title="Targets", title_justify="left")
+    made.add_column("target")
+    for heading in ("limit", "measured", "by the fastest"):
+        made.add_column(heading, justify="right")
+    made.add_column("verdict")
     for target in targets:
         style = next(style for word, style in VERDICT_STYLES.items() if target.verdict.startswith(word))
         measured, fastest = target.show(target.measured), target.show(target.at_fastest)
-        table.add_row(target.text, target.shown_limit, measured, fastest, Text(target.verdict, style))
-    return table
+        made.add_row(target.text, target.shown_limit, measured, fastest, Text(target.verdict, style))
+    return made
 
 
 def legend(with_host: bool) -> str:
