@@ -1,6 +1,6 @@
 """The command line of the benchmarks: `python -m bench COMMAND`, run from the repository's root.
 
-A command is a module of this package with a docstring (its first line is the summary),
+A command is a module of bench.commands with a docstring (its first line is the summary),
 `add_arguments(parser)` and `run(args) -> exit code`. To add one, write the module and name it in COMMANDS.
 """
 
@@ -10,9 +10,14 @@ import argparse
 import sys
 from types import ModuleType
 
-from bench import overhead, step, traffic
+from bench.commands import gradients, overhead, step, traffic
 
-COMMANDS: dict[str, ModuleType] = {"step": step, "overhead": overhead, "traffic": traffic}
+COMMANDS: dict[str, ModuleType] = {
+    "step": step,
+    "overhead": overhead,
+    "gradients": gradients,
+    "traffic": traffic,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

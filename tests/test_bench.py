@@ -25,11 +25,15 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench is a package of the repository that is not installed
 
-from bench import chart, contenders, measure, overhead, plain, report, results, shapes, stats, targets
 from bench.__main__ import main
-from bench.contenders import ALL, BY_NAME, YARDSTICK, Contender
-from bench.measure import Lane, Timing
-from bench.workload import PrivateGradients, Workload
+from bench.commands import gradients, overhead
+from bench.measuring import clocks, races, stats
+from bench.measuring.clocks import Timing
+from bench.measuring.races import Lane
+from bench.reporting import chart, documents, plain, results, tables, targets
+from bench.workloads import contenders, shapes
+from bench.workloads.contenders import ALL, BY_NAME, YARDSTICK, Contender
+from bench.workloads.tensors import PrivateGradients, Workload
 
 SHAPES = ((3, 4), (7,), (1,))
 
@@ -99,15 +103,15 @@ def test_a_race_visits_every_lane_once_a_round_in_changing_order() -> None:
     lanes = [Lane(name, lambda name=name: log.append(name)) for name in "abcd"]  # type: ignore[misc]
     counter = iter(range(1000))
 
-    def clock(action: measure.Action) -> Timing:
+    def clock(action: clocks.Action) -> Timing:
         action()
         return Timing(float(next(counter)), 0.0)
 
-    timings = measure.race(
+    timings = races.race(
         lanes, clock, rounds=20, seconds=1e-9, new_round=lambda number: log.append(f"<{number}"),
         between=lambda: log.append(">"),
     )  # fmt: skip
-    assert len(log) == measure.FEWEST_ROUNDS * 6, "time was up at once, so the fewest rounds are taken"
+    assert len(log) == races.FEWEST_ROUNDS * 6, "time was up at once, so the fewest rounds are taken"
     rounds = [log[begin : begin + 6] for begin in range(0, len(log), 6)]
     assert [(r[0], r[-1]) for r in rounds] == [(f"<{number}", ">") for number in range(len(rounds))]
     assert all(sorted(r[1:5]) == list("abcd") for r in rounds)
@@ -116,7 +120,7 @@ def test_a_race_visits_every_lane_once_a_round_in_changing_order() -> None:
             assert timings[name][number].step == 4 * number + r[1:5].index(name)
 
     log.clear()
-    measure.race(lanes, clock, rounds=20, seconds=60, new_round=lambda number: None)
+    races.race(lanes, clock, rounds=20, seconds=60, new_round=lambda number: None)
     assert len({tuple(log[begin : begin + 4]) for begin in range(0, 80, 4)}) > 5
 
 
@@ -125,7 +129,7 @@ def test_the_collector_is_off_in_a_race_and_on_again_after_it() -> None:
 
     states: list[bool] = []
     lane = Lane("a", lambda: states.append(gc.isenabled()))
-    measure.race([lane], measure.cpu_clock, rounds=2, seconds=1, new_round=lambda number: None)
+    races.race([lane], clocks.cpu_clock, rounds=2, seconds=1, new_round=lambda number: None)
     assert states == [False, False]
     assert gc.isenabled()
 
@@ -137,7 +141,7 @@ def test_a_lane_undoes_its_surroundings_where_its_step_fails() -> None:
     log: list[str] = []
     lane = Lane("a", fail, before=lambda: log.append("before"), after=lambda: log.append("after"))
     with pytest.raises(RuntimeError, match="no step"):
-        lane.visit(measure.cpu_clock)
+        lane.visit(clocks.cpu_clock)
     assert log == ["before", "after"]
 
 
@@ -274,16 +278,18 @@ def result_of(name: str, times: dict[str, tuple[int, list[float]]], other_work: 
     model = shapes.model_set(name)
     copy = stats.summarize([1e9])
     rows = []
+    batches: dict[int, dict[str, list[Timing]]] = {}
     for contender, (batch, seconds) in times.items():
-        timings = [Timing(second, second / 10) for second in seconds]
-        unit = [Timing(1.0, 0.1)] * len(seconds)
-        figures = results.figures(BY_NAME[contender], batch, timings, unit, model, 4, copy)
+        timings = batches.setdefault(batch, {YARDSTICK: [Timing(1.0, 0.1)] * len(seconds)})
+        timings[contender] = [Timing(second, second / 10) for second in seconds]
+    for contender, (batch, _) in times.items():
+        figures = results.figures(BY_NAME[contender], batch, batches[batch], model, 4, copy)
         rows.append(results.row(BY_NAME[contender], "measured", figures=figures))
     return results.SetResult(name, model.title, len(model.shapes), model.elements, copy, rows, True, other_work)
 
 
 def test_a_row_counts_the_bytes_that_its_rule_must_move() -> None:
-    result = result_of("10x1000", {"agr-adamw": (0, [2.0, 2.0]), "agr-adan": (0, [4.0])})
+    result = result_of("10x1000", {"agr-adamw": (0, [2.0, 2.0]), "agr-adan": (0, [4.0, 4.0])})
     adamw, adan = result.figures("agr-adamw"), result.figures("agr-adan")
     assert adamw
     assert adan
@@ -291,7 +297,7 @@ def test_a_row_counts_the_bytes_that_its_rule_must_move() -> None:
     assert adamw.bytes_per_second == 28 * 10_000 / 2.0
     assert adamw.share_of_copy == 28 * 10_000 / 2.0 / 1e9
     assert adan.bytes_per_element == 44
-    assert adan.ratio == stats.Summary(4.0, 4.0, 4.0, 4.0, 1)
+    assert adan.ratio == stats.Summary(4.0, 4.0, 4.0, 4.0, 2)
 
 
 def test_a_comparison_pairs_rounds_within_a_batch_and_uses_the_yardstick_across() -> None:
@@ -329,7 +335,6 @@ def test_gpu_targets_are_judged() -> None:
         "AGR-Adan, GPT-2 124M: share of the copy bandwidth at 44 bytes": "met",
         "AGR-AdamW, GPT-2 124M, against torch's fused AdamW": "missed",
         "AGR-AdamW, 321 tensors of 64, against torch's fused AdamW": "missed",
-        "AGR-AdamW, 321 tensors of 64: host time of step()": "missed",
         "AGR-AdamW, 321 tensors of 64: host time against torch's fused AdamW": "missed",
         "AGR-AdamW, 321 tensors of 64: kernel launches a step": "not measured",
         "AGR-AdamW by Triton, GPT-2 124M, against the cuda backend": "not measured",
@@ -369,14 +374,34 @@ def test_the_table_of_a_gpu_shows_host_times_and_the_chart_is_drawn(tmp_path: Pa
     result = result_of("321x64", {YARDSTICK: (0, [0.002] * 3), "agr-adamw": (0, [0.001, 0.0005, 0.0002])})
     result.rows.append(results.row(BY_NAME["optimi-adan"], "not installed", "pip install torch-optimi"))
     console = Console(width=150, record=True, file=io.StringIO())
-    console.print(report.results_table(result, with_host=True))
+    console.print(tables.results_table(result, with_host=True))
     shown = console.export_text()
     assert "host ratio" in shown
     assert "50 us" in shown, "the host's median"
     assert "500 us" in shown, "the device's median"
-    assert report.reasons(result) == ["optimi Adan, default: pip install torch-optimi"]
+    assert tables.reasons(result) == ["optimi Adan, default: pip install torch-optimi"]
     chart.write_chart(tmp_path / "new" / "chart.png", [result] * 4, "a GPU", on_gpu=True)
     assert (tmp_path / "new" / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_document_has_a_line_for_each_record_and_six_digits_a_number(tmp_path: Path) -> None:
+    summary = {"median": 1 / 3, "count": 1234567}
+    document = {
+        "format": 1,
+        "machine": {"cpu": "a", "backends": ["b", "c"], "load": None},
+        "sets": [{"name": "s", "copy": summary, "rows": [{"label": "r", "step_s": summary}, {"label": "none"}]}],
+        "targets": [],
+    }
+    documents.write(tmp_path / "new" / "a.json", document)
+    written = (tmp_path / "new" / "a.json").read_text()
+    assert json.loads(written) == documents.rounded(document)
+    assert [line.strip(" ,") for line in written.splitlines()][1:-1] == [
+        '"format": 1',
+        *('"machine": {', '"cpu": "a"', '"backends": ["b", "c"]', '"load": null', "}"),
+        *('"sets": [', "{", '"name": "s"', '"copy": {', '"median": 0.333333', '"count": 1234567', "}"),
+        *('"rows": [', '{"label": "r", "step_s": {"median": 0.333333, "count": 1234567}}', '{"label": "none"}', "]"),
+        *("}", "]", '"targets": []'),
+    ]
 
 
 def test_a_target_is_recorded_with_what_tables_show_of_it() -> None:
@@ -394,7 +419,7 @@ def test_without_rich_tables_are_plain_text(
 ) -> None:
     for name in ("rich", "rich.console", "rich.table", "rich.text"):
         monkeypatch.setitem(sys.modules, name, None)
-    specification = importlib.util.find_spec("bench.terminal")
+    specification = importlib.util.find_spec("bench.reporting.terminal")
     assert specification
     assert specification.loader
     terminal = importlib.util.module_from_spec(specification)
@@ -461,7 +486,11 @@ def test_overhead_measures_every_optimizer_with_kept_and_with_new_gradients(tmp_
         assert row["ratio"]["count"] == 2, "one for each block"
         if row["label"] == "torch AdamW, fused, its operation left out":
             assert row["ratio"]["median"] == 1.0
-    assert len(document["targets"]) == 8
+        if row["label"] in ("agr_cuda AdamW", "agr_cuda Adan"):
+            assert row["ratio_to_whole"]["count"] == 2
+        else:
+            assert row["ratio_to_whole"] is None
+    assert len(document["targets"]) == 4
     assert all(target["verdict"] for target in document["targets"])
 
 
@@ -495,15 +524,28 @@ def test_on_a_gpu_overhead_measures_the_backends_that_are_there(monkeypatch: pyt
     ]
 
 
-def test_the_hosts_targets_are_the_cuda_backends_alone() -> None:
-    one = stats.summarize([50e-6])
+def test_the_hosts_targets_are_the_cuda_backends_alone_and_allow_more_with_new_gradients() -> None:
+    one, ratio = stats.summarize([50e-6]), stats.summarize([0.14])
     rows = [
-        overhead.Row(f"on {backend}", "kept", backend, one, stats.summarize([0.5]))
+        overhead.Row(f"on {backend}", gradients, backend, one, ratio, None)
         for backend in ("cuda", "triton", "")
+        for gradients in ("kept", "new")
     ]
     judged = overhead.judge(rows, True)
-    assert [target.verdict for target in judged] == ["met", "missed"]
+    assert [(target.limit, target.verdict) for target in judged] == [(0.12, "missed"), (0.16, "met")]
     assert all(target.text.startswith("on cuda") for target in judged)
+
+
+def test_on_a_cpu_overhead_has_two_ratios_and_on_a_gpu_one() -> None:
+    one, ratio, whole = (stats.summarize([value]) for value in (50e-6, 0.14, 0.0987))
+    for with_operation, shown in ((whole, ("0.140x", "0.099x")), (None, ("0.140x",))):
+        row = overhead.Row("agr_cuda AdamW", "kept", "cuda", one, ratio, with_operation)
+        peer = overhead.Row("torch AdamW, foreach", "kept", "", one, ratio, None)
+        console = Console(width=150, record=True, file=io.StringIO())
+        console.print(overhead.table([row, peer], "a machine"))
+        text = console.export_text()
+        assert all(cell in text for cell in shown)
+        assert ("with its operation" in text) == (with_operation is not None)
 
 
 def test_new_gradients_are_new_tensors_and_kept_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -521,6 +563,69 @@ def test_new_gradients_are_new_tensors_and_kept_ones_are_not(monkeypatch: pytest
             assert len(later) == 3
             assert all((a is b) != new for a, b in zip(earlier, later, strict=True))
             assert all(map(torch.equal, earlier, later))
+
+
+# Gradients that come and go
+
+
+@pytest.mark.parametrize(
+    ("pattern", "absent"),
+    [
+        ("the same every time", [set(), set(), set(), set()]),
+        ("one tensor every other time", [set(), {0}, set(), {0}]),
+        ("another tenth each time", [{0, 10}, {9}, {8}, {7}]),
+        ("half and half", [{6, 7, 8, 9, 10}, {0, 1, 2, 3, 4, 5}] * 2),
+    ],
+)
+def test_every_optimizer_meets_the_patterns_kept_gradients_at_every_step(
+    pattern: str, absent: list[set[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[list[torch.Tensor | None]]] = {}
+
+    def builder(label: str) -> contenders.Builder:
+        def build(parameters: contenders.Parameters, eps: float) -> contenders.Step:
+            return lambda: seen.setdefault(label, []).append([parameter.grad for parameter in parameters])
+
+        return build
+
+    monkeypatch.setattr(gradients, "OURS", {"ours": builder("ours")})
+    monkeypatch.setattr(gradients, "PEERS", {gradients.UNIT: builder(gradients.UNIT)})
+    args = argparse.Namespace(device=torch.device("cpu"), dtype="float32", tensors=11, elements=2, steps=4, seconds=60)
+    rows = gradients.measure_pattern(pattern, args)
+    assert [(row.label, row.ours, row.host_s.count) for row in rows] == [("ours", True, 4), (gradients.UNIT, False, 4)]
+    for steps in seen.values():
+        assert len(steps) == gradients.UNTIMED + 4
+        assert [{i for i, grad in enumerate(step) if grad is None} for step in steps[-4:]] == absent
+        for grads in zip(*steps, strict=True):
+            assert len({id(grad) for grad in grads if grad is not None}) == 1, "it is kept"
+
+
+@pytest.mark.parametrize("pattern", gradients.PATTERNS)
+def test_the_steps_that_are_not_timed_are_whole_periods(pattern: str) -> None:
+    has_gradient = gradients.PATTERNS[pattern]
+    for i, k in itertools.product(range(25), range(12)):
+        assert has_gradient(i, k, 25) == has_gradient(i, k + gradients.UNTIMED, 25)
+
+
+@pytest.mark.usefixtures("threads")
+def test_gradients_measures_every_pattern_and_judges_ours(tmp_path: Path) -> None:
+    sizes = ["--tensors", "12", "--elements", "2", "--steps", "2"]
+    assert main(["gradients", "--device", "cpu", *sizes, "--out", str(tmp_path), "--tag", "tiny"]) == 0
+    path = tmp_path / "gradients-cpu-tiny.json"
+    document = json.loads(path.read_text())
+    labels = ["agr_cuda AdamW", "agr_cuda Adan", "torch AdamW, fused", "torch AdamW, default"]
+    assert [(row["pattern"], row["label"]) for row in document["rows"]] == [
+        (pattern, label) for pattern in gradients.PATTERNS for label in labels
+    ]
+    assert all(row["host_s"]["count"] == row["ratio"]["count"] == 2 for row in document["rows"])
+    assert document["targets"] == [], "they are stated for 321 tensors of 64"
+    assert len(path.read_text().splitlines()) < 100
+
+    rows = [gradients.Row(**{**row, "host_s": None, "ratio": stats.summarize([1.1])}) for row in document["rows"]]
+    judged = gradients.judge(rows)
+    assert len(judged) == 2 * len(gradients.PATTERNS)
+    assert {(target.limit, target.verdict) for target in judged} == {(1.0, "missed")}
+    assert all(target.text.startswith("agr_cuda") for target in judged)
 
 
 # The command line
@@ -557,11 +662,33 @@ def test_step_writes_every_contender_and_a_chart(tmp_path: Path) -> None:
         for row in entry["rows"]:
             if row["status"] == "measured":
                 figures = row["figures"]
-                assert figures["step_s"]["count"] == len(figures["samples"]) == 2
+                assert figures["step_s"]["count"] == 2
+                assert "samples" not in figures
                 assert figures["step_s"]["lower"] <= figures["step_s"]["median"] <= figures["step_s"]["upper"]
                 assert figures["ratio"]["median"] > 0
             else:
                 assert "pip install" in row["reason"]
+    lines = (tmp_path / "step-cpu-float32-tiny.json").read_text().splitlines()
+    assert len(lines) < 150, "a row a line"
+    assert not list(tmp_path.glob("*.samples.json"))
+
+
+@pytest.mark.usefixtures("threads")
+def test_samples_that_are_asked_for_lie_beside_the_summary_and_say_the_same(tmp_path: Path) -> None:
+    name = "torch-adamw-foreach"
+    assert main(tiny(tmp_path, "--sets", "3x16", "--contenders", name, "--samples")) == 0
+    (rows,) = ({row["name"]: row["figures"] for row in entry["rows"]} for entry in written(tmp_path)["sets"])  # type: ignore[attr-defined]
+    (found,) = json.loads((tmp_path / "step-cpu-float32-tiny.samples.json").read_text())["sets"]
+    (batch,) = found["batches"]
+    steps = {entry["contender"]: [step for step, _ in entry["samples"]] for entry in batch}
+    assert found["set"] == "3x16"
+    assert steps.keys() == rows.keys() == {name, YARDSTICK}
+    for contender, seconds in steps.items():
+        assert rows[contender]["step_s"]["median"] == pytest.approx(stats.summarize(seconds).median, rel=1e-4)
+        ratio = stats.paired_ratios(seconds, steps[YARDSTICK]).median
+        assert rows[contender]["ratio"]["median"] == pytest.approx(ratio, rel=1e-4)
+    ignored = (ROOT / "bench" / ".gitignore").read_text().splitlines()
+    assert "*.samples.json" in ignored, "they stay out of the repository"
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from agr_cuda import _C
-from bench import shapes
 from bench.__main__ import main
-from bench.cache import EVICT_FIRST, EVICT_LAST, NORMAL, Cache
-from bench.cache_model import Machine, Task, Tensor, Traffic, piece_bytes, replay
+from bench.cache_model.cache import EVICT_FIRST, EVICT_LAST, NORMAL, Cache
+from bench.cache_model.replay import Machine, Task, Tensor, Traffic, piece_bytes, replay
+from bench.workloads import shapes
 
 CHUNK = 1024  # elements
 CHUNK_BYTES = 4 * CHUNK

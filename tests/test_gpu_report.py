@@ -15,10 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_digest, gpu_exercise, gpu_profile, gpu_report, gpu_runner, gpu_stages, gpu_summary, gpu_tune
 from bench.__main__ import build_parser
-from bench.gpu_runner import Command, Digest, Outcome, Run, Skip, Stage
-from bench.stats import Summary
+from bench.gpu_report import counters, digests, exercise, runner, stages, tune
+from bench.gpu_report.__main__ import main
+from bench.gpu_report.place import Place
+from bench.gpu_report.report import make
+from bench.gpu_report.runner import Command, Digest, Outcome, Run, Skip, Stage
+from bench.gpu_report.summary import render
+from bench.measuring.stats import Summary
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,7 +51,7 @@ def test_a_stage_that_succeeds_has_its_lines_and_leaves_its_output_in_the_log(lo
 
     commands = script("print('one')"), script("import os; print(os.environ['WORD'])")
     commands = commands[0], Command(commands[1].words, {"WORD": "two"})
-    outcome = gpu_runner.run_stage(stage("good", *commands, digest=digest), 10, log)
+    outcome = runner.run_stage(stage("good", *commands, digest=digest), 10, log)
     assert (outcome.name, outcome.status, outcome.reason) == ("good", "ok", "")
     assert outcome.lines == ["one", "two"]
     assert outcome.figures == {"count": 2}
@@ -57,7 +61,7 @@ def test_a_stage_that_succeeds_has_its_lines_and_leaves_its_output_in_the_log(lo
 
 def test_a_failing_command_fails_its_stage_and_the_others_still_run(log: Path) -> None:
     fails = script("import sys; print('out'); print('why', file=sys.stderr); sys.exit(3)")
-    outcome = gpu_runner.run_stage(stage("bad", fails, script("print('after')")), 10, log)
+    outcome = runner.run_stage(stage("bad", fails, script("print('after')")), 10, log)
     assert outcome.status == "failed"
     assert outcome.reason == f"{Path(sys.executable).name} ended with exit code 3"
     assert outcome.tail == ["out", "why"]
@@ -69,7 +73,7 @@ def test_a_problem_names_the_command_and_not_the_output_that_it_owes(log: Path) 
         raise FileNotFoundError("figures.json")
 
     command = Command((sys.executable, "-m", "json.tool", "no-such-file"))
-    outcome = gpu_runner.run_stage(stage("owing", command, digest=owes), 10, log)
+    outcome = runner.run_stage(stage("owing", command, digest=owes), 10, log)
     assert outcome.reason == f"{Path(sys.executable).name} -m json.tool no-such-file ended with exit code 2"
 
 
@@ -82,7 +86,7 @@ except KeyboardInterrupt:
     print("half of it")
 """
     begin = time.monotonic()
-    outcome = gpu_runner.run_stage(stage("slow", script(text)), 0.8, log)
+    outcome = runner.run_stage(stage("slow", script(text)), 0.8, log)
     assert time.monotonic() - begin < 5
     assert outcome.status == "failed"
     assert "was stopped after" in outcome.reason
@@ -97,7 +101,7 @@ child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(6
 open({str(tmp_path / "child")!r}, "w").write(str(child.pid))
 time.sleep(60)
 """
-    run = gpu_runner.run_command(script(text), 1.0, log)
+    run = runner.run_command(script(text), 1.0, log)
     assert run.code is None
     assert 0.9 < run.seconds < 5
     child = int((tmp_path / "child").read_text())
@@ -116,7 +120,7 @@ def running(process: int) -> bool:
 
 
 def test_a_program_that_is_not_there_fails_its_stage(log: Path) -> None:
-    outcome = gpu_runner.run_stage(stage("none", Command(("no-such-program",))), 10, log)
+    outcome = runner.run_stage(stage("none", Command(("no-such-program",))), 10, log)
     assert (outcome.status, outcome.reason) == ("failed", "no-such-program ended with exit code 127")
     assert "No such file" in outcome.tail[0]
 
@@ -135,7 +139,7 @@ def test_a_stage_may_be_skipped_and_a_strange_output_fails_its_own_stage_alone(l
         stage("wrong", script(""), digest=lambda runs: Digest(problem="nothing was measured")),
         stage("last", script("")),
     ]
-    assert gpu_runner.run_stages(stages, log, outcomes.append) == outcomes
+    assert runner.run_stages(stages, log, outcomes.append) == outcomes
     assert [(outcome.status, outcome.reason) for outcome in outcomes] == [
         ("skipped", "ncu is not on PATH"),
         ("failed", "its output could not be read: KeyError: 'sets'"),
@@ -155,15 +159,15 @@ def test_time_that_a_stage_leaves_goes_to_the_next_and_none_is_borrowed(
         clock[0] += {"quick": 2.0, "long": 13.0, "last": 1.0}[stage.name]
         return Outcome(stage.name, "ok", 0.0)
 
-    monkeypatch.setattr(gpu_runner, "run_stage", run_stage)
-    monkeypatch.setattr(gpu_runner.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(runner, "run_stage", run_stage)
+    monkeypatch.setattr(runner.time, "monotonic", lambda: clock[0])
     stages = [stage(name, seconds=seconds) for name, seconds in (("quick", 10), ("long", 5), ("last", 3))]
-    gpu_runner.run_stages(stages, log, lambda outcome: None)
+    runner.run_stages(stages, log, lambda outcome: None)
     assert limits == [10.0, 13.0, 3.0]
 
 
 def test_without_time_left_a_command_is_not_begun(log: Path) -> None:
-    outcome = gpu_runner.run_stage(stage("late", script("print('begun')")), 0.0, log)
+    outcome = runner.run_stage(stage("late", script("print('begun')")), 0.0, log)
     assert outcome.status == "failed"
     assert "no time was left" in outcome.reason
     assert "begun" not in log.read_text()
@@ -172,18 +176,18 @@ def test_without_time_left_a_command_is_not_begun(log: Path) -> None:
 # The stages
 
 
-def place(work: Path) -> gpu_stages.Place:
-    return gpu_stages.Place(ROOT, work, (9, 0))
+def place(work: Path) -> Place:
+    return Place(ROOT, work, (9, 0))
 
 
 def all_commands(work: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Sequence[Command]]:
     """The commands of all stages, as on a machine that has every tool."""
-    monkeypatch.setattr(gpu_stages.shutil, "which", lambda name: f"/tools/{name}")
-    return {name: make(place(work)).commands() for name, make in gpu_stages.STAGES.items()}
+    monkeypatch.setattr(stages.shutil, "which", lambda name: f"/tools/{name}")
+    return {name: make(place(work)).commands() for name, make in stages.STAGES.items()}
 
 
 def test_all_stages_together_take_less_than_eight_minutes(tmp_path: Path) -> None:
-    assert sum(make(place(tmp_path)).seconds for make in gpu_stages.STAGES.values()) <= 475
+    assert sum(make(place(tmp_path)).seconds for make in stages.STAGES.values()) <= 475
 
 
 def test_the_stages_ask_benchmarks_for_what_they_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,13 +199,13 @@ def test_the_stages_ask_benchmarks_for_what_they_take(tmp_path: Path, monkeypatc
         words = list(command.words)
         if "bench" in words:
             parsed.append(build_parser().parse_args(words[words.index("bench") + 1 :]))
-        elif "bench.gpu_tune" in words:
-            parsed.append(gpu_tune.build_parser().parse_args(words[words.index("bench.gpu_tune") + 1 :]))
-        elif "bench.gpu_exercise" in words:
-            parsed.append(gpu_exercise.build_parser().parse_args(words[words.index("bench.gpu_exercise") + 1 :]))
-    assert len(parsed) == 2 + 1 + 2 + 2 + 2 + 1
+        elif "bench.gpu_report.tune" in words:
+            parsed.append(tune.build_parser().parse_args(words[words.index("bench.gpu_report.tune") + 1 :]))
+        elif "bench.gpu_report.exercise" in words:
+            parsed.append(exercise.build_parser().parse_args(words[words.index("bench.gpu_report.exercise") + 1 :]))
+    assert len(parsed) == 2 + 1 + 1 + 2 + 2 + 2 + 1
     step = next(args for args in parsed if getattr(args, "command", "") == "step")
-    assert [model.name for model in step.sets] == list(gpu_stages.SETS)
+    assert [model.name for model in step.sets] == list(stages.SETS)
     names = {contender.name for contender in step.contenders}
     assert {"three-lines-compiled", "agr-adamw-triton", "agr-adan-triton", "optimi-adan-triton"} < names
 
@@ -218,10 +222,10 @@ def test_the_build_is_for_this_gpu_and_nothing_sets_its_clocks(tmp_path: Path, m
 
 
 def test_stages_are_skipped_where_their_tool_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_stages.shutil, "which", lambda name: None)
+    monkeypatch.setattr(stages.shutil, "which", lambda name: None)
     for name, program in (("sanitizer", "compute-sanitizer"), ("profile", "ncu")):
         with pytest.raises(Skip, match=f"{program} is not on PATH"):
-            gpu_stages.STAGES[name](place(tmp_path)).commands()
+            stages.STAGES[name](place(tmp_path)).commands()
 
 
 def left_by_the_build(folder: Path, **reasons: str | None) -> None:
@@ -232,7 +236,7 @@ def left_by_the_build(folder: Path, **reasons: str | None) -> None:
 
 def test_the_build_tells_which_backends_there_are(tmp_path: Path) -> None:
     """Without nvcc, the one that is left will do; a cuda backend that was built and does not run will not."""
-    digest = gpu_stages.build(place(tmp_path)).digest
+    digest = stages.build(place(tmp_path)).digest
     runs = [run_of(["pip"], "0 bytes spill stores\n8 bytes spill loads\n")]
     left_by_the_build(tmp_path, cuda=None, triton=None)
     assert digest(runs) == Digest(
@@ -251,12 +255,12 @@ def test_the_build_tells_which_backends_there_are(tmp_path: Path) -> None:
 
 def test_without_a_cuda_backend_the_report_is_about_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left_by_the_build(tmp_path, cuda="no nvcc", triton=None)
-    monkeypatch.setattr(gpu_stages.shutil, "which", lambda name: f"/tools/{name}")
+    monkeypatch.setattr(stages.shutil, "which", lambda name: f"/tools/{name}")
     for name in ("sanitizer", "profile", "tune"):
         with pytest.raises(Skip, match="no cuda backend: no nvcc"):
-            gpu_stages.STAGES[name](place(tmp_path)).commands()
-    for name in ("step", "overhead", "traffic"):
-        assert gpu_stages.STAGES[name](place(tmp_path)).commands()
+            stages.STAGES[name](place(tmp_path)).commands()
+    for name in ("step", "overhead", "gradients", "traffic"):
+        assert stages.STAGES[name](place(tmp_path)).commands()
 
 
 @pytest.mark.parametrize(
@@ -273,7 +277,7 @@ def test_the_tests_of_the_backends_that_are_there_are_run(
 ) -> None:
     if reasons is not None:
         left_by_the_build(tmp_path, **reasons)
-    (command,) = gpu_stages.tests(place(tmp_path)).commands()
+    (command,) = stages.tests(place(tmp_path)).commands()
     wanted = command.words[list(command.words).index("-k") + 1]
     assert wanted.startswith(f"({names} or test_gpu) and not (")
 
@@ -286,7 +290,7 @@ def test_what_the_build_asks_python_works_here(tmp_path: Path, log: Path, monkey
     touched = tmp_path / "installed"
     install = Command((*without_cuda.words[:3], sys.executable, "-c", f"open({str(touched)!r}, 'w')"))
     for command in (install, which_backends):
-        run = gpu_runner.run_command(command, 60, log)
+        run = runner.run_command(command, 60, log)
         assert run.code == 0, run.output
     assert not touched.exists()
     found = json.loads(place(tmp_path).backends.read_text())
@@ -304,8 +308,8 @@ def test_without_a_core_the_package_is_installed_without_cuda(
     (package / "native.py").write_text("def why_missing():\n    return 'it was not compiled'\n")
     touched = tmp_path / "installed"
     install = (sys.executable, "-S", "-c", f"open({str(touched)!r}, 'w')")
-    command = Command((sys.executable, "-S", "-c", gpu_stages.WITHOUT_CUDA, *install))
-    run = gpu_runner.run_command(command, 60, log)
+    command = Command((sys.executable, "-S", "-c", stages.WITHOUT_CUDA, *install))
+    run = runner.run_command(command, 60, log)
     assert run.code == 0, run.output
     assert touched.exists()
 
@@ -319,16 +323,16 @@ def test_the_machine_is_read_from_its_tools(tmp_path: Path) -> None:
     nvcc = "nvcc: NVIDIA (R) Cuda compiler driver\nCuda compilation tools, release 13.0, V13.0.88\n"
     versions = json.dumps({"python": "3.12.3", "torch": "2.11.0", "triton": None})
     runs = [run_of(["/x/nvidia-smi"], smi), run_of(["nvcc"], nvcc), run_of(["python3"], f"a warning\n{versions}\n")]
-    digest = gpu_stages.machine(place(tmp_path)).digest(runs)
+    digest = stages.machine(place(tmp_path)).digest(runs)
     assert digest.lines == ["driver 580.1, python 3.12.3, torch 2.11.0, triton None, nvcc 13.0"]
     assert digest.figures["nvidia_smi"]["clocks.mem"] == "3201 MHz"
-    assert "driver not told" in gpu_stages.machine(place(tmp_path)).digest(runs[2:]).lines[0]
+    assert "driver not told" in stages.machine(place(tmp_path)).digest(runs[2:]).lines[0]
 
 
 def test_the_sanitizers_summaries_are_read(tmp_path: Path) -> None:
     clean = "ok   AGR-AdamW: off by 0\n========= ERROR SUMMARY: 0 errors\n"
     racy = "WRONG AGR-Adan: off by 1\n========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n"
-    read = gpu_stages.sanitizer(place(tmp_path)).digest
+    read = stages.sanitizer(place(tmp_path)).digest
     digest = read([run_of(["compute-sanitizer"], clean), run_of(["compute-sanitizer"], racy, 9)])
     assert digest.lines == [
         "memcheck: ERROR SUMMARY: 0 errors",
@@ -352,7 +356,7 @@ def test_pytests_report_is_read(tmp_path: Path) -> None:
         <testcase classname="tests.test_a" name="test_left_out[cuda]"><skipped/></testcase>
         </testsuite></testsuites>"""
     )
-    digest = gpu_digest.junit(path)
+    digest = digests.junit(path)
     assert digest.lines == [
         "1 passed, 2 failed, 1 skipped",
         "tests.test_a::test_bad[cuda]",
@@ -360,7 +364,7 @@ def test_pytests_report_is_read(tmp_path: Path) -> None:
     ]
     assert digest.figures["passed"] == 1
     path.write_text('<testsuites><testsuite><testcase name="a"><skipped/></testcase></testsuite></testsuites>')
-    assert gpu_digest.junit(path).problem == "no test ran"
+    assert digests.junit(path).problem == "no test ran"
 
 
 def test_of_tests_that_were_stopped_the_output_is_read(tmp_path: Path) -> None:
@@ -370,7 +374,7 @@ tests/test_a.py::test_one[cuda] PASSED        [  1%]
 [gw0] [  2%] FAILED tests/test_a.py::test_three[cuda]
 scheduling tests, none of which FAILED
 """
-    digest = gpu_stages.tests(place(tmp_path)).digest([run_of(["pytest"], output)])
+    digest = stages.tests(place(tmp_path)).digest([run_of(["pytest"], output)])
     assert digest.lines == ["so far 2 passed, 1 failed, 0 error, 0 skipped"]
     assert digest.problem == "pytest wrote no report"
 
@@ -383,7 +387,6 @@ def step_document(dtype: str) -> dict[str, object]:
             "ratio": {"median": seconds / 1e-3},
             "share_of_copy": 0.912,
             "kernels": None,
-            "samples": [],
         }
         status, reason = ("measured", "") if seconds else ("failed", "RuntimeError: out of order")
         return {"name": name, "status": status, "reason": reason, "figures": figures or None}
@@ -398,7 +401,7 @@ def step_document(dtype: str) -> dict[str, object]:
 def test_a_step_benchmark_becomes_a_table_with_the_reasons_below(tmp_path: Path) -> None:
     for dtype in ("bfloat16", "float32"):
         (tmp_path / f"step-cuda-{dtype}-gpu-report.json").write_text(json.dumps(step_document(dtype)))
-    digest = gpu_stages.step(place(tmp_path)).digest([])
+    digest = stages.step(place(tmp_path)).digest([])
     assert digest.lines[:6] == [
         "| float32 | gpt2 (4.30 TB/s) | resnet50 (4.30 TB/s) |",
         "| --- | --- | --- |",
@@ -410,7 +413,6 @@ def test_a_step_benchmark_becomes_a_table_with_the_reasons_below(tmp_path: Path)
     assert digest.lines[6].startswith("| bfloat16 |")
     rows = digest.figures["sets"]["step-cuda-float32-gpu-report"]["gpt2"]["rows"]
     assert rows["agr-adamw"]["step_s"] == 0.98e-3
-    assert "samples" not in rows["agr-adamw"]
 
 
 def test_a_contender_that_was_not_measured_is_left_out_of_the_table_and_says_why_once() -> None:
@@ -418,13 +420,33 @@ def test_a_contender_that_was_not_measured_is_left_out_of_the_table_and_says_why
     absent = {"name": "optimi-adamw-triton", "status": "not installed", "reason": "pip install it", "figures": None}
     for entry in document["sets"]:  # type: ignore[attr-defined]
         entry["rows"].append(absent)
-    lines = gpu_digest.step_table(document)
+    lines = digests.step_table(document)
     assert [line for line in lines if "optimi" in line] == ["optimi-adamw-triton, not installed: pip install it"]
 
 
+def test_gradients_that_come_and_go_have_a_line_a_pattern(tmp_path: Path) -> None:
+    def row(pattern: str, label: str, seconds: float) -> dict[str, object]:
+        return {
+            "pattern": pattern,
+            "label": label,
+            "host_s": {"median": seconds},
+            "ratio": {"median": seconds / 1e-3},
+        }
+
+    rows = [row(pattern, label, t) for pattern in ("all", "half") for label, t in (("ours", 5e-5), ("torch", 1e-3))]
+    target = {"text": "ours", "verdict": "met"}
+    (tmp_path / "gradients-cuda-gpu-report.json").write_text(json.dumps({"rows": rows, "targets": [target]}))
+    digest = stages.gradients(place(tmp_path)).digest([])
+    assert digest.lines == [
+        "- all: ours 50.0 us (0.050x), torch 1000.0 us (1.000x)",
+        "- half: ours 50.0 us (0.050x), torch 1000.0 us (1.000x)",
+    ]
+    assert digest.figures["targets"] == [target]
+
+
 def test_a_long_reason_is_one_line_with_its_beginning_and_its_end() -> None:
-    assert gpu_digest.shortened("no\n  good") == "no good"
-    shown = gpu_digest.shortened("at 12:4:\n" + "    code\n" * 1000 + "CompilationError: no such type")
+    assert digests.shortened("no\n  good") == "no good"
+    shown = digests.shortened("at 12:4:\n" + "    code\n" * 1000 + "CompilationError: no such type")
     assert shown.startswith("at 12:4: code")
     assert shown.endswith("CompilationError: no such type")
     assert "\n" not in shown
@@ -434,7 +456,7 @@ def test_a_long_reason_is_one_line_with_its_beginning_and_its_end() -> None:
 NCU_HEADINGS = '"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size"'
 NCU_RAW = f"""==PROF== Connected to process 4242 (/opt/python3.12)
 ==PROF== Profiling "agr_step" - 0: 0%....50%....100% - 4 passes
-{NCU_HEADINGS},"Device","CC","{gpu_profile.READ}","{gpu_profile.WRITTEN}","{gpu_profile.DURATION}","{gpu_profile.HITS}"
+{NCU_HEADINGS},"Device","CC","{counters.READ}","{counters.WRITTEN}","{counters.DURATION}","{counters.HITS}"
 "","","","","","","","","","","","byte","Mbyte","ns","%"
 "0","4242","python3","h","void agr_step<A, B>(C)","1","7","(256, 1, 1)","(264, 1, 1)","0","9.0","2,000,000,000",\
 "1,500.25","812,345","51.25"
@@ -443,19 +465,19 @@ NCU_RAW = f"""==PROF== Connected to process 4242 (/opt/python3.12)
 ==PROF== Disconnected from process 4242
 """
 NCU_DETAILS = f"""{NCU_HEADINGS},"Device","CC","Section Name","Metric Name","Metric Unit","Metric Value"
-"0","1","python","h","agr_step","1","7","(1, 1, 1)","(1, 1, 1)","0","9.0","metrics","{gpu_profile.READ}","Gbyte","2.00"
-"0","1","python","h","agr_step","1","7","(1, 1, 1)","(1, 1, 1)","0","9","metrics","{gpu_profile.DURATION}","us","812.5"
+"0","1","python","h","agr_step","1","7","(1, 1, 1)","(1, 1, 1)","0","9.0","metrics","{counters.READ}","Gbyte","2.00"
+"0","1","python","h","agr_step","1","7","(1, 1, 1)","(1, 1, 1)","0","9","metrics","{counters.DURATION}","us","812.5"
 """
 
 
 def test_both_of_ncus_tables_are_read_in_base_units() -> None:
-    first, second = gpu_profile.kernels(NCU_RAW.splitlines())
-    expected = {gpu_profile.READ: 2e9, gpu_profile.WRITTEN: 1500.25e6, gpu_profile.DURATION: 812345e-9}
-    assert first == pytest.approx(expected | {gpu_profile.HITS: 51.25})
-    assert gpu_profile.HITS not in second, "what was not counted is left out"
-    (details,) = gpu_profile.kernels(NCU_DETAILS.splitlines())
-    assert details == pytest.approx({gpu_profile.READ: 2e9, gpu_profile.DURATION: 812.5e-6})
-    assert gpu_profile.kernels(["==ERROR== No kernels were profiled."]) == []
+    first, second = counters.kernels(NCU_RAW.splitlines())
+    expected = {counters.READ: 2e9, counters.WRITTEN: 1500.25e6, counters.DURATION: 812345e-9}
+    assert first == pytest.approx(expected | {counters.HITS: 51.25})
+    assert counters.HITS not in second, "what was not counted is left out"
+    (details,) = counters.kernels(NCU_DETAILS.splitlines())
+    assert details == pytest.approx({counters.READ: 2e9, counters.DURATION: 812.5e-6})
+    assert counters.kernels(["==ERROR== No kernels were profiled."]) == []
 
 
 def traffic_file(folder: Path, dtype: str = "float32") -> None:
@@ -481,7 +503,7 @@ def test_measured_bytes_stand_beside_predicted_ones(tmp_path: Path) -> None:
     traffic_file(tmp_path, "bfloat16")
     (tmp_path / "profile-cases.json").write_text(json.dumps(cases))
     (tmp_path / "profile.csv").write_text(NCU_RAW)
-    digest = gpu_stages.profile(place(tmp_path)).digest([])
+    digest = stages.profile(place(tmp_path)).digest([])
     first, second = digest.figures["steps"]
     assert first["measured"] == pytest.approx({"read": 20.0, "written": 15.0025, "total": 35.0025})
     assert first["predicted"] == {"1": 28.9, "0.5": 29.1}
@@ -493,16 +515,16 @@ def test_measured_bytes_stand_beside_predicted_ones(tmp_path: Path) -> None:
 
 def test_more_kernels_than_steps_are_no_match(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="ncu saw 2 kernels of 1 steps"):
-        gpu_profile.compare([{}], gpu_profile.kernels(NCU_RAW.splitlines()), [])
+        counters.compare([{}], counters.kernels(NCU_RAW.splitlines()), [])
 
 
 # The tunables' sweep
 
 
-def tuned(setting: dict[str, int], ratios: Sequence[float]) -> list[gpu_tune.Result]:
+def tuned(setting: dict[str, int], ratios: Sequence[float]) -> list[tune.Result]:
     one = Summary(1.0, 1.0, 1.0, 1.0, 1)
     return [
-        gpu_tune.Result(f"set {place}", setting, one, Summary(ratio, ratio, ratio, ratio, 1), 0.9)
+        tune.Result(f"set {place}", setting, one, Summary(ratio, ratio, ratio, ratio, 1), 0.9)
         for place, ratio in enumerate(ratios)
     ]
 
@@ -512,14 +534,14 @@ def test_the_best_values_are_those_that_are_worth_it_on_average() -> None:
         *tuned({}, (1.0, 1.0)),
         *tuned({"chunk": 4096}, (0.96, 0.98)),
         *tuned({"chunk": 16384}, (0.90, 1.20)),
-        *tuned({"window": 8 * gpu_tune.MIB}, (0.999, 0.999)),
+        *tuned({"window": 8 * tune.MIB}, (0.999, 0.999)),
         *tuned({"blocks": 2}, (0.8, 0.9)),
         *tuned({"blocks": 1, "chunk": 2048}, (0.5, 0.5)),
     ]
-    assert gpu_tune.best_together(results) == {"chunk": 4096, "blocks": 2}
-    assert gpu_tune.ranking(results)[0]["setting"] == "blocks 1, chunk 2048"
-    assert gpu_tune.label({"window": 12 * gpu_tune.MIB + gpu_tune.MIB // 2}) == "window 12.5 MiB"
-    assert gpu_tune.combinations({"chunk": (1, 2), "blocks": (3,)}) == [
+    assert tune.best_together(results) == {"chunk": 4096, "blocks": 2}
+    assert tune.ranking(results)[0]["setting"] == "blocks 1, chunk 2048"
+    assert tune.label({"window": 12 * tune.MIB + tune.MIB // 2}) == "window 12.5 MiB"
+    assert tune.combinations({"chunk": (1, 2), "blocks": (3,)}) == [
         {}, {"chunk": 1, "blocks": 3}, {"chunk": 2, "blocks": 3},
     ]  # fmt: skip
 
@@ -527,7 +549,7 @@ def test_the_best_values_are_those_that_are_worth_it_on_average() -> None:
 def test_a_settings_variables_are_there_while_its_optimizer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AGR_CUDA_CHUNK", "1024")
     monkeypatch.delenv("AGR_CUDA_WINDOW", raising=False)
-    environment = gpu_tune.Environment({"window": 5})
+    environment = tune.Environment({"window": 5})
     environment.swap()
     assert os.environ["AGR_CUDA_WINDOW"] == "5"
     assert "AGR_CUDA_CHUNK" not in os.environ, "the default"
@@ -539,10 +561,7 @@ def test_a_settings_variables_are_there_while_its_optimizer_steps(monkeypatch: p
 def test_a_sweep_times_every_setting_on_every_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "tune.json"
     sweep = ["--chunk", "4096", "8192", "--blocks", "1", "--window", "--lead", "--sets", "2x50", "3x70"]
-    assert (
-        gpu_tune.main(["--device", "cpu", "--seconds", "0.01", "--copy-mebibytes", "1", "--out", str(path), *sweep])
-        == 0
-    )
+    assert tune.main(["--device", "cpu", "--seconds", "0.01", "--copy-mebibytes", "1", "--out", str(path), *sweep]) == 0
     found = json.loads(path.read_text())["sweep"]["results"]
     settings = [{}, {"chunk": 4096}, {"chunk": 8192}, {"blocks": 1}]
     assert [(result["set"], result["setting"]) for result in found] == [
@@ -550,7 +569,7 @@ def test_a_sweep_times_every_setting_on_every_set(tmp_path: Path, capsys: pytest
     ]
     assert all(result["step_s"]["median"] > 0 for result in found)
     assert "chunk 8192" in capsys.readouterr().out
-    digest = gpu_stages.tune(place(tmp_path)).digest([])
+    digest = stages.tune(place(tmp_path)).digest([])
     assert digest.lines[0] == "| one setting | 2x50 | 3x70 | average |"
     assert len(digest.lines) >= 2 + len(settings)
 
@@ -558,24 +577,22 @@ def test_a_sweep_times_every_setting_on_every_set(tmp_path: Path, capsys: pytest
 # The program that tools watch
 
 
-@pytest.mark.parametrize(
-    "rule", [gpu_exercise.ADAMW, gpu_exercise.AMSGRAD, gpu_exercise.ADAN], ids=lambda rule: rule.label
-)
-@pytest.mark.parametrize("dtype", gpu_exercise.TOLERANCES, ids=str)
+@pytest.mark.parametrize("rule", [exercise.ADAMW, exercise.AMSGRAD, exercise.ADAN], ids=lambda rule: rule.label)
+@pytest.mark.parametrize("dtype", exercise.TOLERANCES, ids=str)
 def test_right_backends_pass_the_exercise(
-    rule: gpu_exercise.Rule, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    rule: exercise.Rule, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_exercise, "SIZES", ((1,), (3,), (0,), (64, 33), (4097,)))
+    monkeypatch.setattr(exercise, "SIZES", ((1,), (3,), (0,), (64, 33), (4097,)))
     backends = (("reference", "cpu"), ("cpu", "cpu"))
-    assert gpu_exercise.compare(rule, dtype, 1, 1.0, backends) <= gpu_exercise.TOLERANCES[dtype]
+    assert exercise.compare(rule, dtype, 1, 1.0, backends) <= exercise.TOLERANCES[dtype]
 
 
 def test_the_exercise_notices_a_wrong_step_and_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_exercise, "SIZES", ((64,), (9,)))
+    monkeypatch.setattr(exercise, "SIZES", ((64,), (9,)))
     backends = (("reference", "cpu"), ("cpu", "cpu"))
 
     def broken(value: float) -> float:
-        step = gpu_exercise.agr_cuda.AdamW.step
+        step = exercise.agr_cuda.AdamW.step
 
         def wrong(self: torch.optim.Optimizer) -> None:
             step(self)
@@ -584,16 +601,16 @@ def test_the_exercise_notices_a_wrong_step_and_nan(monkeypatch: pytest.MonkeyPat
                     self.param_groups[0]["params"][0][7] += value
 
         with monkeypatch.context() as patch:
-            patch.setattr(gpu_exercise.agr_cuda.AdamW, "step", wrong)
-            return gpu_exercise.compare(gpu_exercise.ADAMW, torch.float32, 0, 0.0, backends)
+            patch.setattr(exercise.agr_cuda.AdamW, "step", wrong)
+            return exercise.compare(exercise.ADAMW, torch.float32, 0, 0.0, backends)
 
-    assert broken(0.01) > gpu_exercise.TOLERANCES[torch.float32]
-    assert not broken(float("nan")) <= gpu_exercise.TOLERANCES[torch.float32]
+    assert broken(0.01) > exercise.TOLERANCES[torch.float32]
+    assert not broken(float("nan")) <= exercise.TOLERANCES[torch.float32]
 
 
 def test_exercised_tensors_lie_off_their_allocation() -> None:
     values = torch.randn(5, 3)
-    tensor = gpu_exercise.placed(values, "cpu", 1)
+    tensor = exercise.placed(values, "cpu", 1)
     assert torch.equal(tensor, values)
     assert tensor.storage_offset() == 1
     assert tensor.is_contiguous()
@@ -618,7 +635,7 @@ def test_a_report_leaves_its_files_and_prints_its_summary(tmp_path: Path, capsys
     folder.mkdir()
     (folder / "step-of-yesterday.png").write_text("old")
     (folder / "yours.png").write_text("kept")
-    assert gpu_report.make(folder, "NVIDIA Test", stages) == 1
+    assert make(folder, "NVIDIA Test", stages) == 1
     printed = capsys.readouterr().out
     summary = (folder / "SUMMARY.md").read_text()
     assert printed.endswith(summary)
@@ -637,7 +654,7 @@ def test_a_report_leaves_its_files_and_prints_its_summary(tmp_path: Path, capsys
     assert [(entry["name"], entry["status"]) for entry in report["stages"]] == [
         ("build", "ok"), ("tests", "failed"), ("step", "ok"),
     ]  # fmt: skip
-    assert gpu_report.make(folder, "NVIDIA Test", lambda work: [stage("build", script(""))]) == 0
+    assert make(folder, "NVIDIA Test", lambda work: [stage("build", script(""))]) == 0
     assert not (folder / "step-cuda.png").exists(), "it was the earlier report's"
 
 
@@ -645,7 +662,7 @@ def test_a_long_story_is_cut_short_in_the_summary() -> None:
     outcome = Outcome(
         "tests", "failed", 1.0, "exit code 1", tail=[f"line {number} " + "x" * 1000 for number in range(40)]
     )
-    summary = gpu_summary.render("a GPU", [outcome] * 9, 400.0, ["SUMMARY.md"])
+    summary = render("a GPU", [outcome] * 9, 400.0, ["SUMMARY.md"])
     assert "line 39" in summary
     assert "line 31" not in summary
     assert len(summary) < 24_000
@@ -665,6 +682,6 @@ def test_without_a_gpu_the_report_says_so_and_ends_with_2(tmp_path: Path) -> Non
 
 def test_unknown_stages_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        gpu_report.main(["--stages", "polish"])
+        main(["--stages", "polish"])
     assert stopped.value.code == 2
     assert "'polish'" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from bench.shapes import Shape
+from bench.workloads.shapes import Shape
 
 SHARED_COPIES = 3  # the parameters and two sets of gradients, in tensors of the model's size
 

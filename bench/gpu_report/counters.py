@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.gpu_report.markdown import table
+
 READ, WRITTEN, DURATION = "dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum"
 THROUGHPUT = "dram__throughput.avg.pct_of_peak_sustained_elapsed"
 HITS = "lts__t_sector_hit_rate.pct"
@@ -22,8 +24,13 @@ UNITS = {
     **{"nsec": 1e-9, "usec": 1e-6, "msec": 1e-3, "sec": 1.0},
 }
 
+HEADINGS = (
+    *("step", "needed", "DRAM read + written", "predicted (share of L2)"),
+    *("DRAM busy", "L2 hits", "warps", "regs", "time"),
+)
+
 Kernel = dict[str, float]  # metric: value, in bytes, seconds, percent or a count
-Prediction = Mapping[str, Any]  # of bench.traffic
+Prediction = Mapping[str, Any]  # of `python -m bench traffic`
 
 
 def number(text: str, unit: str = "") -> float | None:
@@ -92,19 +99,23 @@ def compare(cases: Sequence[Mapping[str, Any]], found: Sequence[Kernel], among: 
     return records
 
 
-def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return lines of a Markdown table."""
-    lines = [
-        "| step | needed | DRAM read + written | predicted (share of L2) | DRAM busy | L2 hits | warps | regs | time |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+def compared(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return lines of a Markdown table, a record a row."""
+    rows = []
     for record in records:
         measured, counters = record["measured"], record["counters"]
         foretold = ", ".join(f"{total:.2f} ({share})" for share, total in record["predicted"].items()) or "-"
-        percents = " | ".join(f"{counters.get(name, float('nan')):.0f}%" for name in (THROUGHPUT, HITS, WARPS))
-        lines.append(
-            f"| {record['rule']}, {record['set']}, {record['dtype']} | {record['bytes_per_element']} B "
-            f"| {measured['read']:.2f} + {measured['written']:.2f} = {measured['total']:.2f} | {foretold} | {percents} "
-            f"| {counters.get(REGISTERS, float('nan')):.0f} | {counters.get(DURATION, float('nan')) * 1e6:.0f} us |"
+        busy, hits, warps, registers, seconds = (
+            counters.get(name, float("nan")) for name in (THROUGHPUT, HITS, WARPS, REGISTERS, DURATION)
         )
-    return lines
+        cells = (
+            f"{record['rule']}, {record['set']}, {record['dtype']}",
+            f"{record['bytes_per_element']} B",
+            f"{measured['read']:.2f} + {measured['written']:.2f} = {measured['total']:.2f}",
+            foretold,
+            *(f"{percent:.0f}%" for percent in (busy, hits, warps)),
+            f"{registers:.0f}",
+            f"{seconds * 1e6:.0f} us",
+        )
+        rows.append(cells)
+    return table(HEADINGS, rows)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from bench.contenders import YARDSTICK, Contender, Unmeasured
-from bench.measure import Timing
-from bench.shapes import ModelSet
-from bench.stats import Summary, paired_ratios, ratio_of_fastest, ratio_of_medians, summarize
+from bench.measuring.clocks import Timing
+from bench.measuring.stats import Summary, paired_ratios, ratio_of_fastest, ratio_of_medians, summarize
+from bench.reporting import documents
+from bench.workloads.contenders import YARDSTICK, Contender, Unmeasured
+from bench.workloads.shapes import ModelSet
 
 DISTURBING = 0.1  # share of the processors
 Status = Literal["measured", "failed"] | Unmeasured
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two contenders' times: median of the rounds' ratios, and the ratio of each one's fastest step."""
+
+    ratio: float
+    ratio_of_fastest: float
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class Figures:
     bytes_per_second: float  # those bytes over the median time
     share_of_copy: float  # of the copy bandwidth measured between the same rounds
     kernels: int | None  # launched by one step; counted for agr_cuda's on a GPU
-    samples: list[Timing] = field(repr=False)  # one a round
+    against: dict[str, Comparison]  # its rivals in the same batch
 
 
 @dataclass(frozen=True)
@@ -81,45 +89,40 @@ def row(contender: Contender, status: Status, reason: str = "", figures: Figures
 def figures(
     contender: Contender,
     batch: int,
-    timings: Sequence[Timing],
-    yardstick: Sequence[Timing],
+    timings: Mapping[str, Sequence[Timing]],
     model: ModelSet,
     itemsize: int,
     copy: Summary,
     kernels: int | None = None,
 ) -> Figures:
-    """Return the figures of a contender timed in a batch with the yardstick, round by round."""
-    steps, hosts = [timing.step for timing in timings], [timing.host for timing in timings]
-    unit_steps, unit_hosts = [timing.step for timing in yardstick], [timing.host for timing in yardstick]
-    step_s = summarize(steps)
+    """Return the figures of a contender from the timings of its batch: by name, round by round, the yardstick's too."""
+    steps, hosts = ({name: [timing[part] for timing in rounds] for name, rounds in timings.items()} for part in (0, 1))
+    own, unit = steps[contender.name], steps[YARDSTICK]
+    step_s = summarize(own)
     bytes_per_element = contender.accesses * itemsize
     bytes_per_second = bytes_per_element * model.elements / step_s.median
     return Figures(
         batch=batch,
         step_s=step_s,
-        host_s=summarize(hosts),
-        ratio=paired_ratios(steps, unit_steps),
-        ratio_of_medians=ratio_of_medians(steps, unit_steps),
-        ratio_of_fastest=ratio_of_fastest(steps, unit_steps),
-        host_ratio=paired_ratios(hosts, unit_hosts),
+        host_s=summarize(hosts[contender.name]),
+        ratio=paired_ratios(own, unit),
+        ratio_of_medians=ratio_of_medians(own, unit),
+        ratio_of_fastest=ratio_of_fastest(own, unit),
+        host_ratio=paired_ratios(hosts[contender.name], hosts[YARDSTICK]),
         bytes_per_element=bytes_per_element,
         bytes_per_second=bytes_per_second,
         share_of_copy=bytes_per_second / copy.median,
         kernels=kernels,
-        samples=list(timings),
+        against={
+            rival: Comparison(paired_ratios(own, steps[rival]).median, ratio_of_fastest(own, steps[rival]))
+            for rival in contender.rivals
+            if rival in steps
+        },
     )
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Two contenders' times: the headline ratio, and that of each one's fastest step."""
-
-    ratio: float
-    ratio_of_fastest: float
-
-
 def compare(result: SetResult, name: str, peer: str) -> Comparison | None:
-    """Return the first contender's time over the peer's; None where one was not measured.
+    """Return the first contender's time over its rival's, or over the yardstick's; None where one was not measured.
 
     From the rounds where both ran in one batch, else the quotient of their ratios to the yardstick. (The
     yardstick runs in every batch, so that a ratio to it is always of pairs.)
@@ -130,20 +133,19 @@ def compare(result: SetResult, name: str, peer: str) -> Comparison | None:
     if peer == YARDSTICK or own.batch != other.batch:
         ratio = own.ratio.median / other.ratio.median
         return Comparison(ratio, own.ratio_of_fastest / other.ratio_of_fastest)
-    steps, peer_steps = [timing.step for timing in own.samples], [timing.step for timing in other.samples]
-    return Comparison(paired_ratios(steps, peer_steps).median, ratio_of_fastest(steps, peer_steps))
+    return own.against[peer]
 
 
-def write_json(
+def write(
     path: Path,
     machine: dict[str, object],
     settings: dict[str, object],
     results: list[SetResult],
     targets: list[dict[str, object]],
 ) -> None:
-    """Write a run as JSON. Times are seconds, rates bytes a second, samples [step, host] of each round."""
+    """Write a run as JSON. Times are seconds, rates bytes a second; samples have a file of their own."""
     document = {
-        "format": 1,
+        "format": 2,
         "yardstick": YARDSTICK,
         "headline": "ratio: median of the rounds' own ratios, as drift of a shared machine cancels in a pair",
         "machine": machine,
@@ -151,5 +153,19 @@ def write_json(
         "sets": [asdict(result) for result in results],
         "targets": targets,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    documents.write(path, document)
+
+
+def write_samples(path: Path, samples: Mapping[str, Sequence[Mapping[str, Sequence[Timing]]]]) -> None:
+    """Write every round's [step, host] in seconds: by set, batch and contender."""
+    sets = [
+        {
+            "set": name,
+            "batches": [
+                [{"contender": contender, "samples": timings} for contender, timings in batch.items()]
+                for batch in batches
+            ],
+        }
+        for name, batches in samples.items()
+    ]
+    documents.write(path, {"format": 1, "sets": sets})

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from bench.gpu_runner import Digest
+from bench.gpu_report.markdown import table
+from bench.gpu_report.runner import Digest
 
 SHOWN_FAILURES = 5  # of tests
 LONGEST_REASON = 300  # characters of why a contender was not measured
@@ -44,7 +45,7 @@ def read_all(folder: Path, pattern: str) -> dict[str, Any]:
 
 
 def medians(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a step benchmark's figures without its samples."""
+    """Return the medians of a step benchmark."""
     return {
         entry["name"]: {
             "copy_bytes_per_second": entry["copy"]["median"],
@@ -78,7 +79,7 @@ def step_table(document: Mapping[str, Any]) -> list[str]:
     """
     sets = document["sets"]
     headings = [f"{entry['name']} ({entry['copy']['median'] / 1e12:.2f} TB/s)" for entry in sets]
-    lines = [f"| {document['settings']['dtype']} | " + " | ".join(headings) + " |", "| --- " * (1 + len(sets)) + "|"]
+    rows: list[list[str]] = []
     reasons: dict[str, list[str]] = {}  # with the sets that each is of
     for place, row in enumerate(sets[0]["rows"]):
         for entry in sets:
@@ -87,7 +88,7 @@ def step_table(document: Mapping[str, Any]) -> list[str]:
                 reasons.setdefault(text, []).append(entry["name"])
         if not any(entry["rows"][place]["figures"] for entry in sets):
             continue
-        cells = []
+        cells = [row["name"]]
         for entry in sets:
             figures = entry["rows"][place]["figures"]
             if figures is None:
@@ -95,9 +96,9 @@ def step_table(document: Mapping[str, Any]) -> list[str]:
                 continue
             time, ratio = figures["step_s"]["median"] * 1e6, figures["ratio"]["median"]
             cells.append(f"{time:.0f} us {ratio:.2f}x {100 * figures['share_of_copy']:.0f}%")
-        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+        rows.append(cells)
     below = [f"{text} ({', '.join(names)})" if len(names) < len(sets) else text for text, names in reasons.items()]
-    return [*lines, "", *below]
+    return [*table([document["settings"]["dtype"], *headings], rows), "", *below]
 
 
 def overhead_lines(document: Mapping[str, Any]) -> list[str]:
@@ -109,6 +110,15 @@ def overhead_lines(document: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def gradients_lines(document: Mapping[str, Any]) -> list[str]:
+    """Return a line a pattern: how long a step of each optimizer keeps the host as gradients come and go."""
+    patterns: dict[str, list[str]] = {}
+    for row in document["rows"]:
+        time, ratio = row["host_s"]["median"] * 1e6, row["ratio"]["median"]
+        patterns.setdefault(row["pattern"], []).append(f"{row['label']} {time:.1f} us ({ratio:.3f}x)")
+    return [f"- {pattern}: {', '.join(cells)}" for pattern, cells in patterns.items()]
+
+
 def tune_tables(sweep: Sequence[Mapping[str, Any]], together: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a Markdown table of the fastest settings, and one of the best values together if they were tried."""
     default = [entry for entry in sweep[SHOWN_SETTINGS:] if entry["setting"] == "default"]
@@ -116,6 +126,6 @@ def tune_tables(sweep: Sequence[Mapping[str, Any]], together: Sequence[Mapping[s
     for title, entries in (("one setting", [*sweep[:SHOWN_SETTINGS], *default]), ("together", together)):
         if entries:
             sets = list(entries[0]["sets"])
-            lines += ["", f"| {title} | {' | '.join(sets)} | average |", "| --- " * (2 + len(sets)) + "|"]
-            lines += [f"| {e['setting']} | {' | '.join(e['sets'].values())} | {e['average']:.3f}x |" for e in entries]
+            rows = [(entry["setting"], *entry["sets"].values(), f"{entry['average']:.3f}x") for entry in entries]
+            lines += ["", *table([title, *sets, "average"], rows)]
     return lines[1:]

@@ -10,15 +10,18 @@ from typing import Any, Literal
 
 import torch
 
-from bench.workload import SHARED_COPIES
+from bench.workloads.tensors import SHARED_COPIES
 
 Parameters = list[torch.nn.Parameter]
 Step = Callable[[], object]
+Builder = Callable[[Parameters, float], Step]  # parameters, eps -> the step
 
 Unmeasured = Literal["not installed", "not available"]
 
 LEARNING_RATE = 1e-6  # so small that the parameters stay finite whatever the number of rounds
 WEIGHT_DECAY = 1e-2
+EPS = {torch.float16: 1e-4}  # 1e-8 is zero in float16, and plain foreach operations would divide by it
+DEFAULT_EPS = 1e-8
 YARDSTICK = "torch-adamw-fused"
 PIP_NAMES = {
     "agr_cuda": "agr-cuda",
@@ -40,11 +43,12 @@ class Contender:
     label: str  # for tables and charts
     rule: str  # "AdamW" or "Adan"
     agr: bool  # whether it applies AGR
-    build: Callable[[Parameters, float], Step]  # parameters, eps -> the step
+    build: Builder
     module: str  # the package that it comes from
     writes_gradients: bool = False  # whether its step changes p.grad
     scratch: int = 0  # temporary copies of the model's size that a step makes, about
     devices: tuple[str, ...] = ("cpu", "cuda")  # kinds of device where it is measured
+    rivals: tuple[str, ...] = ()  # whom it is compared with, round by round, besides the yardstick
 
     @property
     def ours(self) -> bool:
@@ -59,7 +63,8 @@ class Contender:
     @property
     def copies(self) -> int:
         """Tensors of the model's size that it keeps: its state, and private gradients if it writes them."""
-        return {"AdamW": 2, "Adan": 4}[self.rule] + self.writes_gradients
+        # A gradient is read, a parameter and each tensor of state are read and written.
+        return (self.accesses - 3) // 2 + self.writes_gradients
 
 
 class LeftOutError(Exception):
@@ -74,6 +79,11 @@ class NotInstalledError(LeftOutError):
     status = "not installed"
 
 
+def eps_for(dtype: torch.dtype) -> float:
+    """Return the eps that optimizers of parameters of this type are given."""
+    return EPS.get(dtype, DEFAULT_EPS)
+
+
 def build(contender: Contender, parameters: Parameters, eps: float) -> Step:
     """Return the contender's step. Raises LeftOutError where it cannot run."""
     try:
@@ -85,12 +95,12 @@ def build(contender: Contender, parameters: Parameters, eps: float) -> Step:
     return contender.build(parameters, eps)
 
 
-def _optimizer(module: str, name: str, **options: Any) -> Callable[[Parameters, float], Step]:
+def optimizer(module: str, name: str, **options: Any) -> Builder:
     """Return a builder for one of the module's optimizers with these options."""
 
     def make(parameters: Parameters, eps: float) -> Step:
-        optimizer = getattr(import_module(module), name)
-        step: Step = optimizer(parameters, lr=LEARNING_RATE, eps=eps, weight_decay=WEIGHT_DECAY, **options).step
+        made = getattr(import_module(module), name)
+        step: Step = made(parameters, lr=LEARNING_RATE, eps=eps, weight_decay=WEIGHT_DECAY, **options).step
         return step
 
     return make
@@ -104,7 +114,7 @@ def _regularize(gradient: torch.Tensor) -> None:
 
 def _before_fused(regularize: Callable[[torch.Tensor], object], parameters: Parameters, eps: float) -> Step:
     """Return a step that regularizes each gradient, then takes that of PyTorch's fused AdamW."""
-    step = _optimizer("torch.optim", "AdamW", fused=True)(parameters, eps)
+    step = optimizer("torch.optim", "AdamW", fused=True)(parameters, eps)
 
     @torch.no_grad()
     def regularized_step() -> None:
@@ -138,9 +148,9 @@ def why_not(backend: str, tensor: torch.Tensor) -> str | None:
     return reason
 
 
-def of_backend(backend: str, rule: str, **options: Any) -> Callable[[Parameters, float], Step]:
+def of_backend(backend: str, rule: str, **options: Any) -> Builder:
     """Return a builder for one of agr_cuda's optimizers on a backend; it raises LeftOutError where that is missing."""
-    make = _optimizer("agr_cuda", rule, backend=backend, **options)
+    make = optimizer("agr_cuda", rule, backend=backend, **options)
 
     def checked(parameters: Parameters, eps: float) -> Step:
         reason = why_not(backend, parameters[0])
@@ -151,12 +161,12 @@ def of_backend(backend: str, rule: str, **options: Any) -> Callable[[Parameters,
     return checked
 
 
-def _native(rule: str, agr: bool) -> Callable[[Parameters, float], Step]:
+def _native(rule: str, agr: bool) -> Builder:
     """Return a builder for one of agr_cuda's optimizers on the backend that is made for the parameters' device.
 
     On a CPU agr_cuda chooses. On a GPU it could choose another than cuda, which has a row of its own.
     """
-    on_cpu, on_gpu = _optimizer("agr_cuda", rule, agr=agr), of_backend("cuda", rule, agr=agr)
+    on_cpu, on_gpu = optimizer("agr_cuda", rule, agr=agr), of_backend("cuda", rule, agr=agr)
 
     def make(parameters: Parameters, eps: float) -> Step:
         return (on_gpu if parameters[0].is_cuda else on_cpu)(parameters, eps)
@@ -164,27 +174,27 @@ def _native(rule: str, agr: bool) -> Callable[[Parameters, float], Step]:
     return make
 
 
-def _ours(name: str, label: str, rule: str, agr: bool = True) -> Contender:
-    return Contender(name, f"agr_cuda {label}", rule, agr, _native(rule, agr), "agr_cuda")
+def _ours(name: str, label: str, rule: str, agr: bool = True, rivals: tuple[str, ...] = ()) -> Contender:
+    return Contender(name, f"agr_cuda {label}", rule, agr, _native(rule, agr), "agr_cuda", rivals=rivals)
 
 
 def _reference(name: str, rule: str, scratch: int) -> Contender:
-    build = _optimizer("agr_cuda", rule, backend="reference", foreach=True)
+    build = optimizer("agr_cuda", rule, backend="reference", foreach=True)
     return Contender(name, f"agr_cuda {rule}, foreach", rule, True, build, "agr_cuda", scratch=scratch)
 
 
 def _triton(name: str, rule: str) -> Contender:
-    build = of_backend("triton", rule)
-    return Contender(name, f"agr_cuda {rule}, Triton", rule, True, build, "agr_cuda", devices=("cuda",))
+    build, rivals = of_backend("triton", rule), (f"agr-{rule.lower()}", f"optimi-{rule.lower()}-triton")
+    return Contender(name, f"agr_cuda {rule}, Triton", rule, True, build, "agr_cuda", devices=("cuda",), rivals=rivals)
 
 
 def _torch(name: str, label: str, scratch: int = 0, **options: Any) -> Contender:
-    build = _optimizer("torch.optim", "AdamW", **options)
+    build = optimizer("torch.optim", "AdamW", **options)
     return Contender(name, f"torch {label}", "AdamW", False, build, "torch", scratch=scratch)
 
 
 def _peer_adan(name: str, module: str, label: str, foreach: bool = False, **more: Any) -> Contender:
-    build = _optimizer(module, "Adan", **({"foreach": True} if foreach else {}))
+    build = optimizer(module, "Adan", **({"foreach": True} if foreach else {}))
     return Contender(name, f"{module} {label}", "Adan", False, build, module, **more)
 
 
@@ -196,7 +206,7 @@ def _peer_triton(name: str, rule: str) -> Contender:
             raise LeftOutError("this torch-optimi has no Triton kernels: pip install 'torch-optimi>=0.3'")
         try:
             # Kahan sums, its default for AdamW in 16 bits, would be one more tensor to read and write.
-            return _optimizer("optimi", rule, triton=True, kahan_sum=False)(parameters, eps)
+            return optimizer("optimi", rule, triton=True, kahan_sum=False)(parameters, eps)
         except ImportError as error:
             raise LeftOutError(str(error)) from error
 
@@ -222,7 +232,7 @@ ALL = (
         devices=("cuda",),  # on a CPU, compiling would take longer than the benchmark
     ),
     _peer_triton("optimi-adamw-triton", "AdamW"),
-    _ours("agr-adan", "Adan", "Adan"),
+    _ours("agr-adan", "Adan", "Adan", rivals=("optimi-adan-foreach", "reference-adan")),
     _triton("agr-adan-triton", "Adan"),
     _ours("agr-adan-off", "Adan, agr off", "Adan", agr=False),
     _reference("reference-adan", "Adan", scratch=5),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.gpu_runner import Outcome
+from bench.gpu_report.markdown import table
+from bench.gpu_report.runner import Outcome
 
 TAIL_SHOWN = 8  # lines of a failed stage's output
 LONGEST_LINE = 300
@@ -19,12 +20,12 @@ def targets(outcomes: Sequence[Outcome]) -> list[Mapping[str, Any]]:
 def render(device: str, outcomes: Sequence[Outcome], seconds: float, files: Sequence[str]) -> str:
     """Return the summary of the stages so far."""
     lines = [f"# GPU report: {device}", ""]
-    lines += ["| stage | result | seconds |", "| --- | --- | --- |"]
+    rows = []
     for outcome in outcomes:
         result = f"**{outcome.status}**" if outcome.status == "failed" else outcome.status
         reason = f": {outcome.reason}" if outcome.reason else ""
-        lines.append(f"| {outcome.name} | {result}{reason} | {outcome.seconds:.0f} |")
-    lines.append(f"| all | | {seconds:.0f} |")
+        rows.append((outcome.name, f"{result}{reason}", f"{outcome.seconds:.0f}"))
+    lines += table(("stage", "result", "seconds"), [*rows, ("all", "", f"{seconds:.0f}")])
     for outcome in outcomes:
         if outcome.lines:
             lines += ["", f"## {outcome.name}", "", *outcome.lines]
@@ -33,10 +34,7 @@ def render(device: str, outcomes: Sequence[Outcome], seconds: float, files: Sequ
             lines += ["", f"The end of what {outcome.name} printed:", "", "```", *shown, "```"]
     judged = targets(outcomes)
     if judged:
-        lines += ["", "## targets", "", "| target | limit | measured | verdict |", "| --- | --- | --- | --- |"]
-        for target in judged:
-            shown_target = target["shown"]
-            cells = (target["text"], shown_target["limit"], shown_target["measured"], target["verdict"])
-            lines.append(f"| {' | '.join(cells)} |")
+        verdicts = [(t["text"], t["shown"]["limit"], t["shown"]["measured"], t["verdict"]) for t in judged]
+        lines += ["", "## targets", "", *table(("target", "limit", "measured", "verdict"), verdicts)]
     lines += ["", f"Files: {', '.join(files)}"]
     return "\n".join(lines) + "\n"

@@ -1,23 +1,17 @@
-"""Interleaved timing: every contender once a round, in an order shuffled anew each round."""
+"""Clocks for one step on a CPU or a GPU, the copy bandwidth, and the number of kernels."""
 
 from __future__ import annotations
 
-import gc
-import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 Action = Callable[[], object]
-FEWEST_ROUNDS = 3  # taken even where the time is up
 COPY_PERIOD = {"cpu": 2.0, "cuda": 0.2}  # seconds between two copies of the bandwidth probe; a GPU's take less time
 COPY_BYTES_PER_ELEMENT = 8  # float32, read once and written once
 SPIN_CYCLES_PER_SECOND = 2e9  # about a GPU's clock
-SHORT_STEP = 0.01  # seconds; longer steps stream through the caches, whatever was in them
 
 
 class Timing(NamedTuple):
@@ -38,6 +32,12 @@ def cpu_clock(action: Action) -> Timing:
     return Timing(seconds, seconds)
 
 
+def idle_clock(action: Action) -> Timing:
+    """Time one call on the current CUDA device, idle at first, until the call returns: the host's time alone."""
+    torch.cuda.synchronize()
+    return cpu_clock(action)
+
+
 def cuda_clock(action: Action) -> Timing:
     """Time two calls on the current CUDA device: one for the host's time, one for the device's.
 
@@ -47,10 +47,7 @@ def cuda_clock(action: Action) -> Timing:
     the queue holds, shows those gaps nevertheless, as it would in training.)
     """
     cuda: Any = torch.cuda  # parts of it have no types
-    cuda.synchronize()
-    begin = time.perf_counter()
-    action()
-    host = time.perf_counter() - begin
+    host = idle_clock(action).host
     cuda.synchronize()
 
     first, last = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
@@ -68,36 +65,9 @@ def clock_for(device: torch.device) -> Clock:
     return cuda_clock if device.type == "cuda" else cpu_clock
 
 
-def _nothing() -> None:
-    pass
-
-
-@dataclass(frozen=True)
-class Lane:
-    """A contender in a race: its step, and what surrounds each step outside the clock."""
-
-    name: str
-    step: Action
-    before: Action = _nothing
-    after: Action = _nothing
-    repeats: int = 0
-
-    def visit(self, clock: Clock) -> Timing:
-        """Take one step, and if it was short, `repeats` more of them; return the last one's timing.
-
-        In training, the backward pass has just gone over parameters and gradients when the step begins. Here the
-        other contenders have, with their own state: the step before brings this one's back into the caches. The
-        surroundings are undone whether or not a step fails.
-        """
-        self.before()
-        try:
-            timing = clock(self.step)
-            if timing.step < SHORT_STEP:
-                for _ in range(self.repeats):
-                    timing = clock(self.step)
-            return timing
-        finally:
-            self.after()
+def host_clock_for(device: torch.device) -> Clock:
+    """Return the clock of the host's time, which on a CPU is the whole."""
+    return idle_clock if device.type == "cuda" else cpu_clock
 
 
 class CopyProbe:
@@ -126,54 +96,6 @@ class CopyProbe:
 
     def _copy(self) -> None:
         self._target.copy_(self._source)
-
-
-@contextmanager
-def collector_off() -> Iterator[None]:
-    """Collect garbage once, then hold Python's collector off, so that it interrupts no timed step."""
-    was_on = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-def race(
-    lanes: Sequence[Lane],
-    clock: Clock,
-    *,
-    rounds: int,
-    seconds: float,
-    new_round: Callable[[int], object],
-    between: Action = _nothing,
-    seed: int = 0,
-) -> dict[str, list[Timing]]:
-    """Time every lane once a round, up to `rounds` rounds or until `seconds` have passed.
-
-    `new_round(number)` runs before each round and `between()` after it, outside the clock. The order is
-    shuffled for each round (from a fixed seed), so that no lane always follows the same one and meets the
-    caches or spinning threads that this one leaves behind. At least FEWEST_ROUNDS rounds are taken, if
-    `rounds` allows.
-
-    Returns for each lane its timings in the order of the rounds, so that equal places pair up.
-    """
-    timings: dict[str, list[Timing]] = {lane.name: [] for lane in lanes}
-    order = list(lanes)
-    shuffle = random.Random(seed).shuffle
-    with collector_off():
-        end = time.perf_counter() + seconds
-        for number in range(rounds):
-            if number >= FEWEST_ROUNDS and time.perf_counter() >= end:
-                break
-            new_round(number)
-            shuffle(order)
-            for lane in order:
-                timings[lane.name].append(lane.visit(clock))
-            between()
-    return timings
 
 
 def count_kernels(action: Action) -> int:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 
-from bench.cache import EVICT_FIRST, EVICT_LAST, NORMAL, Cache
+from bench.cache_model.cache import EVICT_FIRST, EVICT_LAST, NORMAL, Cache
 
 Tensor = tuple[int, int, bool]  # elements, bytes of an element, whether the gradient is regularized
 Task = tuple[str, int, int]  # "reduce", "update" or "whole"; tensor; chunk

@@ -11,8 +11,9 @@ come first, and Python's garbage collector is off.
 On a GPU, agr_cuda's rows are of its cuda backend, but for those of its triton backend. Where a backend or a package is
 not there, its rows are left out and say why.
 
-Writes step-DEVICE-DTYPE-TAG.json and .png into the output folder, anew after each model set. Exit code 0, or
-1 if an installed contender failed or made a parameter infinite, or 2 for bad arguments.
+Writes step-DEVICE-DTYPE-TAG.json (medians, quartiles and ratios) and .png into the output folder, anew after each model
+set; with --samples also step-DEVICE-DTYPE-TAG.samples.json, every round's times. Exit code 0, or 1 if an installed
+contender failed or made a parameter infinite, or 2 for bad arguments.
 """
 
 from __future__ import annotations
@@ -20,51 +21,33 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
-from bench import chart, contenders, machine, measure, options, report, results, shapes, targets, terminal
-from bench.contenders import YARDSTICK, Contender
-from bench.measure import CopyProbe, Lane, Timing
-from bench.results import Row, SetResult
-from bench.shapes import ModelSet
-from bench.stats import summarize
-from bench.workload import PrivateGradients, Workload
+from bench.commands import options
+from bench.measuring import clocks, machine, races
+from bench.measuring.clocks import CopyProbe, Timing
+from bench.measuring.races import Lane
+from bench.measuring.stats import summarize
+from bench.reporting import chart, results, tables, targets, terminal
+from bench.reporting.results import Row, SetResult
+from bench.workloads import contenders, shapes
+from bench.workloads.contenders import YARDSTICK, Contender
+from bench.workloads.shapes import ModelSet
+from bench.workloads.tensors import PrivateGradients, Workload
 
-EPS = {torch.float16: 1e-4}  # 1e-8 is zero in float16, and plain foreach operations would divide by it
-DEFAULT_EPS = 1e-8
 SHARE_OF_FREE_MEMORY = 0.75
 COPY_MEBIBYTES = {"cpu": 256, "cuda": 1024}
 
 
-def _argument(find: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return an argparse type that passes on the message of the ValueError that `find` raises."""
-
-    def parse(text: str) -> Any:
-        try:
-            return find(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return parse
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    parser.add_argument(
-        "--sets",
-        nargs="+",
-        metavar="SET",
-        type=_argument(shapes.model_set),
-        default=[shapes.model_set(name) for name in shapes.DEFAULT_SETS],
-        help=f"model sets: {shapes.ALLOWED_SETS} (default: {' '.join(shapes.DEFAULT_SETS)})",
-    )
+    options.add_sets(parser, shapes.DEFAULT_SETS)
     parser.add_argument(
         "--contenders",
         nargs="+",
         metavar="NAME",
-        type=_argument(contenders.contender),
+        type=options.named(contenders.contender),
         default=list(contenders.ALL),
         help=f"rows, of {', '.join(contenders.BY_NAME)}; {YARDSTICK} is always added, and those that are for a GPU "
         "alone or for a CPU alone are left out elsewhere (default: all)",
@@ -82,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=40.0,
         metavar="SECONDS",
         help="time for the rounds of a set, shared by its batches; at least "
-        f"{measure.FEWEST_ROUNDS} rounds of each batch are taken even if they last longer (default: 40)",
+        f"{races.FEWEST_ROUNDS} rounds of each batch are taken even if they last longer (default: 40)",
     )
     parser.add_argument(
         "--warmup",
@@ -96,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.natural_int,
         default=2,
         metavar="COUNT",
-        help=f"a step of under {1000 * measure.SHORT_STEP:.0f} ms is taken this many times more and the last is timed; "
+        help=f"a step of under {1000 * races.SHORT_STEP:.0f} ms is taken this many times more and the last is timed; "
         "with 0, the other contenders have driven its tensors out of the caches (default: 2)",
     )
     parser.add_argument(
@@ -113,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="size of each of the two tensors of the copy bandwidth, in MiB; should be well above the last "
         f"cache's (default: {COPY_MEBIBYTES['cpu']} on a CPU, {COPY_MEBIBYTES['cuda']} on a GPU)",
     )
+    parser.add_argument("--samples", action="store_true", help="also write every round's times, in a second JSON file")
     options.add_arguments(parser)
 
 
@@ -123,8 +107,9 @@ class Bench:
         self.args = args
         self.device: torch.device = args.device
         self.dtype = options.DTYPES[args.dtype]
-        self.clock = measure.clock_for(self.device)
+        self.clock = clocks.clock_for(self.device)
         self.probe = CopyProbe(self.device, args.copy_mebibytes or COPY_MEBIBYTES[self.device.type])
+        self.samples: dict[str, list[dict[str, list[Timing]]]] = {}  # of each set the batches'
         chosen = {entry.name for entry in args.contenders} | {YARDSTICK}
         self.contenders = [
             entry for entry in contenders.ALL if entry.name in chosen and self.device.type in entry.devices
@@ -147,6 +132,7 @@ class Bench:
             log(f"  batch {place} of {len(batches)}: {names}")
             timed.append(self.measure_batch(batch, workload, self.args.seconds / len(batches), unmeasured))
             self.release_memory()
+        self.samples[model.name] = [timings for timings, _ in timed]
         copy = summarize(self.probe.samples)
         rows: list[Row] = []
         for contender in self.contenders:
@@ -156,8 +142,8 @@ class Bench:
             # The yardstick runs in every batch: its row shows the first, each batch's ratios use its own.
             number = next(i for i, (timings, _) in enumerate(timed) if contender.name in timings)
             timings, kernels = timed[number]
-            own, unit, count = timings[contender.name], timings[YARDSTICK], kernels.get(contender.name)
-            figures = results.figures(contender, number, own, unit, model, self.dtype.itemsize, copy, count)
+            count = kernels.get(contender.name)
+            figures = results.figures(contender, number, timings, model, self.dtype.itemsize, copy, count)
             rows.append(results.row(contender, "measured", figures=figures))
         counts = (len(model.shapes), model.elements)
         return SetResult(model.name, model.title, *counts, copy, rows, workload.finite(), other_work.share())
@@ -185,7 +171,7 @@ class Bench:
                 unmeasured[contender.name] = results.row(contender, "failed", reason)
             else:
                 lanes.append(lane)
-        timings = measure.race(
+        timings = races.race(
             lanes,
             self.clock,
             rounds=self.args.rounds,
@@ -196,12 +182,12 @@ class Bench:
         kernels: dict[str, int] = {}
         if self.device.type == "cuda":
             ours = {entry.name for entry in batch if entry.ours}
-            kernels = {lane.name: measure.count_kernels(lane.step) for lane in lanes if lane.name in ours}
+            kernels = {lane.name: clocks.count_kernels(lane.step) for lane in lanes if lane.name in ours}
         return timings, kernels
 
     def lane(self, contender: Contender, workload: Workload) -> Lane:
         """Return a contender with its optimizer, and with its own gradients if it writes them."""
-        step = contenders.build(contender, workload.parameters, EPS.get(self.dtype, DEFAULT_EPS))
+        step = contenders.build(contender, workload.parameters, contenders.eps_for(self.dtype))
         if not contender.writes_gradients:
             return Lane(contender.name, step, repeats=self.args.repeats)
         private = PrivateGradients(workload)
@@ -221,10 +207,7 @@ class Bench:
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark. Returns 1 if an installed contender failed, else 0."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.device.type == "cuda":
-        torch.cuda.set_device(args.device)
+    options.heed(args)
     console = terminal.console()
     bench = Bench(args)
     description = machine.describe(args.device)
@@ -254,17 +237,19 @@ def run(args: argparse.Namespace) -> int:
         found.append(bench.measure_set(model, lambda text: console.print(text, highlight=False)))
         judged = targets.judge(found, args.device.type) if args.dtype == "float32" else []
         records = [target.record() for target in judged]
-        results.write_json(args.out / f"{stem}.json", description, settings, found, records)
+        results.write(args.out / f"{stem}.json", description, settings, found, records)
+        if args.samples:
+            results.write_samples(args.out / f"{stem}.samples.json", bench.samples)
         chart.write_chart(args.out / f"{stem}.png", found, subtitle, on_gpu)
-        console.print(report.results_table(found[-1], on_gpu))
-        for reason in report.reasons(found[-1]):
+        console.print(tables.results_table(found[-1], on_gpu))
+        for reason in tables.reasons(found[-1]):
             console.print(reason, highlight=False, markup=False)
         if not found[-1].parameters_finite:
             console.print("[red]Parameters are no longer finite: a contender's step is wrong.")
 
-    console.print(report.legend(on_gpu), highlight=False)
+    console.print(tables.legend(on_gpu), highlight=False)
     if judged:
-        console.print(report.targets_table(judged))
+        console.print(tables.targets_table(judged))
     else:
         console.print("The targets are stated for float32, so this run does not judge them.")
     console.print(f"Wrote {args.out / stem}.json and .png", highlight=False, soft_wrap=True)

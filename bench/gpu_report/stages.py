@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from bench import gpu_digest, gpu_profile
-from bench.gpu_runner import Command, Digest, Run, Skip, Stage
+from bench.gpu_report import counters, digests
+from bench.gpu_report.place import KERNEL, Place, python, tool
+from bench.gpu_report.runner import Command, Digest, Run, Stage
 
 TAG = "gpu-report"
 SETS = ("gpt2", "resnet50", "vit-b-16", "llama-3.2-1b", "321x64", "321x4096")
@@ -26,7 +25,6 @@ CONTENDERS = (
     *("agr-adan", "agr-adan-triton", "agr-adan-off", "reference-adan", "optimi-adan-triton"),
 )
 PREDICTED_SETS = ("gpt2", "vit-b-16", "llama-3.2-1b")
-KERNEL = "agr_step"  # in the name of what makes the step
 KERNELS = "agr_"  # in the names of all kernels of the cuda backend
 # Tests that a GPU makes a difference to: those of its backends, by the names in their parameters, and its own file.
 TESTS = "({} or test_gpu) and not (native or packaging or gpu_report or test_bench)"
@@ -62,47 +60,6 @@ built_for = "" if native.why_missing() else native.native().cuda_architectures
 with open(sys.argv[1], "w") as file:
     json.dump({"reasons": reasons, "built_for": built_for}, file)
 """
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a report is made."""
-
-    root: Path  # the repository
-    work: Path  # for the files of the stages
-    capability: tuple[int, int]  # of the GPU
-
-    @property
-    def backends(self) -> Path:
-        """The file in which the build leaves what WHICH_BACKENDS finds."""
-        return self.work / "backends.json"
-
-    def why_missing(self, backend: str) -> str | None:
-        """Return why the build left a backend out, or None: it is there, or nothing was built in this report."""
-        if not self.backends.exists():
-            return None
-        reason: str | None = json.loads(self.backends.read_text())["reasons"][backend]
-        return reason
-
-    def needs_cuda(self) -> None:
-        """Skip a stage that is for the cuda backend alone where that is not there."""
-        reason = self.why_missing("cuda")
-        if reason is not None:
-            raise Skip(f"no cuda backend: {reason}")
-
-
-def python(*words: str, limit: float | None = None, **environment: str) -> Command:
-    """Return a command of the Python that runs this."""
-    # Python's own output would wait in a buffer for the end of a process that may be stopped before it.
-    return Command((sys.executable, *words), {"PYTHONUNBUFFERED": "1", **environment}, limit)
-
-
-def tool(name: str) -> str:
-    """Return the path of a program; Skip where it is not there."""
-    path = shutil.which(name)
-    if path is None:
-        raise Skip(f"{name} is not on PATH")
-    return path
 
 
 def no_digest(runs: Sequence[Run]) -> Digest:
@@ -182,9 +139,9 @@ def tests(place: Place) -> Stage:
         return [python("-m", "pytest", *options, *parallel, *hang, "-p", "no:cacheprovider")]
 
     def digest(runs: Sequence[Run]) -> Digest:
-        return gpu_digest.junit(report) if report.exists() else gpu_digest.stopped_tests(runs[-1].output)
+        return digests.junit(report) if report.exists() else digests.stopped_tests(runs[-1].output)
 
-    return Stage("tests", 105, commands, digest)
+    return Stage("tests", 103, commands, digest)
 
 
 def sanitizer(place: Place) -> Stage:
@@ -198,7 +155,7 @@ def sanitizer(place: Place) -> Stage:
         # PyTorch's own kernels and calls are not what is looked at; its cache of memory would hide accesses that leave
         # a tensor, and padding keeps two tensors from lying side by side.
         options = ["--kernel-name", f"kns={KERNELS}", "--report-api-errors", "no", "--error-exitcode", "9"]
-        exercise = python("-m", "bench.gpu_exercise", "check", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        exercise = python("-m", "bench.gpu_report.exercise", "check", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         return [
             Command((program, "--tool", name, *options, *padding, *exercise.words), exercise.environment, 40.0)
             for name, padding in (("memcheck", ["--padding", "32"]), ("racecheck", []))
@@ -228,10 +185,10 @@ def step(place: Place) -> Stage:
         return [benchmark("float32", 5, SETS), benchmark("bfloat16", 4, SETS[:1])]
 
     def digest(runs: Sequence[Run]) -> Digest:
-        documents = gpu_digest.read_all(place.work, f"step-cuda-*-{TAG}.json")
-        lines = [line for document in documents.values() for line in gpu_digest.step_table(document)]
+        documents = digests.read_all(place.work, f"step-cuda-*-{TAG}.json")
+        lines = [line for document in documents.values() for line in digests.step_table(document)]
         targets = [target for document in documents.values() for target in document["targets"]]
-        sets = {name: gpu_digest.medians(document) for name, document in documents.items()}
+        sets = {name: digests.medians(document) for name, document in documents.items()}
         return Digest(lines, {"targets": targets, "sets": sets})
 
     return Stage("step", 115, commands, digest)
@@ -246,9 +203,23 @@ def overhead(place: Place) -> Stage:
 
     def digest(runs: Sequence[Run]) -> Digest:
         document = json.loads((place.work / f"overhead-cuda-{TAG}.json").read_text())
-        return Digest(gpu_digest.overhead_lines(document), {"targets": document["targets"]})
+        return Digest(digests.overhead_lines(document), {"targets": document["targets"]})
 
     return Stage("overhead", 20, commands, digest)
+
+
+def gradients(place: Place) -> Stage:
+    """Time steps as gradients come and go."""
+
+    def commands() -> list[Command]:
+        options = ("--device", "cuda", "--steps", "100", "--seconds", "0.6", "--out", str(place.work), "--tag", TAG)
+        return [python("-m", "bench", "gradients", *options)]
+
+    def digest(runs: Sequence[Run]) -> Digest:
+        document = json.loads((place.work / f"gradients-cuda-{TAG}.json").read_text())
+        return Digest(digests.gradients_lines(document), {"targets": document["targets"]})
+
+    return Stage("gradients", 7, commands, digest)
 
 
 def traffic(place: Place) -> Stage:
@@ -273,10 +244,10 @@ def profile(place: Place) -> Stage:
         place.needs_cuda()
         ncu = tool("ncu")
         always = (ncu, "--clock-control", "none", "--profile-from-start", "off", "--kernel-name", f"regex:{KERNEL}")
-        metrics = ("--metrics", ",".join(gpu_profile.METRICS))
+        metrics = ("--metrics", ",".join(counters.METRICS))
         as_csv = ("--csv", "--page", "raw", "--print-units", "base", "--print-metric-name", "name")
-        exercise = python("-m", "bench.gpu_exercise", "profile", str(cases))
-        one = python("-m", "bench.gpu_exercise", "profile", str(place.work / "one-case.json"), "--only", "0")
+        exercise = python("-m", "bench.gpu_report.exercise", "profile", str(cases))
+        one = python("-m", "bench.gpu_report.exercise", "profile", str(place.work / "one-case.json"), "--only", "0")
         environment = exercise.environment
         return [
             Command((*always, *metrics, *as_csv, "--log-file", str(table), *exercise.words), environment, 40.0),
@@ -285,10 +256,10 @@ def profile(place: Place) -> Stage:
         ]
 
     def digest(runs: Sequence[Run]) -> Digest:
-        found = gpu_profile.kernels(table.read_text().splitlines())
-        predictions = gpu_profile.predictions(place.work)
-        records = gpu_profile.compare(json.loads(cases.read_text()), found, predictions)
-        return Digest(gpu_profile.table(records), {"steps": records})
+        found = counters.kernels(table.read_text().splitlines())
+        predictions = counters.predictions(place.work)
+        records = counters.compare(json.loads(cases.read_text()), found, predictions)
+        return Digest(counters.compared(records), {"steps": records})
 
     return Stage("profile", 55, commands, digest)
 
@@ -299,16 +270,17 @@ def tune(place: Place) -> Stage:
 
     def commands() -> list[Command]:
         place.needs_cuda()
-        return [python("-m", "bench.gpu_tune", "--device", "cuda", "--seconds", "5", "--out", str(path))]
+        return [python("-m", "bench.gpu_report.tune", "--device", "cuda", "--seconds", "5", "--out", str(path))]
 
     def digest(runs: Sequence[Run]) -> Digest:
         document = json.loads(path.read_text())
         sweep, together = document["sweep"]["ranking"], document["together"]["ranking"]
-        return Digest(gpu_digest.tune_tables(sweep, together), {"sweep": sweep, "together": together})
+        return Digest(digests.tune_tables(sweep, together), {"sweep": sweep, "together": together})
 
     return Stage("tune", 40, commands, digest)
 
 
 STAGES: dict[str, Callable[[Place], Stage]] = {
-    made.__name__: made for made in (machine, build, tests, sanitizer, step, overhead, traffic, profile, tune)
+    made.__name__: made
+    for made in (machine, build, tests, sanitizer, step, overhead, gradients, traffic, profile, tune)
 }

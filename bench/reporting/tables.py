@@ -4,32 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.results import Row, SetResult
-from bench.stats import Summary
-from bench.targets import Target
-from bench.terminal import Table, Text
+from bench.reporting.results import Row, SetResult
+from bench.reporting.targets import Target
+from bench.reporting.terminal import Table, Text, table
+from bench.reporting.units import duration, span, times
 
 VERDICT_STYLES = {"met": "green", "missed": "red", "not measured": "dim"}
-
-
-def duration(seconds: float) -> str:
-    """Return seconds in a unit that leaves one to three digits before the point."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3)):
-        if seconds * factor >= 1.0:
-            return f"{seconds * factor:.3g} {unit}" if seconds * factor < 1e3 else f"{seconds * factor:.0f} {unit}"
-    return f"{seconds * 1e6:.3g} us"
-
-
-def span(summary: Summary) -> str:
-    """Return the quartiles of durations, the unit once where both have the same."""
-    lower, upper = duration(summary.lower), duration(summary.upper)
-    number, _, unit = lower.partition(" ")
-    return f"{number if upper.endswith(f' {unit}') else lower} - {upper}"
-
-
-def times(ratio: float) -> str:
-    """Return a ratio with two digits after the point, three if it is small."""
-    return f"{ratio:.2f}x" if ratio >= 0.2 else f"{ratio:.3f}x"
 
 
 def _cells(row: Row, with_host: bool) -> list[str]:
@@ -54,21 +34,16 @@ def _cells(row: Row, with_host: bool) -> list[str]:
 def results_table(result: SetResult, with_host: bool) -> Table:
     """Return one model set's table: a contender a row."""
     others = "" if result.other_work is None else f"Other work took {100 * result.other_work:.0f}% of the processors."
-    table = Table(
-        title=f"{result.title}: {result.tensors} tensors, {result.elements:,} elements",
-        caption=f"Copy bandwidth: {result.copy.median / 1e9:.2f} GB/s (median of {result.copy.count}). {others}",
-        title_justify="left",
-        caption_justify="left",
-    )
-    table.add_column("contender", no_wrap=True)
+    title = f"{result.title}: {result.tensors} tensors, {result.elements:,} elements"
+    caption = f"Copy bandwidth: {result.copy.median / 1e9:.2f} GB/s (median of {result.copy.count}). {others}"
     host = ("host", "host ratio") if with_host else ()
     ratio = ("ratio", "quartiles", "of fastest")
-    for heading in ("step", "quartiles", "rounds", *ratio, *host, "GB/s", "of copy"):
-        table.add_column(heading, justify="right")
+    numbers = ("step", "quartiles", "rounds", *ratio, *host, "GB/s", "of copy")
+    made = table(title, ["contender"], numbers, caption)
     for row in result.rows:
         style = "bold" if row.ours else None if row.figures else "dim"
-        table.add_row(*_cells(row, with_host), style=style)
-    return table
+        made.add_row(*_cells(row, with_host), style=style)
+    return made
 
 
 def reasons(result: SetResult) -> list[str]:
@@ -78,17 +53,16 @@ def reasons(result: SetResult) -> list[str]:
 
 def targets_table(targets: Sequence[Target]) -> Table:
     """Return the design's targets with what was measured."""
-    table = Table(title="Targets", title_justify="left")
-    table.add_column("target")
-    table.add_column("limit", justify="right")
-    table.add_column("measured", justify="right")
-    table.add_column("by the fastest", justify="right")
-    table.add_column("verdict")
+    made = Table(title="Targets", title_justify="left")
+    made.add_column("target")
+    for heading in ("limit", "measured", "by the fastest"):
+        made.add_column(heading, justify="right")
+    made.add_column("verdict")
     for target in targets:
         style = next(style for word, style in VERDICT_STYLES.items() if target.verdict.startswith(word))
         measured, fastest = target.show(target.measured), target.show(target.at_fastest)
-        table.add_row(target.text, target.shown_limit, measured, fastest, Text(target.verdict, style))
-    return table
+        made.add_row(target.text, target.shown_limit, measured, fastest, Text(target.verdict, style))
+    return made
 
 
 def legend(with_host: bool) -> str:

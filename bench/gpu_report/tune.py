@@ -1,4 +1,4 @@
-"""Sweep the tunables of the CUDA launch: `python -m bench.gpu_tune --out FILE.json`.
+"""Sweep the tunables of the CUDA launch: `python -m bench.gpu_report.tune --out FILE.json`.
 
 The cuda backend reads them from the environment when it lays a schedule: AGR_CUDA_CHUNK (elements of a chunk),
 AGR_CUDA_WINDOW and AGR_CUDA_LEAD (bytes of gradient), AGR_CUDA_BLOCKS (blocks a multiprocessor). First each is varied
@@ -9,27 +9,28 @@ setting has an optimizer of its own over the same parameters and state, and all 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from math import exp, log
 from pathlib import Path
-from statistics import fmean
+from statistics import geometric_mean
 from typing import Any
 
 import torch
 
 import agr_cuda
-from bench import contenders, machine, measure, options
-from bench.measure import CopyProbe, Lane
-from bench.report import duration, times
-from bench.shapes import ModelSet, model_set
-from bench.stats import Summary, paired_ratios, summarize
-from bench.terminal import Table, console
-from bench.workload import Workload
+from bench.commands import options
+from bench.measuring import clocks, machine, races
+from bench.measuring.clocks import CopyProbe
+from bench.measuring.races import Lane
+from bench.measuring.stats import Summary, paired_ratios, summarize
+from bench.reporting import documents, terminal
+from bench.reporting.units import duration, times
+from bench.workloads import contenders
+from bench.workloads.shapes import ModelSet
+from bench.workloads.tensors import Workload
 
 MIB = 2**20
 SWEPT = {
@@ -40,7 +41,7 @@ SWEPT = {
 }
 SETS = ("gpt2", "vit-b-16", "llama-3.2-1b")
 WORTH = 0.99  # of the default's time, on average over the sets: what a value must beat to be combined with others
-BYTES_PER_ELEMENT = 28
+BYTES_PER_ELEMENT = 4 * contenders.ACCESSES["AdamW"]  # in float32
 
 Setting = Mapping[str, int]  # tunables that are not at their default
 DEFAULT: Setting = {}
@@ -87,7 +88,7 @@ def averages(results: Sequence[Result]) -> list[tuple[float, Setting]]:
     for result in results:
         ratios.setdefault(label(result.setting), []).append(result.ratio.median)
         settings[label(result.setting)] = result.setting
-    means = [(exp(fmean(map(log, values))), settings[name]) for name, values in ratios.items()]
+    means = [(geometric_mean(values), settings[name]) for name, values in ratios.items()]
     return sorted(means, key=lambda pair: pair[0])
 
 
@@ -122,7 +123,7 @@ def measure_set(
     model: ModelSet, settings: Sequence[Setting], device: torch.device, seconds: float, probe: CopyProbe
 ) -> list[Result]:
     """Time AGR-AdamW on one model set with every setting; the first is the one to compare with."""
-    clock = measure.clock_for(device)
+    clock = clocks.clock_for(device)
     workload = Workload(model.shapes, device, torch.float32)
     state: dict[torch.Tensor, Any] = {}
     lanes = []
@@ -137,7 +138,7 @@ def measure_set(
         state = optimizer.state
     probe.clear()
     probe()
-    timings = measure.race(lanes, clock, rounds=1000, seconds=seconds, new_round=workload.turn, between=probe)
+    timings = races.race(lanes, clock, rounds=1000, seconds=seconds, new_round=workload.turn, between=probe)
     copy = summarize(probe.samples).median
     unit = [timing.step for timing in timings[lanes[0].name]]
     results = []
@@ -162,12 +163,9 @@ def ranking(results: Sequence[Result]) -> list[dict[str, Any]]:
     return ranked
 
 
-def table(ranked: Sequence[Mapping[str, Any]], title: str) -> Table:
+def table(ranked: Sequence[Mapping[str, Any]], title: str) -> terminal.Table:
     """Return a row a setting, a column a set."""
-    made = Table(title=title, title_justify="left")
-    made.add_column("setting", no_wrap=True)
-    for heading in (*ranked[0]["sets"], "average"):
-        made.add_column(heading, justify="right")
+    made = terminal.table(title, ["setting"], [*ranked[0]["sets"], "average"])
     for entry in ranked:
         made.add_row(entry["setting"], *entry["sets"].values(), f"{entry['average']:.3f}x")
     return made
@@ -175,10 +173,10 @@ def table(ranked: Sequence[Mapping[str, Any]], title: str) -> Table:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_tune", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_report.tune", description=__doc__)
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=options.device, default=default_device, help="cpu tries the sweep itself out")
-    parser.add_argument("--sets", nargs="+", type=model_set, default=[*map(model_set, SETS)], metavar="SET")
+    options.add_sets(parser, SETS)
     parser.add_argument("--seconds", type=options.positive_float, default=6.0, help="a set's (default: 6)")
     for name, values in SWEPT.items():
         parser.add_argument(f"--{name}", nargs="*", type=options.natural_int, default=values, metavar="VALUE")
@@ -195,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
     swept = {name: tuple(getattr(args, name)) for name in SWEPT if getattr(args, name)}
     settings = combinations(swept) if args.product else one_at_a_time(swept)
     probe = CopyProbe(device, args.copy_mebibytes)
-    terminal = console()
+    console = terminal.console()
     document: dict[str, Any] = {"format": 1, "machine": machine.describe(device)}
     for key in ("sweep", "together"):
         document[key] = {"results": [], "ranking": []}
@@ -205,10 +203,10 @@ def main(arguments: list[str] | None = None) -> int:
         for model in args.sets:
             found += measure_set(model, settings, device, seconds, probe)
             document[key] = {"results": [asdict(result) for result in found], "ranking": ranking(found)}
-            args.out.write_text(json.dumps(document, indent=1) + "\n")
+            documents.write(args.out, document)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        terminal.print(table(ranking(found), title))
+        console.print(table(ranking(found), title))
         return found
 
     title = "AGR-AdamW: time, ratio to the default setting, share of the copy bandwidth"

@@ -12,9 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from bench.contenders import YARDSTICK
-from bench.report import duration, times
-from bench.results import Row, SetResult
+from bench.reporting.results import Row, SetResult
+from bench.reporting.units import duration, times
+from bench.workloads.contenders import YARDSTICK
 
 # ours saturated, peers pale, the reference's plain operations grey
 COLORS = {

@@ -1,4 +1,4 @@
-"""A short program for tools that watch a GPU: `python -m bench.gpu_exercise check`, or `profile CASES.json`.
+"""A short program for tools that watch a GPU: `python -m bench.gpu_report.exercise check`, or `profile CASES.json`.
 
 `check` is for compute-sanitizer. It takes steps of every rule in every type, over tensors of odd sizes, of one and of
 many chunks, with and without clipping, half of them at addresses that no vector access can use, and compares the
@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 import agr_cuda
-from bench.shapes import model_set
-from bench.workload import Workload
+from bench.workloads.contenders import ACCESSES
+from bench.workloads.shapes import model_set
+from bench.workloads.tensors import Workload
 
 # One element, odd sizes, several chunks whatever a chunk's size, and a matrix.
 SIZES = ((1,), (3,), (0,), (1009,), (64, 33), (4097,), (70_001,), (1_000_003,))
@@ -38,7 +39,6 @@ class Rule:
     label: str
     name: str  # in agr_cuda
     options: dict[str, Any]
-    accesses: int  # tensors that a step must read or write
 
     def optimizer(self, parameters: list[torch.Tensor], **options: Any) -> torch.optim.Optimizer:
         """Return the optimizer of these parameters."""
@@ -46,10 +46,10 @@ class Rule:
         return made
 
 
-ADAMW = Rule("AGR-AdamW", "AdamW", {}, 7)
-ADAMW_OFF = Rule("AdamW, agr off", "AdamW", {"agr": False}, 7)
-AMSGRAD = Rule("AGR-AdamW, amsgrad", "AdamW", {"amsgrad": True}, 9)
-ADAN = Rule("AGR-Adan", "Adan", {}, 11)
+ADAMW = Rule("AGR-AdamW", "AdamW", {})
+ADAMW_OFF = Rule("AdamW, agr off", "AdamW", {"agr": False})
+AMSGRAD = Rule("AGR-AdamW, amsgrad", "AdamW", {"amsgrad": True})
+ADAN = Rule("AGR-Adan", "Adan", {})
 
 
 def placed(values: torch.Tensor, device: str, offset: int) -> torch.Tensor:
@@ -147,7 +147,8 @@ def profile(path: Path, only: int | None) -> int:
         torch.cuda.synchronize()
         profiler.stop()
         dtype_name = str(dtype).removeprefix("torch.")
-        cases.append(Case(rule.label, set_name, dtype_name, model.elements, rule.accesses * dtype.itemsize))
+        needed = ACCESSES[rule.name] * dtype.itemsize
+        cases.append(Case(rule.label, set_name, dtype_name, model.elements, needed))
         path.write_text(json.dumps([asdict(case) for case in cases], indent=1) + "\n")
         del optimizer, workload
         torch.cuda.empty_cache()  # room in which ncu saves what the next case's kernel writes
@@ -156,7 +157,7 @@ def profile(path: Path, only: int | None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_exercise", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_report.exercise", description=__doc__)
     modes = parser.add_subparsers(dest="mode", required=True)
     modes.add_parser("check")
     profiling = modes.add_parser("profile")

@@ -3,7 +3,8 @@
 On a GPU, steps are launched for real, each on an idle device, and timed until step() returns; agr_cuda's backends cuda
 and triton are measured, or the one that is there. Without a GPU, the cuda backend's launches are rehearsed (it does
 everything but the launch itself, on tensors on the CPU), torch's fused AdamW runs without its fused operation, so that
-what is left of it is less than what it costs on a GPU, and foreach runs its operations on the CPU.
+what is left of it is less than what it costs on a GPU, and foreach runs its operations on the CPU. A second ratio is
+then to torch's fused AdamW with its operation, on the CPU: all that a step of it costs there.
 
 Every optimizer is measured twice: with the same gradients all the time, and with new ones for every step, made by
 backward() outside the clock, as zero_grad() and backward() make them in training. Optimizers take turns in blocks of
@@ -16,8 +17,6 @@ agr_cuda has no backend to measure.
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -27,15 +26,15 @@ from typing import Any
 
 import torch
 
-from bench import contenders, machine, measure, options, report, terminal
-from bench.contenders import BY_NAME, YARDSTICK, Parameters, Step
-from bench.stats import Summary, paired_ratios, summarize
-from bench.targets import Target
+from bench.commands import options
+from bench.measuring import clocks, machine, races
+from bench.measuring.stats import Summary, paired_ratios, summarize
+from bench.reporting import documents, tables, terminal, units
+from bench.reporting.targets import HOST_OF_FUSED, Target, stated_for
+from bench.workloads import contenders
+from bench.workloads.contenders import BY_NAME, YARDSTICK, Parameters, Step
 
 UNTIMED = 5  # steps at the beginning of a block
-MOST_HOST_US = 100.0
-MOST_OF_FUSED = 0.25
-EPS = 1e-8
 BACKENDS = {"cuda": "", "triton": ", Triton"}  # those that launch on a GPU, and what labels say of them
 Around = Callable[[], AbstractContextManager[object]]
 
@@ -48,6 +47,7 @@ class Entry:
     build: Callable[[Parameters], Step]
     backend: str = ""  # of agr_cuda's optimizers
     yardstick: bool = False
+    whole: bool = False  # torch's fused AdamW with its operation, where the yardstick is without
     around: Around = nullcontext  # a block of its steps
 
 
@@ -60,43 +60,39 @@ class Row:
     backend: str  # of agr_cuda's optimizers; of others nothing
     host_s: Summary  # a step
     ratio: Summary  # of blocks' medians, to the yardstick's with the same kind of gradients
+    ratio_to_whole: Summary | None  # to torch's fused AdamW's with its operation; None where that is the yardstick
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    for name, default, what in (
-        ("tensors", 321, "tensors"),
-        ("elements", 64, "elements of a tensor"),
-        ("steps", 2000, "timed steps of each optimizer with each kind of gradients"),
-        ("block", 50, "timed steps in a row"),
-    ):
-        parser.add_argument(
-            f"--{name}",
-            type=options.positive_int,
-            default=default,
-            metavar="COUNT",
-            help=f"{what} (default: {default})",
-        )
-    options.add_arguments(parser)
+    counts = {
+        "tensors": (321, "tensors"),
+        "elements": (64, "elements of a tensor"),
+        "steps": (2000, "timed steps of each optimizer with each kind of gradients"),
+        "block": (50, "timed steps in a row"),
+    }
+    options.add_counts(parser, counts)
+    # More would wait by spinning for work that there is none of, and take the host's core where there are few.
+    options.add_arguments(parser, threads=1)
 
 
 def ours(rule: str, backend: str) -> Entry:
     """Return agr_cuda's optimizer of that rule on a backend that launches on a GPU."""
 
     def build(parameters: Parameters) -> Step:
-        return contenders.of_backend(backend, rule)(parameters, EPS)
+        return contenders.of_backend(backend, rule)(parameters, contenders.eps_for(parameters[0].dtype))
 
     return Entry(f"agr_cuda {rule}{BACKENDS[backend]}", build, backend)
 
 
-def torchs(name: str, note: str = "", around: Around = nullcontext, yardstick: bool = False) -> Entry:
+def torchs(name: str, note: str = "", **more: Any) -> Entry:
     """Return one of the step benchmark's contenders."""
     contender = BY_NAME[name]
 
     def build(parameters: Parameters) -> Step:
-        return contenders.build(contender, parameters, EPS)
+        return contenders.build(contender, parameters, contenders.eps_for(parameters[0].dtype))
 
-    return Entry(contender.label + note, build, yardstick=yardstick, around=around)
+    return Entry(contender.label + note, build, **more)
 
 
 @contextmanager
@@ -126,8 +122,8 @@ def entries(on_gpu: bool, backends: Sequence[str]) -> list[Entry]:
         peers = [torchs(YARDSTICK, yardstick=True)]
     else:
         peers = [
-            torchs(YARDSTICK, ", its operation left out", without_fused_operation, yardstick=True),
-            torchs(YARDSTICK, ", on the CPU"),
+            torchs(YARDSTICK, ", its operation left out", yardstick=True, around=without_fused_operation),
+            torchs(YARDSTICK, ", on the CPU", whole=True),
         ]
     own = [ours(rule, backend) for backend in backends for rule in ("AdamW", "Adan")]
     return [*own, *peers, torchs("torch-adamw-foreach", "" if on_gpu else ", on the CPU")]
@@ -141,7 +137,7 @@ class Track:
         like: dict[str, Any] = {"device": args.device, "dtype": options.DTYPES[args.dtype]}
         self.parameters = [torch.nn.Parameter(torch.randn(args.elements, **like)) for _ in range(args.tensors)]
         self.source = torch.randn(args.tensors * args.elements, **like)
-        self.on_gpu = args.device.type == "cuda"
+        self.clock = clocks.host_clock_for(args.device)
         self.blocks: list[list[float]] = []
         self.backward()
         self.step = entry.build(self.parameters)
@@ -159,55 +155,60 @@ class Track:
             for _ in range(UNTIMED + steps):
                 if self.new_gradients:
                     self.backward()
-                if self.on_gpu:
-                    torch.cuda.synchronize()
-                begin = time.perf_counter()
-                self.step()
-                times.append(time.perf_counter() - begin)
+                times.append(self.clock(self.step).host)
         self.blocks.append(times[UNTIMED:])
+
+    def ratio_to(self, other: Track) -> Summary:
+        """Return the ratios of the blocks' medians to the other's."""
+        return paired_ratios([median(block) for block in self.blocks], [median(block) for block in other.blocks])
 
 
 def measure_all(args: argparse.Namespace, backends: Sequence[str]) -> list[Row]:
     """Measure every optimizer, agr_cuda's on these backends, with both kinds of gradients."""
     on_gpu = args.device.type == "cuda"
     tracks = [Track(entry, new, args) for entry in entries(on_gpu, backends) for new in (False, True)]
-    with measure.collector_off():
+    with races.collector_off():
         for _ in range(max(1, round(args.steps / args.block))):
             for track in tracks:
                 track.run(args.block)
     rows = []
     for track in tracks:
-        unit = next(t for t in tracks if t.entry.yardstick and t.new_gradients == track.new_gradients)
-        ratio = paired_ratios([median(block) for block in track.blocks], [median(block) for block in unit.blocks])
+        alike = [other for other in tracks if other.new_gradients == track.new_gradients]
+        ratio = track.ratio_to(next(other for other in alike if other.entry.yardstick))
+        whole = next((other for other in alike if other.entry.whole), None)
+        ratio_to_whole = track.ratio_to(whole) if whole and track.entry.backend else None
         host_s = summarize([seconds for block in track.blocks for seconds in block])
         gradients = "new" if track.new_gradients else "kept"
-        rows.append(Row(track.entry.label, gradients, track.entry.backend, host_s, ratio))
+        rows.append(Row(track.entry.label, gradients, track.entry.backend, host_s, ratio, ratio_to_whole))
     return rows
 
 
 def judge(rows: list[Row], on_gpu: bool) -> list[Target]:
     """Return the design's targets for the host's time. They are stated for 321 small float32 tensors and cuda alone."""
-    where = "" if on_gpu else ", rehearsed"
-    targets = []
-    for row in (row for row in rows if row.backend == "cuda"):
-        text = f"{row.label}, {row.gradients} gradients{where}: host time of step()"
-        fastest = row.host_s.smallest * 1e6
-        targets.append(Target(text, MOST_HOST_US, row.host_s.median * 1e6, fastest, unit="us"))
-        targets.append(Target(f"{text} against torch's fused AdamW", MOST_OF_FUSED, row.ratio.median))
-    return targets
+    peer = "torch's fused AdamW" if on_gpu else "torch's fused AdamW without its operation, rehearsed"
+    return [
+        Target(
+            f"{row.label}, {row.gradients} gradients: host time of step() against {peer}",
+            HOST_OF_FUSED[row.gradients],
+            row.ratio.median,
+        )
+        for row in rows
+        if row.backend == "cuda"
+    ]
 
 
 def table(rows: list[Row], title: str) -> terminal.Table:
     """Return a row a measurement."""
-    made = terminal.Table(title=f"Host time of step(): {title}", title_justify="left")
-    made.add_column("optimizer", no_wrap=True)
-    made.add_column("gradients")
-    for heading in ("step()", "quartiles", "fastest", "steps", "of torch's fused"):
-        made.add_column(heading, justify="right")
+    on_gpu = all(row.ratio_to_whole is None for row in rows)
+    ratios = ("of torch's fused",) if on_gpu else ("of torch's fused", "with its operation")
+    numbers = ("step()", "quartiles", "fastest", "steps", *ratios)
+    made = terminal.table(f"Host time of step(): {title}", ["optimizer", "gradients"], numbers)
     for row in rows:
         figures = (row.host_s.median, row.host_s.smallest)
-        shown, fastest = map(report.duration, figures)
-        cells = (shown, report.span(row.host_s), fastest, str(row.host_s.count), report.times(row.ratio.median))
+        shown, fastest = map(units.duration, figures)
+        cells = [shown, units.span(row.host_s), fastest, str(row.host_s.count), units.times(row.ratio.median)]
+        if row.ratio_to_whole:
+            cells.append(units.times(row.ratio_to_whole.median))
         made.add_row(row.label, row.gradients, *cells, style="bold" if row.backend else None)
     return made
 
@@ -223,12 +224,9 @@ def rehearsal() -> AbstractContextManager[object] | None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark. Returns 2 where agr_cuda has no backend to measure, else 0."""
-    # More would wait by spinning for work that there is none of, and take the host's core where there are few.
-    torch.set_num_threads(args.threads or 1)
+    options.heed(args)
     console = terminal.console()
     on_gpu = args.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(args.device)
     around = nullcontext() if on_gpu else rehearsal()
     if around is None:
         console.print("agr_cuda.cuda.rehearsal is missing: this version of agr_cuda has no cuda backend to measure.")
@@ -244,12 +242,11 @@ def run(args: argparse.Namespace) -> int:
         rows = measure_all(args, backends)
     title = f"{description['device_name']}, torch {torch.__version__}: {args.tensors} tensors of {args.elements}"
     console.print(table(rows, title))
-    stated = (args.tensors, args.elements, args.dtype) == (321, 64, "float32")
-    judged = judge(rows, on_gpu) if stated else []
+    judged = judge(rows, on_gpu) if stated_for(args.tensors, args.elements, args.dtype) else []
     if judged:
-        console.print(report.targets_table(judged))
+        console.print(tables.targets_table(judged))
     document = {
-        "format": 2,
+        "format": 3,
         "machine": description,
         "settings": {key: getattr(args, key) for key in ("tensors", "elements", "steps", "block", "dtype", "tag")},
         "rehearsed": not on_gpu,
@@ -257,7 +254,6 @@ def run(args: argparse.Namespace) -> int:
         "targets": [target.record() for target in judged],
     }
     path = args.out / f"overhead-{args.device.type}-{args.tag}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    documents.write(path, document)
     console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
     return 0

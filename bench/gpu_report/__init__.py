@@ -1,0 +1,1 @@
+"""Everything that needs a GPU, unattended: `python -m bench.gpu_report`."""

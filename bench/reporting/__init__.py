@@ -1,0 +1,1 @@
+"""What a run found: results, targets, tables, charts and files."""

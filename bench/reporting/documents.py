@@ -1,0 +1,48 @@
+"""JSON files of a run, short enough to be read and committed: a record a line, six digits a number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+DIGITS = 6  # significant ones; timings repeat to two or three
+
+
+def rounded(value: Any) -> Any:
+    """Return the value with every float in it rounded to DIGITS."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, Mapping):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item) for item in value]
+    return value
+
+
+def _has_records(value: Any) -> bool:
+    """Whether there is a list of objects in the value."""
+    if isinstance(value, list):
+        return any(isinstance(item, dict) or _has_records(item) for item in value)
+    return isinstance(value, dict) and any(map(_has_records, value.values()))
+
+
+def _laid_out(value: Any, margin: str = "", record: bool = False) -> str:
+    """Return the value as JSON in several lines, unless it is a record without further records in it, or simple."""
+    inside = f"{margin} "
+    if isinstance(value, dict) and value and (not record or _has_records(value)):
+        items = [f"{json.dumps(key)}: {_laid_out(item, inside)}" for key, item in value.items()]
+        begin, end = "{}"
+    elif _has_records(value):
+        items = [_laid_out(item, inside, record=True) for item in value]
+        begin, end = "[]"
+    else:
+        return json.dumps(value)
+    return f"{begin}\n" + ",\n".join(inside + item for item in items) + f"\n{margin}{end}"
+
+
+def write(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a document, into a folder that is made if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_laid_out(rounded(document)) + "\n")

@@ -1,0 +1,25 @@
+"""How durations and ratios are shown."""
+
+from __future__ import annotations
+
+from bench.measuring.stats import Summary
+
+
+def duration(seconds: float) -> str:
+    """Return seconds in a unit that leaves one to three digits before the point."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if seconds * factor >= 1.0:
+            return f"{seconds * factor:.3g} {unit}" if seconds * factor < 1e3 else f"{seconds * factor:.0f} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def span(summary: Summary) -> str:
+    """Return the quartiles of durations, the unit once where both have the same."""
+    lower, upper = duration(summary.lower), duration(summary.upper)
+    number, _, unit = lower.partition(" ")
+    return f"{number if upper.endswith(f' {unit}') else lower} - {upper}"
+
+
+def times(ratio: float) -> str:
+    """Return a ratio with two digits after the point, three if it is small."""
+    return f"{ratio:.2f}x" if ratio >= 0.2 else f"{ratio:.3f}x"

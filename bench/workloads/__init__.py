@@ -1,0 +1,1 @@
+"""What is measured: the models' shapes, their tensors, and the optimizers that take turns on them."""
