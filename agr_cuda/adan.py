@@ -130,7 +130,14 @@ class Adan(AGROptimizer):
                     f"group {i} of the state dict has no step, and its parameters have state; it must say how many "
                     "steps that is of"
                 )
-        return super()._adapted(state_dict)
+        adapted = super()._adapted(state_dict)
+        # sail-sg's restart_opt() leaves the gradients from before in the state, and knows by the step that they are.
+        begun_anew = {i for group in adapted["param_groups"] if not group["step"] for i in group["params"]}
+        state = {
+            i: {key: value for key, value in of_one.items() if key != "neg_pre_grad"} if i in begun_anew else of_one
+            for i, of_one in adapted["state"].items()
+        }
+        return {**adapted, "state": state}
 
     def _states(self, group: dict[str, Any]) -> tuple[StateTensor, ...]:
         return _STATES
@@ -147,21 +154,24 @@ class Adan(AGROptimizer):
         return number(self.param_groups[0]["eps"])  # as sail-sg's Adan has
 
     def _place_counts(self, plan: StepPlan, scaling: Scaling) -> None:
+        if not plan.on_devices and not any(isinstance(group["step"], Tensor) for group in self.param_groups):
+            return
+        # A launch raises the counts of all groups, those that have no tensor in it too.
+        device_of = {index: launch.device for launch in reversed(plan.on_devices) for index in launch.groups}
         devices = {launch.device for launch in plan.on_devices}
-        for group in self.param_groups:
+        unknown = scaling.found_inf is not None and not plan.on_host  # whether this step will be counted
+        for index, group in enumerate(self.param_groups):
             step = group["step"]
-            if isinstance(step, Tensor) and step.device not in devices:  # where nothing counts any more
-                group["step"] = int(number(step))
-        for launch in plan.on_devices:
-            for index in launch.groups:
-                group = self.param_groups[index]
-                step = group["step"]
-                if isinstance(step, Tensor):
-                    fits = step.dtype == torch.float32 and step.numel() == 1
-                else:
-                    fits = not group["capturable"] and scaling.found_inf is None
-                if not fits:
-                    group["step"] = torch.full((), number(step), dtype=torch.float32, device=launch.device)
+            device = device_of.get(index)
+            if device is None and unknown:
+                device = plan.on_devices[0].device
+            if isinstance(step, Tensor):
+                if step.device not in devices:  # where nothing counts any more
+                    group["step"] = int(number(step))
+                elif device is not None and (step.dtype != torch.float32 or step.numel() != 1):
+                    group["step"] = torch.full((), number(step), dtype=torch.float32, device=device)
+            elif device is not None and (group["capturable"] or scaling.found_inf is not None):
+                group["step"] = torch.full((), number(step), dtype=torch.float32, device=device)
 
     def _counted_by_host(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if not isinstance(group["step"], Tensor)]

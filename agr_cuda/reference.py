@@ -105,11 +105,11 @@ def adan(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the parameter, exp_avg, exp_avg_diff, exp_avg_sq and neg_pre_grad after Adan's step `t` (from 1).
 
-    `neg_previous` is the previous gradient negated, or NaN where there is none: then the difference to it is 0, as in
-    the group's `first` step.
+    `neg_previous` is the previous gradient negated, or NaN before an element's first step: then the difference to it is
+    0, as in the group's `first` step. (After a gradient of NaN, `m` is NaN too.)
     """
     b1, b2, b3 = betas
-    d = torch.zeros_like(g) if first else (g + neg_previous).masked_fill(neg_previous.isnan(), 0)
+    d = torch.zeros_like(g) if first else torch.where(neg_previous.isnan(), m - m, g + neg_previous)
     m = b1 * m + (1 - b1) * g
     u = b2 * u + (1 - b2) * d
     look_ahead = g + b2 * d
@@ -177,8 +177,7 @@ def foreach_adan(
     if first:
         torch._foreach_zero_(d)
     else:
-        for difference, previous in zip(d, neg_previous, strict=True):
-            difference.masked_fill_(previous.isnan(), 0)
+        d = [torch.where(was.isnan(), average - average, x) for was, average, x in zip(neg_previous, m, d, strict=True)]
     torch._foreach_lerp_(m, g, 1 - b1)
     torch._foreach_lerp_(u, d, 1 - b2)
     torch._foreach_mul_(d, b2)

@@ -50,8 +50,8 @@ struct Adan {
     template <class T>
     using Numbers = AdanNumbers<T>;
 
-    // exp_avg, exp_avg_diff, exp_avg_sq and neg_pre_grad, which holds the previous gradient negated, or NaN where there
-    // is none: before an element's first step, and after a gradient of NaN. The difference to it is 0 then.
+    // exp_avg, exp_avg_diff, exp_avg_sq and neg_pre_grad, which holds the previous gradient negated, or NaN before an
+    // element's first step. The difference to it is 0 then: exp_avg is finite, which it is not after a gradient of NaN.
     static constexpr int states = 4;
 
     template <class V, class T>
@@ -60,8 +60,8 @@ struct Adan {
         V& u = state[1];
         V& n = state[2];
         V& neg_previous = state[3];
-        V d = c.first ? V{} : g + neg_previous;
-        d = neg_previous == neg_previous ? d : V{};
+        V d = neg_previous == neg_previous ? g + neg_previous : m - m;
+        d = c.first ? V{} : d;
         V look_ahead = g + d * c.beta2;
         m = m * c.beta1 + g * c.gradient;
         u = u * c.beta2 + d * c.difference;

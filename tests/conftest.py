@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 # OpenMP threads that wait by spinning take the core from those they wait for where others use the machine too:
 # small operations are then a hundred times slower. Read when torch is loaded, so it comes before that.
@@ -70,6 +71,23 @@ def thread_counts(backend: str) -> tuple[int, ...]:
     if interpreted_by_python(backend):
         return 1, 8
     return (2, 2, 2) if backend == "reference" else (1, 2, 3, 8, 2)
+
+
+def on_backends(*cases: Any, every: int = 3) -> list[tuple[str, Any]]:
+    """(backend, case) for the parameters of a test. Where a step takes tens of milliseconds, for some of the cases."""
+    return [
+        (backend, case)
+        for backend in agr_cuda.available_backends()
+        for index, case in enumerate(cases)
+        if index % every == 0 or not interpreted_by_python(backend)
+    ]
+
+
+def case_id(case: Any) -> str:
+    """The name of such a parameter, the same in every process."""
+    if isinstance(case, tuple):
+        return "-".join(map(case_id, case))
+    return getattr(case, "__name__", str(case))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from conftest import device_of, interpreted_by_python
+from conftest import case_id, device_of, on_backends
 from helpers import (
     ADAN,
     all_params,
@@ -93,16 +93,6 @@ def assert_no_difference(optimizer: Any, p: Tensor) -> None:
     assert not p.numel() or state["exp_avg"].any()
 
 
-def on_backends(*cases: Any, every: int = 3) -> list[tuple[str, Any]]:
-    """(backend, case) for the parameters of a test. Where a step takes tens of milliseconds, for some of the cases."""
-    return [
-        (backend, case)
-        for backend in agr_cuda.available_backends()
-        for index, case in enumerate(cases)
-        if index % every == 0 or not interpreted_by_python(backend)
-    ]
-
-
 # A first gradient that comes late, or is skipped.
 
 OPTIONS: list[dict[str, Any]] = [{}, {"max_grad_norm": 0.5}, {"capturable": True}, {"no_prox": True, "agr": False}]
@@ -127,7 +117,7 @@ WORDS = ["oo..", "om-+.", "o-.+", "pm--+.", "--+.", "-m.o.", "o-o+.", "-o-.+", "
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize(("on", "word"), on_backends(*WORDS), ids=str)
+@pytest.mark.parametrize(("on", "word"), on_backends(*WORDS), ids=case_id)
 def test_the_first_step_is_the_first_that_is_made(on: str, word: str, options: dict, generator) -> None:
     """However many of the steps with a gradient before it were skipped; beside the oracle, which knows of none."""
     params = parameters(generator, SMALL, device=device_of(on))
@@ -194,7 +184,7 @@ INTERRUPTIONS = [through_state_dict, through_pickle, through_a_file, copy.deepco
 
 
 @pytest.mark.parametrize("word", ["om|-.+", "o-|+.", "--|-+.", "o-|m|-o|+."])
-@pytest.mark.parametrize(("on", "how"), on_backends(*INTERRUPTIONS), ids=lambda x: getattr(x, "__name__", str(x)))
+@pytest.mark.parametrize(("on", "how"), on_backends(*INTERRUPTIONS), ids=case_id)
 def test_an_interruption_changes_nothing(on: str, how: Callable[[Any], Any], word: str, generator) -> None:
     """Each "|" is one."""
     params = parameters(generator, SMALL, device=device_of(on))
@@ -290,7 +280,7 @@ def continue_alike(ours: Any, theirs: Sails, words: Sequence[str], first: int) -
 
 @pytest.mark.parametrize("options", SAILS_OPTIONS, ids=str)
 @pytest.mark.parametrize(
-    ("on", "word"), on_backends("oo", "o-", "o--", "--", "oo-m", "..", "-", "p-", "o-p", every=4), ids=str
+    ("on", "word"), on_backends("oo", "o-", "o--", "--", "oo-m", "..", "-", "p-", "o-p", every=4), ids=case_id
 )
 def test_our_state_dict_goes_on_in_sails_code(on: str, word: str, options: dict, generator) -> None:
     """Where the late parameter has had no gradient, or only ones that were skipped, it finds no previous one."""
@@ -317,7 +307,7 @@ def assert_nothing_is_made_up(saved: dict[str, Any], word: str) -> None:
 
 
 @pytest.mark.parametrize("options", SAILS_OPTIONS[1:], ids=str)
-@pytest.mark.parametrize(("on", "skipped"), on_backends("", "-", "m", every=2), ids=str)
+@pytest.mark.parametrize(("on", "skipped"), on_backends("", "-", "m", every=2), ids=case_id)
 def test_our_state_dict_after_a_restart_goes_on_in_sails_code(on: str, skipped: str, options: dict, generator) -> None:
     params = parameters(generator, SMALL, EXACT["dtype"], device_of(on))
     ours = made(params, on, lr=1e-2, agr=False, **options)
@@ -332,7 +322,7 @@ def test_our_state_dict_after_a_restart_goes_on_in_sails_code(on: str, skipped: 
 
 
 @pytest.mark.parametrize("options", SAILS_OPTIONS, ids=str)
-@pytest.mark.parametrize(("on", "word"), on_backends("...", "-..", "--+", "+-."), ids=str)
+@pytest.mark.parametrize(("on", "word"), on_backends("...", "-..", "--+", "+-."), ids=case_id)
 def test_sails_restarted_run_goes_on_here(on: str, word: str, options: dict, generator) -> None:
     """Its stale gradients are not this run's, also where the first steps are skipped."""
     theirs = sails_of(parameters(generator, SMALL, EXACT["dtype"]), lr=1e-2, **options)
@@ -419,7 +409,7 @@ def test_sails_restart_with_averages_that_a_program_kept(backend, device, genera
     ("on", "words"),
     on_backends(("..", ".."), ("..", "oo.."), ("oo", "oo.."), ("oo", ".."), (".o", "o.o."), ("+-", "-+."),
                 ("o-", "m+."), (".", "o-o.+"), ("..", "-m-+p.")),
-    ids=str,
+    ids=case_id,
 )  # fmt: skip
 def test_after_restart_opt_everyone_has_a_first_step(on: str, words: tuple, capturable: bool, generator) -> None:
     """Whether it had gradients just before or after it, or in steps that were skipped."""
@@ -454,7 +444,7 @@ def test_restart_opt_is_a_new_optimizer_at_the_present_parameters(capturable, ba
     assert_same_bits(optimizer, fresh)
 
 
-@pytest.mark.parametrize(("on", "how"), on_backends(*INTERRUPTIONS), ids=lambda x: getattr(x, "__name__", str(x)))
+@pytest.mark.parametrize(("on", "how"), on_backends(*INTERRUPTIONS), ids=case_id)
 def test_an_interruption_after_restart_opt_changes_nothing(on: str, how: Callable[[Any], Any], generator) -> None:
     params = parameters(generator, SMALL, device=device_of(on))
     optimizer, steady = made(params, on, lr=1e-2), made(copies(params), on, lr=1e-2)
@@ -536,7 +526,9 @@ def test_what_is_not_finite_stays_where_it_is(word: str, at: int, backend, float
 
 @pytest.mark.parametrize("value", BAD)
 @pytest.mark.parametrize("agr", [False, True])
-@pytest.mark.parametrize(("on", "case"), on_backends(("..", 0), ("o..", 1), ("o.", 1), ("o-.", 2), ("o..", 2)), ids=str)
+@pytest.mark.parametrize(
+    ("on", "case"), on_backends(("..", 0), ("o..", 1), ("o.", 1), ("o-.", 2), ("o..", 2)), ids=case_id
+)
 def test_what_is_not_finite_is_the_oracles(on: str, case: tuple, agr: bool, value: float, generator) -> None:
     """In every parameter and state: on a first step the difference is 0 also where the gradient is not finite."""
     word, at = case

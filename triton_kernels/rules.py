@@ -87,7 +87,7 @@ def adan(
         m: exp_avg.
         u: exp_avg_diff.
         n: exp_avg_sq.
-        neg_previous: neg_pre_grad, the previous gradient negated, or NaN where there is none.
+        neg_previous: neg_pre_grad, the previous gradient negated, or NaN before an element's first step.
         first: whether this is the group's first step, where no gradient counts as a previous one.
         beta1: b1.
         gradient: 1 - b1.
@@ -101,8 +101,8 @@ def adan(
         kept: what of the parameter weight decay keeps: 1 / (1 + lr wd), with no_prox 1 - lr wd.
         difference_weight: b2 (1 - b1^t) / (1 - b2^t), what exp_avg_diff counts beside exp_avg.
     """
-    # Without a previous gradient the difference to it is 0.
-    d = tl.where(neg_previous == neg_previous, g + neg_previous, 0.0)
+    # Without a previous gradient the difference to it is 0; after one that was NaN, exp_avg is NaN too.
+    d = tl.where(neg_previous == neg_previous, g + neg_previous, m - m)
     d = tl.where(first, 0.0, d)
     look_ahead = tl.fma(d, beta2, g)
     m = tl.fma(m, beta1, g * gradient)
