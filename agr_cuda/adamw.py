@@ -147,6 +147,7 @@ class AdamW(AGROptimizer, torch.optim.AdamW):
         return _AMSGRAD_STATES if group["amsgrad"] else _STATES
 
     def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        beta1, beta2 = (scalar_or_number(beta, keeps_tensor=group["differentiable"]) for beta in group["betas"])
+        differentiable = group["differentiable"]
+        beta1, beta2 = [x if type(x) is float else scalar_or_number(x, differentiable) for x in group["betas"]]
         sign = -1.0 if group["maximize"] else 1.0
         return number_or_tensor(group["lr"]), beta1, beta2, number(group["eps"]), number(group["weight_decay"]), sign

@@ -66,13 +66,6 @@ def on_device(value: Any, device: torch.device, kernel_reads: Sequence[torch.dty
     return value.detach().to(device=device, dtype=dtype, non_blocking=True)
 
 
-def _public_raw_stream(index: int) -> int:
-    return int(torch.cuda.current_stream(index).cuda_stream)
-
-
-# What PyTorch's own compiler calls, in a tenth of the time.
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _public_raw_stream)
-
 _NOTHING = nullcontext()
 
 
@@ -101,6 +94,7 @@ class DeviceLaunch(Launch):
         self.scaling = Scaling(None, None)
         self._index = self.device.index or 0
         self._module: Any = None if self.device.type == "cpu" else torch.get_device_module(self.device)
+        self._asks_capturing: Any = getattr(self._module, "is_current_stream_capturing", None)
         self._stream = self._current_stream()
         self._stream_object = None if self._module is None else self._module.current_stream(self.device)
 
@@ -108,7 +102,7 @@ class DeviceLaunch(Launch):
         """Take numbers, and tensors that stand for them where the kernels read them; see Launch.prepare."""
         self.scaling = scaling
         self.numbers = [
-            tuple([on_device(x, self.device, self.kernel_reads) if isinstance(x, Tensor) else x for x in of_group])
+            tuple([x if type(x) is float else on_device(x, self.device, self.kernel_reads) for x in of_group])
             for of_group in numbers
         ]
 
@@ -120,9 +114,10 @@ class DeviceLaunch(Launch):
 
     def _current_stream(self) -> int:
         """Return a number that tells PyTorch's current stream on this device from others."""
-        if self.device.type == "cuda":
-            return int(_raw_stream(self._index))
-        return 0 if self._module is None else int(self._module.current_stream(self.device).stream_id)
+        if self._module is None:
+            return 0
+        stream = self._module.current_stream(self.device)
+        return int(stream.cuda_stream if self.device.type == "cuda" else stream.stream_id)
 
     def _current_device(self) -> AbstractContextManager[Any]:
         """Make this launch's device the current one, in PyTorch's way, which makes no context on the one before."""
@@ -133,11 +128,10 @@ class DeviceLaunch(Launch):
 
     def capturing(self) -> bool:
         """Whether work on this device's current stream is being captured in a graph."""
-        asked = getattr(self._module, "is_current_stream_capturing", None)
-        if asked is None:
+        if self._asks_capturing is None:
             return False
         with self._current_device():
-            return bool(asked())
+            return bool(self._asks_capturing())
 
     def _follow_stream(self) -> int:
         """Return the current stream, which has waited for the step before if that was on another."""

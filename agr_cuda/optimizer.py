@@ -388,12 +388,10 @@ class AGROptimizer(torch.optim.Optimizer):
 
     def _check_capture(self, plan: StepPlan) -> None:
         """Raise RuntimeError if a graph is being captured with step counts or numbers that it would repeat."""
-        if not plan.on_devices or all(group["capturable"] for group in self.param_groups):
-            return
-        if any(launch.capturing() for launch in plan.on_devices):
-            index = next(i for i, group in enumerate(self.param_groups) if not group["capturable"])
+        fixed = [index for index, group in enumerate(self.param_groups) if not group["capturable"]]
+        if fixed and any(launch.capturing() for launch in plan.on_devices):
             raise RuntimeError(
-                f"step() is being captured in a CUDA graph, and group {index} has capturable=False; it must be True"
+                f"step() is being captured in a CUDA graph, and group {fixed[0]} has capturable=False; it must be True"
             )
 
     def _keep_for_graphs(self, plan: StepPlan) -> None:

@@ -48,10 +48,15 @@ class StepPlan:
         self.on_devices = _device_launches(rule, bindings, groups, clip)
         on_cpu = [b for b in bindings if b.backend == "cpu"]
         cpu = [CpuLaunch(rule, on_cpu, clip)] if on_cpu else []
-        #: In the order of a step. The last one notes step counts, which the native ones do in one breath with the step.
+        #: In the order of a step. The last one counts the step; a native one does so before a signal handler can run.
         self.launches: list[Launch] = [*reference, *self.on_devices, *cpu]
         #: Whether the host has to know the numbers of a step: not all of it happens in launches on GPUs.
         self.on_host = bool(reference or cpu or not self.on_devices)
+        # PyTorch 2.13 passes the Python object of a tensor that has one owner from Python to C++ and back whenever C code
+        # looks at the tensor, which takes twice as long as the look. With a view of it, it has two owners. Parameters get
+        # none: if one refers to the optimizer, the garbage collector could free neither.
+        with made_for_later():
+            self._views = [x.view_as(x) for b in bindings for x in (*b.averages, b.count) if x is not None]
         self._watch = None
         if backends.why_missing("cpu") is None:
             self._watch = native().Watch(groups, state)
