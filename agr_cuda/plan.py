@@ -52,11 +52,7 @@ class StepPlan:
         self.launches: list[Launch] = [*reference, *self.on_devices, *cpu]
         #: Whether the host has to know the numbers of a step: not all of it happens in launches on GPUs.
         self.on_host = bool(reference or cpu or not self.on_devices)
-        # PyTorch 2.13 passes the Python object of a tensor that has one owner from Python to C++ and back whenever C code
-        # looks at the tensor, which takes twice as long as the look. With a view of it, it has two owners. Parameters get
-        # none: if one refers to the optimizer, the garbage collector could free neither.
-        with made_for_later():
-            self._views = [x.view_as(x) for b in bindings for x in (*b.averages, b.count) if x is not None]
+        self._second_owners = _second_owners(bindings)
         self._watch = None
         if backends.why_missing("cpu") is None:
             self._watch = native().Watch(groups, state)
@@ -106,6 +102,18 @@ class StepPlan:
         """Let go of this step's gradients."""
         if self._watch is not None:
             self._watch.release()
+
+
+def _second_owners(bindings: Sequence[Binding]) -> list[Tensor]:
+    """Return a view of every state tensor that native launches use, which makes it cheaper to look at.
+
+    PyTorch 2.13 hands the Python object of a tensor with one owner from Python to C++ and back whenever C code looks at
+    the tensor, which takes twice as long as the look. With a view, a tensor has two owners. Parameters get none: the
+    garbage collector could not free one that refers to the optimizer.
+    """
+    native_bindings = [b for b in bindings if b.backend != "reference"]
+    with made_for_later():
+        return [x.view_as(x) for b in native_bindings for x in (*b.averages, b.count) if x is not None]
 
 
 def _device_launches(

@@ -1,4 +1,4 @@
-// What executors are told from Python: rows of tensors, and the numbers of groups.
+// Converts what Python passes to executors: rows of tensors, and the numbers of groups.
 #pragma once
 
 #include <pybind11/pybind11.h>

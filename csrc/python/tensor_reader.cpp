@@ -128,8 +128,7 @@ bool TensorReader::read_by_methods(PyObject* tensor, TensorView& view) {
     view.kind.dimensions = dimensions;
     buffer_.clear();
     for (PyObject* tuple : {shape.ptr(), strides.ptr()})
-        for (std::int32_t i = 0; i < dimensions; ++i)
-            buffer_.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i)));
+        for (std::int32_t i = 0; i < dimensions; ++i) buffer_.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i)));
     view.shape = buffer_.data();
     view.strides = buffer_.data() + dimensions;
     return PyErr_Occurred() == nullptr;

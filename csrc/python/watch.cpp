@@ -18,7 +18,7 @@ bool is_negative_view(PyObject* tensor) {
     return answer.ptr() == Py_True;
 }
 
-// The address of a tensor without elements may be null, which in a table says that there is no gradient.
+// The address of a tensor without elements may be null, which in a table stands for a missing gradient.
 const void* not_null(const void* data) {
     static const char nothing = 0;
     return data != nullptr ? data : &nothing;

@@ -78,8 +78,8 @@ private:
     struct Known {
         PyObject* gradient = nullptr;  // perhaps freed by now, and another object in its place
         const void* data = nullptr;
-        pybind11::object weak;   // a weak reference to it, made when it was seen a second time
-        bool replaced = false;  // another was found in its place: gradients are new in every step, and not worth this
+        pybind11::object weak;  // a weak reference to it, made when it was seen a second time
+        bool replaced = false;  // a new gradient had the same address: weak references cost more than they save here
 
         bool is(PyObject* other, const void* at);
         void becomes(PyObject* other, const void* at);
