@@ -94,16 +94,17 @@ struct Arguments {
     const float* found_inf;
     alignas(16) unsigned char payload[payload_bytes];
 };
-static_assert(sizeof(GroupOf<AdamWOptions>) % 8 == 0 && sizeof(GroupOf<AdanOptions>) % 8 == 0, "see Parcel");
+static_assert(sizeof(GroupOf<AdamWOptions>) % 8 == 0 && sizeof(GroupOf<AdanOptions>) % 8 == 0, "see Upload");
 static_assert(sizeof(Arguments) <= 4096, "what every GPU and driver takes as the parameters of a kernel");
 
-// Bytes on their way into the device's memory as a kernel's parameter: no copy, no memory that must stay as it is. In
-// words of 8 bytes, of which addresses and what groups say are made.
-struct Parcel {
-    static constexpr std::int64_t capacity = 4000;
-    void* to;
+// A small upload to device memory, passed by value as a kernel parameter. It needs no copy from the host and no pinned
+// memory that would have to stay unchanged until the copy is done. The data is in words of 8 bytes: gradient addresses
+// and GroupOf consist of whole words.
+struct Upload {
+    static constexpr std::int64_t capacity = 4000;  // bytes
+    void* destination;
     std::int64_t bytes;
-    std::uint64_t content[capacity / 8];
+    std::uint64_t data[capacity / 8];
 };
 
 }  // namespace agr::cuda

@@ -111,8 +111,8 @@ void Executor::attach(void* address) {
     a.parameters = parameters_;
     a.group_count = static_cast<std::int32_t>(groups_);
     a.summed = summed_;
-    sent_gradients_.clear();
-    sent_groups_.clear();
+    uploaded_gradients_.clear();
+    uploaded_groups_.clear();
 }
 
 template <class Options>
@@ -132,21 +132,22 @@ std::vector<unsigned char> Executor::group_bytes(const std::vector<DeviceGroup>&
     return bytes;
 }
 
-void Executor::send(std::int64_t offset, const unsigned char* bytes, std::int64_t count,
-                    std::vector<unsigned char>& sent, void* stream) {
-    const bool known = static_cast<std::int64_t>(sent.size()) == count && std::equal(sent.begin(), sent.end(), bytes);
-    // A captured launch sends what it needs each time it is replayed, so that from the first capture on nobody knows
-    // what the table holds.
-    if (known && !captured_) return;
-    sent.clear();  // should one of several fail
-    for (std::int64_t from = 0; from < count; from += Parcel::capacity) {
-        Parcel parcel;
-        parcel.to = address_ + offset + from;
-        parcel.bytes = std::min(Parcel::capacity, count - from);
-        std::memcpy(parcel.content, bytes + from, static_cast<std::size_t>(parcel.bytes));
-        launcher_->send(parcel, device_, stream);
+void Executor::upload(std::int64_t offset, const unsigned char* bytes, std::int64_t count,
+                      std::vector<unsigned char>& uploaded, void* stream) {
+    const bool unchanged =
+        static_cast<std::int64_t>(uploaded.size()) == count && std::equal(uploaded.begin(), uploaded.end(), bytes);
+    // A captured launch repeats its uploads whenever its graph is replayed. After the first capture the host therefore
+    // no longer knows what the table contains.
+    if (unchanged && !captured_) return;
+    uploaded.clear();  // in case one of several uploads fails
+    for (std::int64_t from = 0; from < count; from += Upload::capacity) {
+        Upload part;
+        part.destination = address_ + offset + from;
+        part.bytes = std::min(Upload::capacity, count - from);
+        std::memcpy(part.data, bytes + from, static_cast<std::size_t>(part.bytes));
+        launcher_->upload(part, device_, stream);
     }
-    sent.assign(bytes, bytes + count);
+    uploaded.assign(bytes, bytes + count);
 }
 
 void Executor::launch(const void* const* gradients, const std::vector<DeviceGroup>& groups, const Settings& settings,
@@ -165,9 +166,9 @@ void Executor::launch(const void* const* gradients, const std::vector<DeviceGrou
     // Groups first: their numbers change in every step with a schedule, addresses seldom.
     std::int64_t used = 0;
     auto carry = [&](const unsigned char* bytes, std::int64_t count, std::int64_t offset, std::int32_t& at,
-                     std::vector<unsigned char>& sent) -> unsigned char* {
+                     std::vector<unsigned char>& uploaded) -> unsigned char* {
         if (used + count > payload_bytes) {
-            send(offset, bytes, count, sent, stream);
+            upload(offset, bytes, count, uploaded, stream);
             return address_ + offset;
         }
         std::memcpy(a.payload + used, bytes, static_cast<std::size_t>(count));
@@ -175,9 +176,9 @@ void Executor::launch(const void* const* gradients, const std::vector<DeviceGrou
         used += (count + 15) / 16 * 16;
         return nullptr;
     };
-    a.groups = carry(of_groups.data(), group_count, layout_.groups, a.groups_at, sent_groups_);
+    a.groups = carry(of_groups.data(), group_count, layout_.groups, a.groups_at, uploaded_groups_);
     a.gradients = reinterpret_cast<const void* const*>(
-        carry(of_gradients, gradient_count, layout_.gradients, a.gradients_at, sent_gradients_));
+        carry(of_gradients, gradient_count, layout_.gradients, a.gradients_at, uploaded_gradients_));
 
     a.first_task = phase == Phase::update ? plan_.first_update : 0;
     a.end_task = phase == Phase::reduce ? plan_.first_update : static_cast<std::int64_t>(plan_.tasks.size());

@@ -72,13 +72,13 @@ private:
     unsigned char* address_ = nullptr;
     Arguments arguments_{};  // what is the same in every launch is filled in
     // What the device's table holds of gradients and groups that did not fit into the arguments.
-    std::vector<unsigned char> sent_gradients_, sent_groups_;
+    std::vector<unsigned char> uploaded_gradients_, uploaded_groups_;
     bool captured_ = false;  // a step was captured in a graph
 
     template <class Options>
     std::vector<unsigned char> group_bytes(const std::vector<DeviceGroup>& groups) const;
-    void send(std::int64_t offset, const unsigned char* bytes, std::int64_t count, std::vector<unsigned char>& sent,
-              void* stream);
+    void upload(std::int64_t offset, const unsigned char* bytes, std::int64_t count,
+                std::vector<unsigned char>& uploaded, void* stream);
 };
 
 // Chunks of 16 KB, so that few of them are in progress at the end while other blocks have nothing left to do, and all

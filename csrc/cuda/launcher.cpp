@@ -8,7 +8,7 @@
 
 namespace agr::cuda {
 
-const void* send_kernel();
+const void* upload_kernel();
 
 namespace {
 
@@ -88,10 +88,10 @@ public:
         return status != cudaStreamCaptureStatusNone;
     }
 
-    void send(const Parcel& parcel, int device, void* stream) override {
+    void upload(const Upload& upload, int device, void* stream) override {
         const Current current(device);
-        void* parameters[] = {const_cast<Parcel*>(&parcel)};
-        launch(send_kernel(), 1, parameters, stream, "sending an optimizer step's addresses" + on(device));
+        void* parameters[] = {const_cast<Upload*>(&upload)};
+        launch(upload_kernel(), 1, parameters, stream, "uploading an optimizer step's arguments" + on(device));
     }
 
 private:

@@ -25,7 +25,7 @@ public:
     virtual void step(const Kernel& kernel, const Arguments& arguments, int blocks, int device, void* stream) = 0;
     // Whether the stream's work is being captured into a graph instead of done.
     virtual bool captures(void* stream) = 0;
-    virtual void send(const Parcel& parcel, int device, void* stream) = 0;
+    virtual void upload(const Upload& upload, int device, void* stream) = 0;
 };
 
 // The CUDA runtime's, or null in a build without nvcc.

@@ -14,14 +14,14 @@ public:
     int blocks_each = 1;
     bool capturing = false;
     // How often each was asked for.
-    std::int64_t steps = 0, sends = 0;
+    std::int64_t steps = 0, uploads = 0;
     unsigned seed = 1;  // of the stalls
 
     Device device(int) override { return properties; }
     int resident_blocks(const Kernel&, int) override { return blocks_each; }
     bool captures(void*) override { return capturing; }
     void step(const Kernel& kernel, const Arguments& arguments, int blocks, int device, void* stream) override;
-    void send(const Parcel& parcel, int device, void* stream) override;
+    void upload(const Upload& upload, int device, void* stream) override;
 };
 
 }  // namespace agr::cuda

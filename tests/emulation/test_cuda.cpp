@@ -165,7 +165,7 @@ void test_models(int rounds) {
                 CHECK(!device.has_count || device.count == static_cast<float>(t), "count %g", device.count);
                 ++t;
             }
-            CHECK(launcher.sends == 0, "something was sent");
+            CHECK(launcher.uploads == 0, "something was uploaded");
         }
     }
 }
@@ -214,7 +214,8 @@ void test_determinism(int rounds) {
     }
 }
 
-// More gradients than fit into a launch's arguments are sent, but not again while they stay where they are.
+// Gradient addresses that do not fit into the launch's arguments are uploaded, and uploaded again only when they
+// change.
 void test_many_tensors() {
     Model model(Rule::adamw);
     model.limits = {64, 1000, 0, false};
@@ -230,24 +231,24 @@ void test_many_tensors() {
     cuda::HostLauncher launcher;
     Device device;
     auto launches = launches_of(model, 2, launcher);
-    constexpr std::int64_t parcels = (700 * 8 + cuda::Parcel::capacity - 1) / cuda::Parcel::capacity;
-    auto one = [&](int t, std::int64_t sends, const char* what) {
+    constexpr std::int64_t each = (700 * 8 + cuda::Upload::capacity - 1) / cuda::Upload::capacity;
+    auto one = [&](int t, std::int64_t uploads, const char* what) {
         new_gradients(model, 1, false);
         step(model, launches, device, t);
         step_by_definition(model, t);
         compare(model, what);
-        CHECK(launcher.sends == sends, "%s: %" PRId64 " sent", what, launcher.sends);
+        CHECK(launcher.uploads == uploads, "%s: %" PRId64 " uploads", what, launcher.uploads);
     };
-    one(1, parcels, "sent");
-    one(2, parcels, "known");
+    one(1, each, "first step");
+    one(2, each, "unchanged");
     auto& moved = *model.tensors[650];
     moved.gradient = Stored(Type::float32, 3);
-    one(3, 2 * parcels, "moved");
+    one(3, 2 * each, "moved");
     launcher.capturing = true;
-    one(4, 3 * parcels, "captured");
+    one(4, 3 * each, "captured");
     launcher.capturing = false;
-    one(5, 4 * parcels, "after a capture");
-    one(6, 5 * parcels, "a replay may have come between");
+    one(5, 4 * each, "after a capture");
+    one(6, 5 * each, "after a possible replay");
 }
 
 void test_mistakes() {
