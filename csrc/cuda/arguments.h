@@ -16,7 +16,7 @@ constexpr int block_threads = AGR_BLOCK_THREADS;
 // One tensor, in a table that stays as it is while the plan lasts.
 struct Row {
     void* parameter;
-    void* state[most_states];
+    void* state[max_states];
     std::int64_t elements;
     float* step;  // its own step count, or null where its group has it
     std::int64_t first_chunk, chunks;

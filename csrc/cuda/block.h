@@ -34,22 +34,22 @@ namespace agr::cuda {
 struct AdamWRules {
     using Options = AdamWOptions;
     template <class T>
-    using Numbers = AdamWNumbers<T>;
+    using Numbers = AdamWCoefficients<T>;
 
     template <class T>
-    AGR_DEVICE static AdamWNumbers<T> numbers(const AdamWOptions& options, double t) {
-        return AdamWNumbers<T>::of(options, t);
+    AGR_DEVICE static AdamWCoefficients<T> numbers(const AdamWOptions& options, double t) {
+        return AdamWCoefficients<T>::of(options, t);
     }
 };
 
 struct AdanRules {
     using Options = AdanOptions;
     template <class T>
-    using Numbers = AdanNumbers<T>;
+    using Numbers = AdanCoefficients<T>;
 
     template <class T>
-    AGR_DEVICE static AdanNumbers<T> numbers(const AdanOptions& options, double t) {
-        return AdanNumbers<T>::of(options, t);
+    AGR_DEVICE static AdanCoefficients<T> numbers(const AdanOptions& options, double t) {
+        return AdanCoefficients<T>::of(options, t);
     }
 };
 
@@ -264,7 +264,7 @@ private:
 #pragma unroll 4
         for (std::int64_t i = thread_index(); i < count; i += warp_threads) {
             const Sums sums = at(i);
-            mine.magnitudes += sums.magnitudes;
+            mine.abs_sum += sums.abs_sum;
             mine.squares += sums.squares;
         }
         return sum_of_warp(mine, squares);
@@ -450,14 +450,14 @@ private:
             wait_for(&a.control->known);
             scale *= a.control->clip;
         }
-        double magnitudes = 0;
+        double abs_sum = 0;
         if (regularize && whole) {
-            for (int warp = 0; warp < warps; ++warp) magnitudes += shared_.warp_sums[turn_][warp].magnitudes;
+            for (int warp = 0; warp < warps; ++warp) abs_sum += shared_.warp_sums[turn_][warp].abs_sum;
         } else if (regularize) {
             wait_for(&progress->summed);
-            magnitudes = progress->sums.magnitudes;
+            abs_sum = progress->sums.abs_sum;
         }
-        decided.sum = AbsSum<T>::of(magnitudes, scale);
+        decided.sum = AbsSum<T>::of(abs_sum, scale);
         decided.scale = static_cast<T>(scale);
         shared_.decided[turn_] = decided;
         shared_.task[turn_ ^ 1] = next;

@@ -56,7 +56,7 @@ public:
         Sums sums;
 #pragma unroll
         for (int i = 0; i < ways; ++i) {
-            sums.magnitudes += magnitudes_[i].value();
+            sums.abs_sum += magnitudes_[i].value();
             if constexpr (squares) sums.squares += squares_[i];
         }
         return sums;
@@ -72,7 +72,7 @@ private:
 AGR_DEVICE Sums sum_of_warp(Sums mine, bool squares) {
 #pragma unroll
     for (int distance = warp_threads / 2; distance > 0; distance /= 2) {
-        mine.magnitudes += shuffle_down(mine.magnitudes, distance);
+        mine.abs_sum += shuffle_down(mine.abs_sum, distance);
         if (squares) mine.squares += shuffle_down(mine.squares, distance);
     }
     return mine;
