@@ -114,7 +114,7 @@ void step(Model& model, std::vector<Launch>& launches, Device& device, int t) {
         settings.clip = &device.clip;
     }
     for (std::size_t i = 0; i < launches.size(); ++i) {
-        group.counts = i + 1 == launches.size();
+        group.increment_count = i + 1 == launches.size();
         launches[i].executor->launch(launches[i].gradients().data(), {group}, settings,
                                      together ? cuda::Phase::update : cuda::Phase::all, nullptr);
     }
