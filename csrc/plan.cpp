@@ -1,3 +1,4 @@
+// The division of tensors into chunks, and the order of the tasks.
 #include "plan.h"
 
 #include <algorithm>

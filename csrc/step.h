@@ -21,7 +21,7 @@ struct Types {
 enum class Rule : std::uint8_t { adamw, adamw_amsgrad, adan, regularize };
 constexpr int rules = 4;  // the number of rules
 
-constexpr int max_states = 4;
+constexpr int max_states = 4;  // the largest number of state tensors that a rule has
 
 AGR_INLINE constexpr int states_of(Rule rule) {
     return rule == Rule::adan ? 4 : rule == Rule::adamw_amsgrad ? 3 : rule == Rule::adamw ? 2 : 0;

@@ -1,3 +1,4 @@
+// The CPU executor: computes the coefficients of a step and runs the tasks on threads.
 #include "executor.h"
 
 #include <unistd.h>

@@ -1,3 +1,4 @@
+// The thread pool, with a mutex and condition variables.
 #include "pool.h"
 
 #include <pthread.h>

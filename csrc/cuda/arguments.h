@@ -42,7 +42,8 @@ struct Progress {
 // The synchronization between the blocks of a launch. The launch resets every counter to 0 at its end. Only the two
 // epochs and `clip` keep their values.
 struct Control {
-    // Every block draws one ticket past the last task. There are no more blocks than tasks, so it cannot overflow.
+    // Every block draws one ticket past the last task. There are no more blocks than tasks, so the counter cannot
+    // overflow.
     std::uint32_t next_ticket;
     std::uint32_t blocks_done;      // blocks that have no more tasks
     std::uint32_t tensors_reduced;  // tensors whose sums are written; counted for the norm

@@ -9,8 +9,7 @@
 // task before, but runs its tasks in ticket order. Consider the unfinished task with the smallest ticket. Its block has
 // no earlier task to finish, so it is running this one. If the task is an UPDATE, everything it can wait for has a
 // smaller ticket and is finished. So at least one block always makes progress, however few blocks the device runs at
-// the same time. Neither a cooperative launch is needed, nor that all blocks are resident; other kernels may run beside
-// this one.
+// the same time. The kernel needs no cooperative launch, and other kernels may run beside it.
 //
 // Sums. The block that writes the last chunk sum of a segment adds the segment's chunk sums, and the block that
 // completes the last segment of a tensor adds the tensor's segment sums. `arrive` is the atomic that tells a block that
@@ -19,8 +18,8 @@
 // no floating-point atomics.
 //
 // Epochs. The tensor's sums are published by a release store of the current epoch, which UPDATE acquires. The epoch is
-// a step count in device memory, so that a captured launch can be replayed. The last block to finish increments it, and
-// resets every counter to 0, so that nothing has to be cleared between launches.
+// a step count in device memory, so that a captured launch can be replayed; the last block to finish increments it.
+// Every counter is reset to 0 once it has reached its final value, so nothing has to be cleared between launches.
 #pragma once
 
 #include <type_traits>
@@ -509,8 +508,8 @@ private:
         }
     }
 
-    // Called when the block has no more tasks. The last block to get here increments the step counts and the epoch, and
-    // resets the counters for the next launch.
+    // Called when the block has no more tasks. The last block to get here resets the counters for the next launch. If
+    // the launch updates, it also increments the step counts and the epoch.
     AGR_DEVICE void finish() {
         if (first_thread())
             shared_.last_block = arrive(&args_.control->blocks_done) + 1 == static_cast<std::uint32_t>(block_count());

@@ -1,3 +1,4 @@
+// The CUDA executor: the layout and content of its table, and the arguments of a launch.
 #include "executor.h"
 
 #include <algorithm>

@@ -33,8 +33,7 @@ AGR_DEVICE bool any_of_warp(bool mine) { return __any_sync(0xffffffffu, mine); }
 //
 // - Tickets have 32 bits. ptxas splits a 64-bit result into its halves immediately, which waits for it.
 // - The operation is atomicInc, with a limit that no ticket reaches, instead of atomicAdd. ptxas combines the additions
-// of
-//   the lanes of a warp into one, even where only one lane adds, and waits for its result to distribute it.
+//   of the lanes of a warp into one, even where only one lane adds, and waits for its result to distribute it.
 AGR_DEVICE std::uint32_t draw_ticket(std::uint32_t* counter) { return atomicInc(counter, 0xfffffffeu); }
 
 // Counts an arrival and returns the previous count. The release half publishes what this thread wrote and what earlier

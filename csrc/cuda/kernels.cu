@@ -11,7 +11,7 @@ namespace {
 template <class Rules, class P, class G, class S>
 __global__ void __launch_bounds__(block_threads, 4) agr_step(const __grid_constant__ Arguments args) {
     using OneBlock = Block<Rules, P, G, S>;
-    // Declared as bytes, since shared memory cannot have constructors.
+    // Declared as bytes, since CUDA constructs no objects in shared memory.
     __shared__ alignas(16) unsigned char memory[sizeof(typename OneBlock::Shared)];
     OneBlock(args, *reinterpret_cast<typename OneBlock::Shared*>(memory)).run();
 }

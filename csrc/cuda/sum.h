@@ -1,5 +1,4 @@
-// The sums over the elements of a gradient that one thread reads, and the sum over a warp: of |g| and, for clipping,
-// g^2.
+// The sums of |g| and, for clipping, of g^2: over the elements that one thread reads, and over a warp.
 #pragma once
 
 #include "intrinsics.h"
@@ -7,8 +6,8 @@
 namespace agr::cuda {
 
 // A compensated sum: a float32 sum, and the sum of the rounding errors of its additions (Knuth's two-sum). It is as
-// accurate as float64, and as fast on GPUs with few float64 units. An abs-sum must be that accurate where one element
-// outweighs all others: psi of that element is proportional to the small sum of the others.
+// accurate as a float64 sum and needs no float64 units, of which many GPUs have few. An abs-sum must be that accurate
+// where one element outweighs all others: psi of that element is proportional to the small sum of the others.
 class CompensatedSum {
 public:
     AGR_DEVICE void add(float x) {

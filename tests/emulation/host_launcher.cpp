@@ -1,3 +1,4 @@
+// Runs the block code of the kernels on host threads, for every combination of types.
 #include "host_launcher.h"
 
 #include <cstring>

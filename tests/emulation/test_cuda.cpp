@@ -1,7 +1,8 @@
-// The CUDA executor and its kernels' own source, on threads of the host, beside the equations in long double. It is
-// built and run under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer by tests/test_native.py.
+// Tests of the CUDA executor and of its kernels' own source on host threads. They are compared with the equations in
+// long double. tests/test_native.py builds and runs this program with AddressSanitizer, UndefinedBehaviorSanitizer and
+// ThreadSanitizer.
 //
-// Usage: test_cuda [how many random models [the seed of the random numbers]]
+// Usage: test_cuda [number of random models [seed]]
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -23,7 +24,7 @@ using namespace agr;
 
 namespace {
 
-// One launch of a model: the tensors of one kernel, and the table of their executor.
+// One launch of a model: the tensors that use the same kernel, with their executor and its table.
 struct Launch {
     std::vector<Model::Tensor*> tensors;
     std::unique_ptr<cuda::Executor> executor;
@@ -37,7 +38,7 @@ struct Launch {
     }
 };
 
-// What may be in the device's memory instead of among the launch's numbers.
+// The values that can be in device memory instead of in the arguments of the launch.
 struct Device {
     float count = 0;
     double lr = 0;
@@ -142,7 +143,7 @@ void test_models(int rounds) {
             Device device;
             device.has_lr = up_to(1) != 0;
             device.has_scale = up_to(1) != 0;
-            // A skipped step counts nothing, so that the count must be the device's.
+            // A skipped step is not counted, and only the device knows about it. So the count must be on the device.
             device.has_count = rule == Rule::adan && (device.has_scale || up_to(1) != 0);
             if (device.has_scale) model.grad_scale = device.grad_scale = up_to(1) ? 4.0f : 3.0f;
             auto launches = launches_of(model, 1 + static_cast<int>(up_to(4)), launcher);
@@ -170,7 +171,8 @@ void test_models(int rounds) {
     }
 }
 
-// Large enough for stretches, with windows and chunks small enough that blocks meet all the time.
+// A model that is large enough for tensors of several segments, with a window and chunks so small that blocks often
+// wait for each other.
 Model large_model(bool clip) {
     Model model(Rule::adan);
     model.clip = clip;
