@@ -177,7 +177,7 @@ class BuildWithNinja(build_ext):
         build.variable("nvccflags", " ".join([*NVCCFLAGS, *code]))
         build.rule("nvcc", "$nvcc -MD -MF $out.d $nvccflags $flags -c $in -o $out", depfile="$out.d", deps="gcc")
         objects = []
-        for source, name in (("cuda/launcher.cpp", "cuda_launcher.o"), ("cuda/send.cu", "cuda_send.o")):
+        for source, name in (("cuda/launcher.cpp", "cuda_launcher.o"), ("cuda/upload.cu", "cuda_upload.o")):
             objects.append(name)
             build.build(name, "nvcc", escape_path(str(CSRC / source)))
         for rule, rules in CUDA_RULES.items():

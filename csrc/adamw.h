@@ -1,35 +1,36 @@
-// AdamW's rule for one element (arXiv 1711.05101), and the numbers of a step that it takes.
+// The AdamW update of one element (arXiv 1711.05101), and the coefficients of a step that it takes.
 #pragma once
 
 #include "numeric.h"
 
 namespace agr {
 
-// What a parameter group says, in double precision.
+// The options of a parameter group, in double precision.
 struct AdamWOptions {
     double lr, beta1, beta2, eps, weight_decay;
 };
 
-// What one step of one tensor multiplies by.
+// The coefficients of one step of one tensor, computed in double precision and rounded once.
 template <class T>
-struct AdamWNumbers {
+struct AdamWCoefficients {
     T decay;  // 1 - lr wd
-    // Of exp_avg: from itself to the gradient by w = 1 - b1 if that is below 1/2; else from the gradient by w - 1, or
-    // -0.
+    // The weight of the linear interpolation between exp_avg and the gradient, as torch.lerp does it. With w = 1 - b1,
+    // it is w where that is below 1/2, to start from exp_avg; otherwise it is w - 1, negative or -0, to start from the
+    // gradient. The sign tells which.
     T lerp;
-    T beta2;             // b2
-    T square;            // 1 - b2
-    Divisor<T> divisor;  // with the scale lr / (1 - b1^t)
+    T beta2;
+    T one_minus_beta2;
+    Denominator<T> denominator;  // its scale is lr / (1 - b1^t)
     T eps_squared;
 
     // `t` counts the steps of the parameter from 1.
-    static AGR_INLINE AdamWNumbers of(const AdamWOptions& o, double t) {
+    static AGR_INLINE AdamWCoefficients of(const AdamWOptions& o, double t) {
         const double correction = 1 / square_root(1 - power(o.beta2, t));
         return {static_cast<T>(1 - o.lr * o.weight_decay),
                 static_cast<T>(o.beta1 > 0.5 ? 1 - o.beta1 : -(1 - (1 - o.beta1))),
                 static_cast<T>(o.beta2),
                 static_cast<T>(1 - o.beta2),
-                Divisor<T>::of(correction, o.eps, o.lr / (1 - power(o.beta1, t))),
+                Denominator<T>::of(correction, o.eps, o.lr / (1 - power(o.beta1, t))),
                 static_cast<T>(o.eps * o.eps)};
     }
 };
@@ -38,31 +39,33 @@ template <bool amsgrad>
 struct AdamW {
     using Options = AdamWOptions;
     template <class T>
-    using Numbers = AdamWNumbers<T>;
+    using Coefficients = AdamWCoefficients<T>;
 
-    // exp_avg, exp_avg_sq and, for AMSGrad, max_exp_avg_sq.
+    // The state tensors: exp_avg, exp_avg_sq and, with AMSGrad, max_exp_avg_sq.
     static constexpr int states = amsgrad ? 3 : 2;
 
     template <class V, class T>
-    static AGR_INLINE void apply(V& p, V g, V* state, const AdamWNumbers<T>& c) {
+    static AGR_INLINE void apply(V& p, V g, V* state, const AdamWCoefficients<T>& c) {
         V& m = state[0];
         V& v = state[1];
-        V& w = state[states - 1];  // what divides: without AMSGrad, v
-        // From the nearer end, as torch.lerp: m + (1 - b1) (g - m) loses a g that is small beside m where b1 is small.
-        m = by_sign(c.lerp, m, g) + (g - m) * c.lerp;
-        // Not g * g first, which may be infinite where the product of all three is not.
-        v = v * c.beta2 + g * c.square * g;
-        if constexpr (amsgrad) w = larger(w, v);
-        p = p * c.decay - m / (square_root(w) * c.divisor.root + c.divisor.eps);
+        V& w = state[states - 1];  // in the denominator: max_exp_avg_sq with AMSGrad, otherwise v
+        // Interpolates from the nearer end, as torch.lerp does: if b1 is small, m + (1 - b1) (g - m) loses a g that is
+        // much smaller than m.
+        m = select_by_sign(c.lerp, m, g) + (g - m) * c.lerp;
+        // g * g is not computed first, since it may overflow where the product of all three does not.
+        v = v * c.beta2 + g * c.one_minus_beta2 * g;
+        if constexpr (amsgrad) w = maximum(w, v);
+        p = p * c.decay - m / (square_root(w) * c.denominator.factor + c.denominator.eps);
     }
 
-    // Puts 0 in the place of averages that have faded (numeric.h). What a CPU does after some steps.
+    // Replaces averages that have faded to denormal numbers by 0 (see numeric.h). The CPU kernels do so every few
+    // steps.
     template <class V, class T>
-    static AGR_INLINE void sweep(V g, V* state, const AdamWNumbers<T>& c) {
-        const auto gone = faded<T>(state[0], g);
-        state[0] = gone ? V{} : state[0];
+    static AGR_INLINE void sweep(V g, V* state, const AdamWCoefficients<T>& c) {
+        const auto m_faded = faded<T>(state[0], g);
+        state[0] = m_faded ? V{} : state[0];
         for (int k = 1; k < states; ++k)
-            state[k] = gone & (state[k] < negligible_square(c.eps_squared)) ? V{} : state[k];
+            state[k] = m_faded & (state[k] < negligible_square(c.eps_squared)) ? V{} : state[k];
     }
 };
 

@@ -1,7 +1,7 @@
-// Storage types, the types they are computed in, and the few operations on values that the update rules need.
+// The storage types, the compute type of each, and the arithmetic that the update rules need.
 //
-// A rule is written once for a *value* V: a float or double on a GPU, a vector of them (the compilers' vector
-// extension) on a CPU. Everything that a rule calls on a value is here.
+// An update rule is written once for a value type V. On a GPU, V is float or double; on a CPU it is a vector of them
+// (the compilers' vector extension). This file defines every function that a rule applies to values of type V.
 #pragma once
 
 #include <cmath>
@@ -11,8 +11,9 @@
 #if defined(__CUDACC__)
 #define AGR_INLINE __host__ __device__ __forceinline__
 #else
-// Never emitted out of line: the CPU kernels are compiled once for each instruction set, and an out-of-line copy made
-// with AVX-512 could be the one that the linker keeps for everybody.
+// These functions must never be emitted out of line. The CPU kernels are compiled once for each instruction set, and
+// the linker keeps a single out-of-line copy of an inline function: if it kept the AVX-512 one, the kernels for older
+// processors would call it too.
 #define AGR_INLINE inline __attribute__((always_inline))
 #endif
 
@@ -25,7 +26,7 @@ struct float16 {
     std::uint16_t bits;
 };
 
-// The type in which arithmetic on a stored type is done.
+// The type in which arithmetic on a stored type is done: double for double, float for all others.
 template <class Stored>
 struct ComputedIn {
     using type = float;
@@ -50,18 +51,19 @@ AGR_INLINE double magnitude(double x) { return fabs(x); }
 AGR_INLINE float square_root(float x) { return sqrtf(x); }
 AGR_INLINE double square_root(double x) { return sqrt(x); }
 
-// a where x is positive, b where it is negative or -0. By bits: for a condition that is the same throughout a loop,
-// nvcc makes two loops.
-AGR_INLINE float by_sign(float x, float a, float b) {
+// Returns a where x is positive, and b where x is negative or -0. Written with bit operations because nvcc compiles a
+// loop twice if it contains a condition that does not change within the loop.
+AGR_INLINE float select_by_sign(float x, float a, float b) {
     const auto negative = static_cast<std::uint32_t>(bit_cast<std::int32_t>(x) >> 31);
     return bit_cast<float>((bit_cast<std::uint32_t>(a) & ~negative) | (bit_cast<std::uint32_t>(b) & negative));
 }
-AGR_INLINE double by_sign(double x, double a, double b) {
+AGR_INLINE double select_by_sign(double x, double a, double b) {
     const auto negative = static_cast<std::uint64_t>(bit_cast<std::int64_t>(x) >> 63);
     return bit_cast<double>((bit_cast<std::uint64_t>(a) & ~negative) | (bit_cast<std::uint64_t>(b) & negative));
 }
 
-// x to the power of a count of steps, by squaring: a few roundings of double, and on a GPU a tenth of pow's registers.
+// Returns x to the power of a step count, by repeated squaring. The error is a few roundings of double, and on a GPU it
+// takes a tenth of the registers of pow.
 AGR_INLINE double power(double x, double count) {
     double result = 1;
     for (auto n = static_cast<std::uint64_t>(count); n != 0; n >>= 1) {
@@ -73,10 +75,10 @@ AGR_INLINE double power(double x, double count) {
 
 #if !defined(__CUDACC__)
 template <class V, class T>
-AGR_INLINE V by_sign(T x, V a, V b) {
+AGR_INLINE V select_by_sign(T x, V a, V b) {
     return x > T(0) ? a : b;
 }
-// Of vectors, lane by lane; the compilers turn these loops into one instruction.
+// The same for vectors, lane by lane. Compilers turn each of these loops into one instruction.
 template <class V, int lanes = sizeof(V) / sizeof(V{}[0])>
 AGR_INLINE V magnitude(V x) {
     for (int i = 0; i < lanes; ++i) x[i] = magnitude(x[i]);
@@ -89,55 +91,58 @@ AGR_INLINE V square_root(V x) {
 }
 #endif
 
-// The larger of two values; NaN if either is, as torch.maximum gives.
+// The larger of two values, or NaN if either is NaN, as in torch.maximum.
 template <class V>
-AGR_INLINE V larger(V a, V b) {
+AGR_INLINE V maximum(V a, V b) {
     return ((a > b) | (a != a)) ? a : b;
 }
 
-// Averages of an element whose gradient stays 0 decay to denormal numbers, and stop there for good: a few units in the
-// last place times a beta round to themselves. CPUs are slow with such numbers, so that they sweep them away. What that
-// loses, and that it does not matter, is in docs/design.md, "Averages that fade".
+// The averages of an element whose gradient stays 0 decay to denormal numbers and remain there: a few units in the last
+// place, multiplied by a beta, round to themselves. Arithmetic on denormal numbers is slow on CPUs, so the CPU kernels
+// replace these averages by 0. The section "Averages that fade" of docs/design.md bounds the error that this causes.
 
 template <class T>
 constexpr T smallest_normal = static_cast<T>(sizeof(T) == sizeof(float) ? 0x1p-126 : 0x1p-1022);
 
-// Whether an average of gradients may go: it takes in nothing more, and what it holds is denormal.
+// Whether an average of gradients may be replaced by 0: the gradient adds nothing to it, and its value is denormal.
 template <class T, class V>
 AGR_INLINE auto faded(V average, V gradient) {
     return (gradient == T(0)) & (magnitude(average) < smallest_normal<T>);
 }
 
-// What the root of an average of squares is multiplied by, and what is added to that, to make what an average of
-// gradients is divided by to give the step: (sqrt(v) correction + eps) / scale. Divided by all at once, since scale m
-// may be denormal and m / D infinite where the step is neither. A scale of 0 gives a step of 0.
+// The denominator of a step, as a function of the average of squares v: sqrt(v) * factor + eps. It is
+// (sqrt(v) correction + eps) / scale, so that a rule divides the average of gradients m by it to get the whole step,
+// scale m / (sqrt(v) correction + eps). There is only one division because scale m may be denormal, or m divided by the
+// rest infinite, where the step is neither. A scale of 0 gives an infinite denominator and a step of 0.
 template <class T>
-struct Divisor {
-    T root, eps;
+struct Denominator {
+    T factor, eps;
 
-    static AGR_INLINE Divisor of(double correction, double eps, double scale) {
-        const T root = static_cast<T>(correction / scale);
-        if (root - root != T(0)) return {T(1), root};
-        return {root, static_cast<T>(eps / scale)};
+    static AGR_INLINE Denominator of(double correction, double eps, double scale) {
+        const T factor = static_cast<T>(correction / scale);
+        // An infinite factor would give NaN where v is 0. As the constant term, infinity gives a step of 0 for every v.
+        if (factor - factor != T(0)) return {T(1), factor};
+        return {factor, static_cast<T>(eps / scale)};
     }
 };
 
-// What an average of squares may go below when the averages that it divides have: denormal, and of a root less than
-// eps, so that a denominator never becomes 0 by it.
+// An average of squares below this may be replaced by 0 once the averages of gradients that it divides have been. Such
+// an average is denormal, and its square root is less than eps, so that the replacement never makes a denominator 0.
 template <class T>
 AGR_INLINE T negligible_square(T eps_squared) {
     return eps_squared < smallest_normal<T> ? eps_squared : smallest_normal<T>;
 }
 
-// The 16-bit types in integer arithmetic, for one element or, lane by lane, for a vector: F is float or floats, U the
-// unsigned 32-bit integer or integers of the same shape, whose low halves hold the stored bits.
+// Conversions of the 16-bit types, in integer arithmetic. They take one element or, lane by lane, a vector: F is float
+// or a vector of float, and U is the unsigned 32-bit integer, or the vector of them, of the same shape. The low 16 bits
+// of an integer are the stored bits.
 
 template <class F, class U>
 AGR_INLINE F widened_bfloat16(U bits) {
     return bit_cast<F>(bits << 16);
 }
 
-// To nearest, ties to even; every NaN becomes the quiet one.
+// Rounds to nearest, ties to even. Every NaN becomes the quiet NaN 0x7fc0.
 template <class U, class F>
 AGR_INLINE U rounded_bfloat16(F x) {
     U bits = bit_cast<U>(x);
@@ -148,27 +153,30 @@ AGR_INLINE U rounded_bfloat16(F x) {
 template <class F, class U>
 AGR_INLINE F widened_float16(U bits) {
     U sign = (bits & 0x8000u) << 16;
-    U size = (bits & 0x7fffu) << 13;
-    U normal = size + 0x38000000u;
-    // A denormal's unit is 2^-24, that of 2^-14 in float32: what is added to 2^-14 there is its value. No denormal
-    // float32 comes up, which would be slow, and 0 where the thread flushes those.
-    U denormal = bit_cast<U>(bit_cast<F>(size + 0x38800000u) - 0x1p-14f);
-    U finite = size < 0x00800000u ? denormal : normal;
-    return bit_cast<F>((size >= 0x0f800000u ? normal + 0x38000000u : finite) | sign);
+    U magnitude_bits = (bits & 0x7fffu) << 13;
+    U normal = magnitude_bits + 0x38000000u;
+    // The unit in the last place of a denormal float16 is 2^-24. The bit cast gives 2^-14 plus the value, so
+    // subtracting 2^-14 leaves the value. No intermediate result is a denormal float32, which would be slow, and would
+    // become 0 in a thread that flushes denormals.
+    U denormal = bit_cast<U>(bit_cast<F>(magnitude_bits + 0x38800000u) - 0x1p-14f);
+    U finite = magnitude_bits < 0x00800000u ? denormal : normal;
+    return bit_cast<F>((magnitude_bits >= 0x0f800000u ? normal + 0x38000000u : finite) | sign);
 }
 
-// To nearest, ties to even; what is too large becomes infinite, every NaN the quiet one.
+// Rounds to nearest, ties to even. Values that are too large become infinite, and every NaN becomes the quiet NaN
+// 0x7e00.
 template <class U, class F>
 AGR_INLINE U rounded_float16(F x) {
     U bits = bit_cast<U>(x);
     U sign = (bits >> 16) & 0x8000u;
-    U size = bits & 0x7fffffffu;
-    U normal = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
-    // Below 2^-14 the unit in the last place is 2^-24, that of 0.5 in float32: adding 0.5 rounds there.
-    U denormal = bit_cast<U>(bit_cast<F>(size) + 0.5f) - 0x3f000000u;
-    U finite = size < 0x38800000u ? denormal : normal;
-    U infinite = size > 0x7f800000u ? U{} + 0x7e00u : U{} + 0x7c00u;
-    return (size >= 0x477ff000u ? infinite : finite) | sign;
+    U magnitude_bits = bits & 0x7fffffffu;
+    U normal = (magnitude_bits - 0x38000000u + 0xfffu + ((magnitude_bits >> 13) & 1u)) >> 13;
+    // Below 2^-14 the unit in the last place of float16 is 2^-24. float32 has the same unit between 0.5 and 1, so
+    // adding 0.5 rounds to it.
+    U denormal = bit_cast<U>(bit_cast<F>(magnitude_bits) + 0.5f) - 0x3f000000u;
+    U finite = magnitude_bits < 0x38800000u ? denormal : normal;
+    U infinite = magnitude_bits > 0x7f800000u ? U{} + 0x7e00u : U{} + 0x7c00u;
+    return (magnitude_bits >= 0x477ff000u ? infinite : finite) | sign;
 }
 
 }  // namespace agr

@@ -1,3 +1,4 @@
+// The division of tensors into chunks, and the order of the tasks.
 #include "plan.h"
 
 #include <algorithm>
@@ -21,7 +22,7 @@ Plan::Plan(std::vector<Tensor> given, Limits given_limits) : limits(given_limits
         throw std::invalid_argument("a lead has at least 0 bytes, not " + std::to_string(limits.lead_bytes));
     if (tensors.size() > static_cast<std::size_t>(most))
         throw std::invalid_argument("a plan takes at most 2^31 - 1 tensors, not " + std::to_string(tensors.size()));
-    // At most two tasks of each, so that 32 bits count a GPU's tickets.
+    // A chunk has at most two tasks, so the tickets of a GPU fit into 32 bits.
     constexpr std::int64_t most_chunks = 1 << 30;
     for (Tensor& tensor : tensors) {
         if (tensor.elements < 0)
@@ -42,21 +43,22 @@ Plan::Plan(std::vector<Tensor> given, Limits given_limits) : limits(given_limits
 }
 
 void Plan::order_in_a_window() {
-    // Tensors that are reduced and not yet all updated, the oldest first.
+    // Tensors that are reduced and not yet fully updated, oldest first.
     struct Reduced {
         std::int32_t tensor;
         std::int64_t at;      // the value of `passed` when its last REDUCE was pushed
-        std::int64_t chunks;  // that remain to be updated, from the end
+        std::int64_t chunks;  // that remain to be updated; they are updated from the last to the first
     };
     std::deque<Reduced> reduced;
     std::int64_t passed = 0;  // bytes of gradient of all tasks so far
-    std::int64_t ahead = 0;   // bytes of gradient of whole tensors that are reduced, and not updated
+    std::int64_t ahead = 0;   // bytes of gradient that wait for their update, of fully reduced tensors
     auto bytes = [&](std::int32_t i, std::int64_t chunk) {
         return elements_of(tensors[i], chunk) * tensors[i].gradient_bytes;
     };
     auto update_oldest = [&] {
         Reduced& oldest = reduced.front();
-        // The end first: of what was read once, a cache holds the end, however much or little it holds.
+        // Starts at the end of the tensor: of a gradient that was read once, a cache holds the end, however large the
+        // cache is.
         const std::int64_t chunk = --oldest.chunks;
         push(TaskKind::update, oldest.tensor, chunk);
         passed += bytes(oldest.tensor, chunk);

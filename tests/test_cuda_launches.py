@@ -34,13 +34,13 @@ class Operations(TorchDispatchMode):
 
 
 def calls(optimizer: torch.optim.Optimizer) -> tuple[int, int, list[str]]:
-    """Launches, parcels and operations of PyTorch in one step."""
-    steps, parcels = native().cuda_launches()
+    """Count the launches and uploads of one step, and list the PyTorch operations that it calls."""
+    steps, uploads = native().cuda_launches()
     with Operations() as operations:
         optimizer.step()
     # torch.optim.Optimizer marks every step for the profiler.
     names = [name for name in operations.names if not name.startswith("profiler.")]
-    return native().cuda_launches()[0] - steps, native().cuda_launches()[1] - parcels, names
+    return native().cuda_launches()[0] - steps, native().cuda_launches()[1] - uploads, names
 
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}, {"maximize": True}, {"capturable": True}], ids=str)
@@ -74,13 +74,13 @@ def test_each_combination_of_types_is_a_launch(method: Method, device, generator
     assert calls(optimizer) == (4, 0, [])
 
 
-def test_more_tensors_than_a_launch_carries_are_told_to_it_once(method: Method, device, generator) -> None:
+def test_gradient_addresses_that_do_not_fit_into_a_launch_are_uploaded_once(method: Method, device, generator) -> None:
     made = parameters(generator, [(3,)] * 1000, device=device)
     optimizer = method.ours(made, backend="cuda")
     give_gradients(made, generator)
-    launches, parcels, _ = calls(optimizer)
+    launches, uploads, _ = calls(optimizer)
     assert launches == 1
-    assert parcels == 2  # of 8,000 bytes, 4,000 at a time
+    assert uploads == 2  # 8,000 bytes of addresses, 4,000 in each upload
     assert calls(optimizer) == (1, 0, [])
     made[700].grad = torch.randn_like(made[700])
     assert calls(optimizer)[:2] == (1, 2)

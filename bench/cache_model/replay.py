@@ -28,7 +28,7 @@ IN_FLIGHT = 4096  # bytes of one tensor
 # Drawing a ticket, looking up the task and waiting for its first loads takes about 1 microsecond, in which all blocks
 # together would move this much at the H200's 4.8 TB/s. So does publishing an abs-sum, besides reading the partial ones.
 OVERHEAD = 4_800_000  # bytes
-PARTIAL = 8  # bytes of a chunk's partial abs-sum, of which the last block to come reads those of a stretch
+PARTIAL = 8  # bytes of a chunk's partial abs-sum; the block that finishes a segment last reads those of all its chunks
 SPREAD = 0.25  # by which tasks are faster or slower than their bytes say
 
 

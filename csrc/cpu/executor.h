@@ -1,10 +1,10 @@
-// The CPU executor of a plan: threads draw tickets and do the tasks that the tickets stand for.
+// The CPU executor of a plan: threads draw tickets and run the corresponding tasks.
 //
-// The protocol is the CUDA backend's, on std::atomic. A thread draws the next ticket with one atomic addition and does
-// that task. Tickets are drawn in the plan's order and REDUCE waits for nothing, so that an UPDATE only ever waits for
-// REDUCE tasks that other threads are doing at this moment: there is no deadlock, however few threads there are and
-// wherever they are interrupted. Partial sums are added in the order of the chunks by whoever finishes a tensor's last
-// REDUCE, so that the result has the same bits with any number of threads.
+// The protocol is that of the CUDA backend, with std::atomic. A thread draws the next ticket with one atomic addition
+// and runs that task. Tickets are drawn in the plan's order and REDUCE tasks wait for nothing. So an UPDATE only ever
+// waits for REDUCE tasks that other threads are running at that moment, and there is no deadlock, however few threads
+// there are and wherever they are preempted. The thread that finishes the last REDUCE of a tensor adds the tensor's
+// partial sums in the order of the chunks, so the result has the same bits with any number of threads.
 #pragma once
 
 #include <atomic>
@@ -20,59 +20,61 @@ namespace agr::cpu {
 
 class Executor {
 public:
-    // `tensors` in the order of the plan's. Throws std::invalid_argument where no kernel is compiled for a tensor's
-    // types.
+    // `tensors` are in the order of the plan's. Throws std::invalid_argument if no kernel is compiled for the types of
+    // a tensor.
     Executor(Plan plan, std::vector<Tensor> tensors);
 
-    // `gradients`: the address of each tensor's, null for one that has none in this step, which then does nothing to
-    // it.
+    // In both functions, `gradients` has the address of each tensor's gradient. It is null for a tensor without a
+    // gradient in this step, which the step then leaves unchanged.
 
-    // The sum of the squares of all elements of all gradients; also leaves the abs-sums that update() needs. Only for a
-    // plan with clipping.
+    // Returns the sum of squares of all elements of all gradients, and stores the abs-sums that update() needs. Only
+    // for a plan with clipping.
     double reduce(const void* const* gradients, int threads);
 
-    // The whole step; after reduce(), the rest of it. The gradient is multiplied by `clip`, and negated for maximize.
+    // Does the whole step or, after reduce(), the rest of it. Gradients are multiplied by `clip`, and negated for
+    // maximize.
     void update(const void* const* gradients, const std::vector<Group>& groups, double clip, int threads);
 
     const Plan& plan() const { return plan_; }
 
 private:
-    // What REDUCE and UPDATE tell each other about one tensor, on a cache line of its own.
+    // The synchronization between the REDUCE and UPDATE tasks of one tensor. Each has its own cache line, to avoid
+    // false sharing.
     struct alignas(64) Progress {
-        std::atomic<std::int64_t> reduced{0};  // chunks whose partial sum is written
-        std::atomic<std::uint64_t> summed{0};  // the epoch in which `sums` was last written
+        std::atomic<std::int64_t> chunks_done{0};  // chunks whose partial sums are written
+        std::atomic<std::uint64_t> sums_epoch{0};  // the epoch in which `sums` was last written
         Sums sums;
     };
 
-    // The numbers of one step, which tensors of the same group and step count share.
-    struct Numbers {
+    // The coefficients of one step, shared by tensors of the same group and step count.
+    struct Coefficients {
         std::int32_t group;
         double t;
         double scale;
         bool sweeps;
-        NumbersOf<AdamW<false>> adamw;  // for either form of AdamW
-        NumbersOf<Adan> adan;
+        CoefficientsOf<AdamW<false>> adamw;  // with and without AMSGrad
+        CoefficientsOf<Adan> adan;
     };
 
     Plan plan_;
     std::vector<Tensor> tensors_;
-    std::vector<const Kernels*> kernels_;   // of every tensor
-    std::unique_ptr<Progress[]> progress_;  // of every tensor
-    std::vector<Sums> partial_;             // of every chunk
-    std::vector<Numbers> numbers_;
-    std::vector<std::int32_t> numbers_of_;  // of every tensor, its index in numbers_
+    std::vector<const Kernels*> kernels_;   // one per tensor
+    std::unique_ptr<Progress[]> progress_;  // one per tensor
+    std::vector<Sums> chunk_sums_;          // one per chunk
+    std::vector<Coefficients> coefficients_;
+    std::vector<std::int32_t> coefficients_index_;  // of every tensor, into coefficients_
     std::atomic<std::int64_t> next_ticket_{0};
-    std::uint64_t epoch_ = 0;  // counts the steps
+    std::uint64_t epoch_ = 0;  // the number of the step; it tells this step's sums from those of earlier steps
 
     void run(std::int64_t first, std::int64_t last, int threads, const void* const* gradients);
     void run_task(const Task& task, const void* gradient);
     Sums sums_of(const Task& task, const Span& chunk) const;
     void update_chunk(const Task& task, const Span& chunk, const Sums& sums) const;
-    void prepare(const void* const* gradients, const std::vector<Group>& groups, double clip);
+    void compute_coefficients(const void* const* gradients, const std::vector<Group>& groups, double clip);
 };
 
-// A chunk size for which all that a chunk's update touches fits in a core's second-level cache, and a window of the
-// size of a share of the last-level cache.
+// The default chunk size is such that all memory that a chunk's update accesses fits into a core's second-level cache.
+// The default window is a fraction of the last-level cache.
 Plan::Limits default_limits(bool clip);
 
 }  // namespace agr::cpu

@@ -1,4 +1,4 @@
-// Which of the compiled instruction sets this processor runs.
+// Chooses among the compiled instruction sets when the program runs.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>

@@ -1,4 +1,5 @@
-// The CPU kernels, compiled once for each instruction set. AGR_KERNELS names the function that gives them out.
+// The CPU kernels. This file is compiled once for each instruction set; the macro AGR_KERNELS is the name of the
+// function that returns the kernels of that set.
 #include "kernels.h"
 
 #include <type_traits>
@@ -18,42 +19,44 @@ AGR_INLINE vector<double, double_lanes> load_double(const Stored* from) {
     return __builtin_convertvector(load<double_lanes>(from), vector<double, double_lanes>);
 }
 
-// The sums in double precision, element by element. Always in the same order: lane by lane, then the lanes.
+// The sums in double precision, element by element. The order of additions depends on n alone: first within each lane,
+// then over the lanes.
 template <bool squares, class Stored>
 AGR_INLINE Sums precise_sums(const Stored* g, std::int64_t n) {
     using V = vector<double, double_lanes>;
-    constexpr int ways = 4;  // independent additions in flight
-    V magnitudes[ways] = {}, square_sums[ways] = {};
-    auto add = [&](int way, V x) {
-        magnitudes[way] += magnitude(x);
-        if constexpr (squares) square_sums[way] += x * x;
+    constexpr int accumulators = 4;  // independent sums, so that additions do not wait for each other
+    V abs_sums[accumulators] = {}, square_sums[accumulators] = {};
+    auto add = [&](int k, V x) {
+        abs_sums[k] += magnitude(x);
+        if constexpr (squares) square_sums[k] += x * x;
     };
     std::int64_t i = 0;
-    for (; i + ways * double_lanes <= n; i += ways * double_lanes)
-        for (int way = 0; way < ways; ++way) add(way, load_double(g + i + way * double_lanes));
+    for (; i + accumulators * double_lanes <= n; i += accumulators * double_lanes)
+        for (int k = 0; k < accumulators; ++k) add(k, load_double(g + i + k * double_lanes));
     for (; i + double_lanes <= n; i += double_lanes) add(0, load_double(g + i));
     if (i < n) {
         Stored rest[double_lanes] = {};
         std::memcpy(rest, g + i, (n - i) * sizeof(Stored));
         add(0, load_double(rest));
     }
-    const V all_magnitudes = (magnitudes[0] + magnitudes[1]) + (magnitudes[2] + magnitudes[3]);
+    const V all_abs_sums = (abs_sums[0] + abs_sums[1]) + (abs_sums[2] + abs_sums[3]);
     const V all_squares = (square_sums[0] + square_sums[1]) + (square_sums[2] + square_sums[3]);
     Sums sums;
     for (int lane = 0; lane < double_lanes; ++lane) {
-        sums.magnitudes += all_magnitudes[lane];
+        sums.abs_sum += all_abs_sums[lane];
         sums.squares += all_squares[lane];
     }
     return sums;
 }
 
-// The abs-sum at the speed of the cache: eight vectors are added in float32, in a tree, and these sums in float64. That
-// is off by at most three roundings of float32, which does not matter unless one element outweighs all others together:
-// then psi of it is their small sum, which must be right. In that case one of the float32 sums is at least half of the
-// whole, and all is added again in double precision. It is enough to look at a chunk by itself: what outweighs a tensor
-// outweighs its chunk, and the other chunks are off by three roundings of what they add.
+// The abs-sum at the speed of the cache: eight vectors at a time are added in float32, in a tree, and the results are
+// added in float64. The error is at most three roundings of float32. That is enough unless one element outweighs all
+// others together: psi of that element is proportional to the sum of the others, which is small and must be accurate.
+// In that case one of the float32 sums is at least half of the total, and everything is added again in double
+// precision. It is enough to check each chunk by itself: an element that outweighs the rest of its tensor outweighs the
+// rest of its chunk, and the error of every other chunk is at most three roundings of that chunk's own sum.
 template <class Stored>
-AGR_INLINE double fast_magnitudes(const Stored* g, std::int64_t n) {
+AGR_INLINE double fast_abs_sum(const Stored* g, std::int64_t n) {
     constexpr int lanes = lanes_of<float>;
     using V = vector<float, lanes>;
     using Half = vector<float, double_lanes>;
@@ -72,105 +75,105 @@ AGR_INLINE double fast_magnitudes(const Stored* g, std::int64_t n) {
         low += __builtin_convertvector(halves[0], D);
         high += __builtin_convertvector(halves[1], D);
     }
-    double sum = precise_sums<false>(g + i, n - i).magnitudes;
+    double sum = precise_sums<false>(g + i, n - i).abs_sum;
     float outweighing = 0;
     for (int lane = 0; lane < double_lanes; ++lane) sum += low[lane] + high[lane];
     for (int lane = 0; lane < lanes; ++lane) outweighing = largest[lane] > outweighing ? largest[lane] : outweighing;
-    return 2.0 * outweighing < sum ? sum : precise_sums<false>(g, n).magnitudes;
+    return 2.0 * outweighing < sum ? sum : precise_sums<false>(g, n).abs_sum;
 }
 
 template <class G>
-double magnitudes(const void* gradient, std::int64_t n) {
+double abs_sum(const void* gradient, std::int64_t n) {
     if constexpr (std::is_same_v<computed_in<G>, float>)
-        return fast_magnitudes(static_cast<const G*>(gradient), n);
+        return fast_abs_sum(static_cast<const G*>(gradient), n);
     else
-        return precise_sums<false>(static_cast<const G*>(gradient), n).magnitudes;
+        return precise_sums<false>(static_cast<const G*>(gradient), n).abs_sum;
 }
 
 template <class G>
-Sums magnitudes_and_squares(const void* gradient, std::int64_t n) {
+Sums abs_sum_and_squares(const void* gradient, std::int64_t n) {
     return precise_sums<true>(static_cast<const G*>(gradient), n);
 }
 
-template <class T, class Single, class Twice>
-AGR_INLINE auto& in_type(const Single& single, const Twice& twice) {
+template <class T, class R>
+AGR_INLINE const auto& in_type(const CoefficientsOf<R>& coefficients) {
     if constexpr (sizeof(T) == sizeof(float))
-        return single;
+        return coefficients.in_float32;
     else
-        return twice;
+        return coefficients.in_float64;
 }
 
 // One vector of elements: load, regularize, apply the rule, sweep, store.
-template <class R, bool regularize, class T, class P, class G, class S, class Numbers>
-AGR_INLINE void update_vector(P* p, const G* g, S* const* state, const Numbers& numbers, const AbsSum<T>& sum, T scale,
-                              bool sweeps) {
+template <class R, bool regularize, class T, class P, class G, class S, class Coefficients>
+AGR_INLINE void update_vector(P* p, const G* g, S* const* state, const Coefficients& coefficients, const AbsSum<T>& sum,
+                              T scale, bool sweeps) {
     constexpr int lanes = lanes_of<T>;
     using V = vector<T, lanes>;
     V parameter = load<lanes>(p);
     V gradient = load<lanes>(g);
-    V states[most_states];
+    V states[max_states];
     for (int k = 0; k < R::states; ++k) states[k] = load<lanes>(state[k]);
     if constexpr (regularize) gradient = regularized(gradient, sum);
     gradient = gradient * scale;
-    R::apply(parameter, gradient, states, numbers);
+    R::apply(parameter, gradient, states, coefficients);
     if constexpr (R::states > 0) {
-        if (sweeps) R::sweep(gradient, states, numbers);
+        if (sweeps) R::sweep(gradient, states, coefficients);
     }
     store(p, parameter);
     for (int k = 0; k < R::states; ++k) store(state[k], states[k]);
 }
 
 template <class R, bool regularize, class P, class G, class S>
-AGR_INLINE void update_span(const Span& span, const NumbersOf<R>& both, double abs_sum, double scale_in_double,
-                            bool sweeps) {
+AGR_INLINE void update_span(const Span& span, const CoefficientsOf<R>& both_types, double abs_sum,
+                            double scale_in_double, bool sweeps) {
     using T = computed_in<P>;
     constexpr int lanes = lanes_of<T>;
-    const auto numbers = in_type<T>(both.single, both.twice);
+    const auto coefficients = in_type<T>(both_types);
     const auto sum = AbsSum<T>::of(abs_sum, scale_in_double);
     const T scale = static_cast<T>(scale_in_double);
     P* p = static_cast<P*>(span.parameter);
     const G* g = static_cast<const G*>(span.gradient);
-    S* state[most_states];
+    S* state[max_states];
     for (int k = 0; k < R::states; ++k) state[k] = static_cast<S*>(span.state[k]);
 
     std::int64_t n = span.elements;
     for (; n >= lanes; n -= lanes) {
-        update_vector<R, regularize, T>(p, g, state, numbers, sum, scale, sweeps);
+        update_vector<R, regularize, T>(p, g, state, coefficients, sum, scale, sweeps);
         p += lanes;
         g += lanes;
         for (int k = 0; k < R::states; ++k) state[k] += lanes;
     }
     if (n > 0) {
-        // The last elements take the same way through vectors that are filled up with zeros.
+        // The last elements are copied to vectors that are padded with zeros, and updated in the same way.
         P p_rest[lanes] = {};
         G g_rest[lanes] = {};
-        S rest[most_states][lanes] = {};
-        S* state_rest[most_states];
+        S rest[max_states][lanes] = {};
+        S* state_rest[max_states];
         std::memcpy(p_rest, p, n * sizeof(P));
         std::memcpy(g_rest, g, n * sizeof(G));
         for (int k = 0; k < R::states; ++k) {
             std::memcpy(rest[k], state[k], n * sizeof(S));
             state_rest[k] = rest[k];
         }
-        update_vector<R, regularize, T>(p_rest, g_rest, state_rest, numbers, sum, scale, sweeps);
+        update_vector<R, regularize, T>(p_rest, g_rest, state_rest, coefficients, sum, scale, sweeps);
         std::memcpy(p, p_rest, n * sizeof(P));
         for (int k = 0; k < R::states; ++k) std::memcpy(state[k], rest[k], n * sizeof(S));
     }
 }
 
 template <class R, class P, class G, class S>
-void update(const Span& span, const void* numbers, const double* sum, double scale, bool sweeps) {
-    const auto& both = *static_cast<const NumbersOf<R>*>(numbers);
+void update(const Span& span, const void* coefficients, const double* sum, double scale, bool sweeps) {
+    const auto& both_types = *static_cast<const CoefficientsOf<R>*>(coefficients);
     if (sum != nullptr)
-        update_span<R, true, P, G, S>(span, both, *sum, scale, sweeps);
+        update_span<R, true, P, G, S>(span, both_types, *sum, scale, sweeps);
     else
-        update_span<R, false, P, G, S>(span, both, 0, scale, sweeps);
+        update_span<R, false, P, G, S>(span, both_types, 0, scale, sweeps);
 }
 
 template <class P, class G, class S>
 constexpr Kernels table = {
-    magnitudes<G>,
-    magnitudes_and_squares<G>,
+    abs_sum<G>,
+    abs_sum_and_squares<G>,
     {update<AdamW<false>, P, G, S>, update<AdamW<true>, P, G, S>, update<Adan, P, G, S>, update<Regularize, P, G, S>}};
 
 template <class P>

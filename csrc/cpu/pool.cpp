@@ -1,3 +1,4 @@
+// The thread pool, with a mutex and condition variables.
 #include "pool.h"
 
 #include <pthread.h>
@@ -14,46 +15,46 @@ namespace {
 class Pool {
 public:
     void run(int threads, const std::function<void()>& work) {
-        std::lock_guard<std::mutex> one_job_at_a_time(turn);
+        std::lock_guard<std::mutex> one_job_at_a_time(job_mutex);
         {
             std::lock_guard<std::mutex> lock(mutex);
-            grow(threads - 1);
+            start_workers(threads - 1);
             job = &work;
             std::fegetenv(&mode);
-            invited = threads - 1 < workers ? threads - 1 : workers;
+            openings = threads - 1 < workers ? threads - 1 : workers;
         }
         for (int i = 0; i < threads - 1; ++i) wake.notify_one();
         work();
         std::unique_lock<std::mutex> lock(mutex);
-        invited = 0;  // whoever has not come by now would find nothing left to do
+        openings = 0;  // a thread that has not joined by now would find nothing left to do
         done.wait(lock, [&] { return active == 0; });
         job = nullptr;
     }
 
 private:
-    std::mutex turn;
+    std::mutex job_mutex;
 
-    std::mutex mutex;  // guards what follows
+    std::mutex mutex;  // guards the members below
     std::condition_variable wake, done;
     const std::function<void()>* job = nullptr;
-    std::fenv_t mode;  // the caller's rounding, and whether it flushes denormals (torch.set_flush_denormal)
+    std::fenv_t mode;  // the caller's rounding mode, and whether it flushes denormals (torch.set_flush_denormal)
     int workers = 0;
-    int invited = 0;  // how many may still join the job
-    int active = 0;   // how many have joined and not finished
+    int openings = 0;  // how many threads may still join the job
+    int active = 0;    // how many threads have joined and not finished
 
-    void grow(int wanted) {
+    void start_workers(int wanted) {
         try {
-            for (; workers < wanted; ++workers) std::thread([this] { serve(); }).detach();
+            for (; workers < wanted; ++workers) std::thread([this] { run_worker(); }).detach();
         } catch (const std::system_error&) {
-            // No more threads to be had (a limit of the system): the job is done by those there are.
+            // The system allows no more threads. The existing ones do the job.
         }
     }
 
-    void serve() {
+    void run_worker() {
         std::unique_lock<std::mutex> lock(mutex);
         for (;;) {
-            wake.wait(lock, [&] { return invited > 0; });
-            --invited;
+            wake.wait(lock, [&] { return openings > 0; });
+            --openings;
             ++active;
             const std::function<void()>& work = *job;
             std::fesetenv(&mode);
@@ -65,8 +66,8 @@ private:
     }
 };
 
-// Never destroyed: its threads sleep in it until the process ends. A child of fork() has none of them, and perhaps a
-// mutex that is locked for good, so that it starts with a new pool.
+// The pool is never destroyed: its threads sleep in it until the process ends. A child process after fork() has none of
+// the threads, and possibly a mutex that will never be unlocked, so it starts with a new pool.
 Pool* pool = nullptr;
 
 Pool& the_pool() {

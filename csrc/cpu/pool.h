@@ -1,14 +1,14 @@
-// The threads of the CPU executor: kept from step to step, asleep between steps.
+// The thread pool of the CPU executor. Threads are kept from step to step and sleep between steps.
 #pragma once
 
 #include <functional>
 
 namespace agr::cpu {
 
-// Runs `work` on the calling thread and on up to `threads - 1` others at once, and returns when all have returned from
-// it. All of them compute in the caller's floating-point mode. `work` must be such that one call alone completes the
-// job: a thread that is not awake before the job is done never joins it. Calls from several threads take turns. Safe in
-// a child after fork().
+// Runs `work` on the calling thread and on up to `threads - 1` other threads at the same time, and returns when all of
+// them have returned from it. They all compute in the caller's floating-point mode. A single call of `work` must be
+// able to complete the job, since a thread that wakes up after the job is done does not join it. Calls from several
+// threads run one after the other. The function may be called in a child process after fork().
 void run_on_threads(int threads, const std::function<void()>& work);
 
 }  // namespace agr::cpu

@@ -1,5 +1,5 @@
-// Vectors of the widest registers that the instruction set being compiled for has, and how stored types get in and out.
-// Included by kernels.cpp alone, which is compiled once for each instruction set.
+// Vectors as wide as the registers of the instruction set that is compiled for, with loads and stores that convert from
+// and to the storage types. Only kernels.cpp includes this file; it is compiled once for each instruction set.
 #pragma once
 
 #if defined(__F16C__)
@@ -17,7 +17,7 @@
 #endif
 
 namespace agr::cpu {
-// Whatever stands here differs between the instruction sets and must not be shared between them by the linker.
+// The unnamed namespace keeps the linker from sharing these functions between instruction sets, for which they differ.
 namespace {
 
 template <class T, int lanes>
@@ -28,7 +28,7 @@ template <class T, int lanes>
 using vector = typename VectorOf<T, lanes>::type;
 
 template <class To, class From>
-AGR_INLINE To loaded(const From* from) {
+AGR_INLINE To load_unaligned(const From* from) {
     To to;
     std::memcpy(&to, from, sizeof(to));
     return to;
@@ -36,16 +36,17 @@ AGR_INLINE To loaded(const From* from) {
 
 template <int lanes>
 AGR_INLINE vector<float, lanes> load(const float* from) {
-    return loaded<vector<float, lanes>>(from);
+    return load_unaligned<vector<float, lanes>>(from);
 }
 template <int lanes>
 AGR_INLINE vector<double, lanes> load(const double* from) {
-    return loaded<vector<double, lanes>>(from);
+    return load_unaligned<vector<double, lanes>>(from);
 }
 template <int lanes>
 AGR_INLINE vector<std::uint32_t, lanes> load_bits(const void* from) {
-    return __builtin_convertvector(loaded<vector<std::uint16_t, lanes>>(static_cast<const std::uint16_t*>(from)),
-                                   vector<std::uint32_t, lanes>);
+    return __builtin_convertvector(
+        load_unaligned<vector<std::uint16_t, lanes>>(static_cast<const std::uint16_t*>(from)),
+        vector<std::uint32_t, lanes>);
 }
 template <int lanes>
 AGR_INLINE vector<float, lanes> load(const bfloat16* from) {

@@ -1,22 +1,25 @@
-// What one block does in a step: it draws tickets, and reduces and updates the chunks that they stand for.
+// The device code of a step: what one block of the persistent grid does, for AdamW and for Adan.
 //
-// The grid is persistent. A block draws the next ticket with one atomic addition and does that task, and then the next.
-// The protocol and why it ends:
+// A block draws a ticket with one atomic addition, runs the task with that number, and draws the next ticket. It does
+// so until no tasks are left. A REDUCE task adds up a chunk's gradient, an UPDATE task waits for the abs-sum of the
+// chunk's tensor and applies the update rule, and a WHOLE task does both for a tensor of one chunk.
 //
-// - Tickets are handed out in the plan's order, in which all REDUCE tasks of a tensor stand before its first UPDATE
-// (with
-//   clipping, those of all tensors), and a block does its tasks in the order of their tickets. It draws the next ticket
-//   while it does the task before. Take the smallest ticket that is not done: its block has nothing smaller to do, so
-//   it is doing it. If it is an UPDATE, all it could wait for has smaller tickets, and is done. So there is always a
-//   block that makes progress, however few blocks the device runs at once: no cooperative launch, and nothing to fear
-//   from other kernels beside this one.
-// - Whoever writes the last sum of a stretch of chunks adds them, whoever completes the last stretch of a tensor adds
-//   those: `arrive` releases what was written before, and acquires what all others had written. Sums are added in a
-//   tree whose shape depends on sizes alone, so that the result has the same bits whoever comes last.
-// - The tensor's sums are published by a release of the step's epoch, which UPDATE acquires. The epoch is counted in
-// the
-//   device's memory, so that a captured launch can be replayed; the last block out raises it and leaves every counter
-//   as it found it, so that nothing has to be cleared between launches.
+// Forward progress. Tickets are handed out in the plan's order. In that order, all REDUCE tasks of a tensor come before
+// its first UPDATE; with clipping, the REDUCE tasks of all tensors do. A block draws its next ticket while it runs the
+// task before, but runs its tasks in ticket order. Consider the unfinished task with the smallest ticket. Its block has
+// no earlier task to finish, so it is running this one. If the task is an UPDATE, everything it can wait for has a
+// smaller ticket and is finished. So at least one block always makes progress, however few blocks the device runs at
+// the same time. The kernel needs no cooperative launch, and other kernels may run beside it.
+//
+// Sums. The block that writes the last chunk sum of a segment adds the segment's chunk sums, and the block that
+// completes the last segment of a tensor adds the tensor's segment sums. `arrive` is the atomic that tells a block that
+// it is the last: it releases what this block wrote before, and acquires what all other blocks released. Sums are added
+// in a tree whose shape depends on sizes alone, so the result has the same bits whichever block is the last. There are
+// no floating-point atomics.
+//
+// Epochs. The tensor's sums are published by a release store of the current epoch, which UPDATE acquires. The epoch is
+// a step count in device memory, so that a captured launch can be replayed; the last block to finish increments it.
+// Every counter is reset to 0 once it has reached its final value, so nothing has to be cleared between launches.
 #pragma once
 
 #include <type_traits>
@@ -30,167 +33,173 @@
 
 namespace agr::cuda {
 
-// The rules that one kernel takes: groups with and without AMSGrad share a launch.
+// The update rules of one kernel. Groups with and without AMSGrad share a launch, so AdamW's kernel has both.
 struct AdamWRules {
     using Options = AdamWOptions;
     template <class T>
-    using Numbers = AdamWNumbers<T>;
+    using Coefficients = AdamWCoefficients<T>;
 
     template <class T>
-    AGR_DEVICE static AdamWNumbers<T> numbers(const AdamWOptions& options, double t) {
-        return AdamWNumbers<T>::of(options, t);
+    AGR_DEVICE static AdamWCoefficients<T> coefficients(const AdamWOptions& options, double t) {
+        return AdamWCoefficients<T>::of(options, t);
     }
 };
 
 struct AdanRules {
     using Options = AdanOptions;
     template <class T>
-    using Numbers = AdanNumbers<T>;
+    using Coefficients = AdanCoefficients<T>;
 
     template <class T>
-    AGR_DEVICE static AdanNumbers<T> numbers(const AdanOptions& options, double t) {
-        return AdanNumbers<T>::of(options, t);
+    AGR_DEVICE static AdanCoefficients<T> coefficients(const AdanOptions& options, double t) {
+        return AdanCoefficients<T>::of(options, t);
     }
 };
 
+// One block, for elements of types P (parameter), G (gradient) and S (state).
 template <class Rules, class P, class G, class S>
 class Block {
     using T = computed_in<P>;
-    using Numbers = typename Rules::template Numbers<T>;
+    using Coefficients = typename Rules::template Coefficients<T>;
     using Options = typename Rules::Options;
     static constexpr int lanes = lanes_for<P, G, S>;
     static constexpr int stride = block_threads * lanes;
     static constexpr int warps = block_threads / warp_threads;
-    static_assert(warps <= warp_threads, "a warp adds the sums of all warps");
+    static_assert(warps <= warp_threads, "a single warp adds the sums of all warps");
 
-    // What the threads of an update have to know.
-    struct Decided {
+    // The inputs of an update that are the same for all elements of a chunk.
+    struct UpdateInputs {
         AbsSum<T> sum;
         T scale;
-        Numbers numbers;
+        Coefficients coefficients;
     };
 
 public:
-    // The block's own memory. What is there twice takes turns from task to task: a thread may still read one while
-    // another, at most one barrier ahead, writes the other.
+    // The block's shared memory. The arrays of two are double buffers, used alternately from task to task: while one
+    // thread still reads a buffer, another thread, at most one barrier ahead, may write the other buffer.
     struct Shared {
         Task task[2];
         Sums warp_sums[2][warps];
-        Decided decided[2];
-        // Of the first thread alone: this step's epoch, and the numbers it made last, which nearly always serve for the
-        // next task too.
+        UpdateInputs inputs[2];
+        // The members below, except `last_block`, are used by the first thread only. They are the epoch of this step,
+        // and the coefficients that it computed last, with their group and step count: nearly always the next task can
+        // use them too.
         std::uint32_t epoch;
-        Numbers numbers;
-        double numbers_t;
-        std::int32_t numbers_group;
-        bool last_out;
+        Coefficients coefficients;
+        double coefficients_t;
+        std::int32_t coefficients_group;
+        bool last_block;
     };
 
-    AGR_DEVICE Block(const Arguments& arguments, Shared& shared) : a(arguments), shared_(shared) {}
+    AGR_DEVICE Block(const Arguments& args, Shared& shared) : args_(args), shared_(shared) {}
 
     AGR_DEVICE void run() {
-        if (a.found_inf != nullptr && *a.found_inf != 0) return;
+        if (args_.found_inf != nullptr && *args_.found_inf != 0) return;
         if (first_thread()) {
-            shared_.epoch = a.control->epoch + 1;
-            shared_.numbers_group = -1;
-            shared_.task[0] = task_of(draw(&a.control->ticket));
+            shared_.epoch = args_.control->epoch + 1;
+            shared_.coefficients_group = -1;
+            shared_.task[0] = task_of(draw_ticket(&args_.control->next_ticket));
         }
         block_barrier();
-        for (turn_ = 0;; turn_ ^= 1) {
-            const Task task = shared_.task[turn_];
+        for (buffer_ = 0;; buffer_ ^= 1) {
+            const Task task = shared_.task[buffer_];
             if (task.tensor < 0) break;
             if (task.kind == TaskKind::reduce) {
-                if (a.clips)
+                if (args_.computes_norm)
                     reduce<true>(task);
                 else
                     reduce<false>(task);
             } else if constexpr (std::is_same_v<Rules, AdanRules>) {
                 update<Adan>(task);
             } else {
-                if (a.rows[task.tensor].rule == Rule::adamw_amsgrad)
+                if (args_.rows[task.tensor].rule == Rule::adamw_amsgrad)
                     update<AdamW<true>>(task);
                 else
                     update<AdamW<false>>(task);
             }
         }
-        leave();
+        finish();
     }
 
 private:
-    const Arguments& a;
+    const Arguments& args_;
     Shared& shared_;
-    int turn_ = 0;
-    // Of the first thread alone.
-    std::uint32_t ticket_ = 0;
+    int buffer_ = 0;                 // which of the double buffers the current task uses
+    std::uint32_t next_ticket_ = 0;  // valid in the first thread only
 
     AGR_DEVICE static bool first_thread() { return thread_index() == 0; }
 
-    // In every task, after its first loads are under way; looked at before its last barrier, when the next task is
-    // written down for all.
-    AGR_DEVICE void draw_next() {
-        if (first_thread()) ticket_ = draw(&a.control->ticket);
+    // Draws the ticket of the next task. Every task calls this after it has issued its first loads. The ticket is first
+    // used before the task's last barrier, when the next task is written to shared memory.
+    AGR_DEVICE void draw_next_ticket() {
+        if (first_thread()) next_ticket_ = draw_ticket(&args_.control->next_ticket);
     }
 
+    // The task of a ticket. After the last task, its tensor is -1.
     AGR_DEVICE Task task_of(std::uint32_t ticket) const {
-        const std::int64_t index = a.first_task + ticket;
-        return index < a.end_task ? a.tasks[index] : Task{TaskKind::whole, -1, 0, 0};
+        const std::int64_t index = args_.first_task + ticket;
+        return index < args_.end_task ? args_.tasks[index] : Task{TaskKind::whole, -1, 0, 0};
     }
 
-    // Null for a tensor that has none in this step.
+    // The address of a tensor's gradient, or null if it has none in this step.
     AGR_DEVICE const G* gradient_of(std::int32_t tensor) const {
-        if (a.gradients != nullptr) return static_cast<const G*>(a.gradients[tensor]);
-        return static_cast<const G*>(reinterpret_cast<const void* const*>(a.payload + a.gradients_at)[tensor]);
+        if (args_.gradients != nullptr) return static_cast<const G*>(args_.gradients[tensor]);
+        return static_cast<const G*>(
+            reinterpret_cast<const void* const*>(args_.payload + args_.gradients_offset)[tensor]);
     }
 
-    AGR_DEVICE const GroupOf<Options>& group(std::int32_t index) const {
-        const void* groups = a.groups != nullptr ? a.groups : a.payload + a.groups_at;
-        return static_cast<const GroupOf<Options>*>(groups)[index];
+    AGR_DEVICE const GroupArguments<Options>& group(std::int32_t index) const {
+        const void* groups = args_.groups != nullptr ? args_.groups : args_.payload + args_.groups_offset;
+        return static_cast<const GroupArguments<Options>*>(groups)[index];
     }
 
-    // REDUCE.
+    // REDUCE tasks.
 
     template <bool squares>
     AGR_DEVICE void reduce(const Task& task) {
         const G* g = gradient_of(task.tensor);
-        // What has no gradient adds nothing, but is counted: others wait for all of a tensor's chunks and all tensors.
+        // The chunks of a tensor without a gradient add 0 to the sums, but are counted like all others, since other
+        // blocks wait for all chunks of a tensor and, for the norm, for all tensors.
         const int elements = g != nullptr ? task.elements : 0;
-        share(sums_of<squares>(g + task.chunk * a.chunk_elements, elements), squares);
-        if (first_thread()) shared_.task[turn_ ^ 1] = task_of(ticket_);
+        store_warp_sum(thread_sums<squares>(g + task.chunk * args_.chunk_elements, elements), squares);
+        if (first_thread()) shared_.task[buffer_ ^ 1] = task_of(next_ticket_);
         block_barrier();
-        // The other warps go on with the next task meanwhile.
-        if (thread_index() < warp_threads) account(task, squares);
+        // Meanwhile the other warps proceed to the next task.
+        if (thread_index() < warp_threads) finish_chunk(task, squares);
     }
 
-    // This thread's part of a chunk's sums: of the same elements, in the same order, however they are aligned. Draws
-    // the next ticket on the way.
+    // The sums over this thread's elements of a chunk. Which elements these are, and the order of additions, do not
+    // depend on the gradient's alignment. Draws the next ticket.
     template <bool squares>
-    AGR_DEVICE Sums sums_of(const G* g, int n) {
-        constexpr int ways = 8;  // loads of a thread in flight
+    AGR_DEVICE Sums thread_sums(const G* g, int n) {
+        constexpr int unroll = 8;  // loads in flight per thread
         LaneSums<T, lanes, squares> sums;
         const int first = thread_index() * lanes;
         int i = first;
         const bool aligned = Packed<G, lanes>::aligned(g);
-        // As often in every thread of the block: all lanes of a warp have to come to loads_first.
-        for (; aligned && i - first + ways * stride <= n; i += ways * stride) {
-            Packed<G, lanes> packed[ways];
+        // The number of iterations is the same for all threads of the block, because all lanes of a warp must reach
+        // scheduling_barrier().
+        for (; aligned && i - first + unroll * stride <= n; i += unroll * stride) {
+            Packed<G, lanes> packed[unroll];
 #pragma unroll
-            for (int way = 0; way < ways; ++way) packed[way].template load<Stay::long_enough>(g + i + way * stride);
-            loads_first();
-            // Not before them: ptxas counts ticket and loads with one scoreboard, and has these wait for that.
-            if (i == first) draw_next();
+            for (int k = 0; k < unroll; ++k) packed[k].template load<Eviction::evict_last>(g + i + k * stride);
+            scheduling_barrier();
+            // The ticket must not be drawn before the loads: ptxas tracks the ticket and the loads with the same
+            // scoreboard, and would make the loads wait for the ticket.
+            if (i == first) draw_next_ticket();
 #pragma unroll
-            for (int way = 0; way < ways; ++way) add(sums, packed[way]);
+            for (int k = 0; k < unroll; ++k) add(sums, packed[k]);
         }
-        if (i == first) draw_next();
+        if (i == first) draw_next_ticket();
         for (; aligned && i + lanes <= n; i += stride) {
             Packed<G, lanes> packed;
-            packed.template load<Stay::long_enough>(g + i);
+            packed.template load<Eviction::evict_last>(g + i);
             add(sums, packed);
         }
         for (; i < n; i += stride) {
 #pragma unroll
             for (int lane = 0; lane < lanes; ++lane)
-                if (i + lane < n) sums.add(lane, static_cast<T>(stored(g[i + lane])));
+                if (i + lane < n) sums.add(lane, static_cast<T>(to_computed(g[i + lane])));
         }
         return sums.value();
     }
@@ -201,51 +210,55 @@ private:
         for (int lane = 0; lane < lanes; ++lane) sums.add(lane, static_cast<T>(packed.get(lane)));
     }
 
-    AGR_DEVICE void share(Sums mine, bool squares) {
-        const Sums sums = sum_of_warp(mine, squares);
-        if (thread_index() % warp_threads == 0) shared_.warp_sums[turn_][thread_index() / warp_threads] = sums;
+    // Adds the sums of each warp's threads, and writes the result to shared memory.
+    AGR_DEVICE void store_warp_sum(Sums mine, bool squares) {
+        const Sums sums = warp_reduce(mine, squares);
+        if (thread_index() % warp_threads == 0) shared_.warp_sums[buffer_][thread_index() / warp_threads] = sums;
     }
 
-    // Of the first warp: adds up the chunk, and whatever it was the last missing part of.
-    AGR_DEVICE void account(const Task& task, bool squares) {
-        const Row& row = a.rows[task.tensor];
+    // Called by the first warp after the chunk's warp sums are in shared memory: writes the sum of the chunk. If the
+    // chunk is the last of its segment to be finished, this also writes the sum of the segment; likewise for the tensor
+    // and, for clipping, the norm of all gradients.
+    AGR_DEVICE void finish_chunk(const Task& task, bool squares) {
+        const Row& row = args_.rows[task.tensor];
         const int lane = thread_index();
-        Sums sums = sum_of_warp(lane < warps ? shared_.warp_sums[turn_][lane] : Sums{}, squares);
-        const std::int64_t stretch = task.chunk / stretch_chunks;
-        const std::int64_t first_chunk = stretch * stretch_chunks;
+        Sums sums = warp_reduce(lane < warps ? shared_.warp_sums[buffer_][lane] : Sums{}, squares);
+        const std::int64_t segment = task.chunk / segment_chunks;
+        const std::int64_t first_chunk = segment * segment_chunks;
         const std::int64_t chunks =
-            row.chunks - first_chunk < stretch_chunks ? row.chunks - first_chunk : stretch_chunks;
-        Sums* of_chunks = a.chunk_sums + row.first_chunk + first_chunk;
-        if (lane == 0) of_chunks[task.chunk - first_chunk] = sums;
-        if (!last_to_arrive(&a.arrived[row.first_stretch + stretch], chunks)) return;
-        sums = sum_of(chunks, squares, [&](std::int64_t i) { return of_chunks[i]; });
+            row.chunks - first_chunk < segment_chunks ? row.chunks - first_chunk : segment_chunks;
+        Sums* chunk_sums = args_.chunk_sums + row.first_chunk + first_chunk;
+        if (lane == 0) chunk_sums[task.chunk - first_chunk] = sums;
+        if (!last_to_arrive(&args_.segment_chunks_done[row.first_segment + segment], chunks)) return;
+        sums = warp_sum_of(chunks, squares, [&](std::int64_t i) { return chunk_sums[i]; });
 
-        Progress* progress = a.progress + task.tensor;
-        if (row.stretches > 1) {
-            Sums* of_stretches = a.stretch_sums + row.first_stretch;
-            if (lane == 0) of_stretches[stretch] = sums;
-            if (!last_to_arrive(&progress->arrived, row.stretches)) return;
-            sums = sum_of(row.stretches, squares, [&](std::int64_t i) { return of_stretches[i]; });
+        Progress* progress = args_.progress + task.tensor;
+        if (row.segments > 1) {
+            Sums* segment_sums = args_.segment_sums + row.first_segment;
+            if (lane == 0) segment_sums[segment] = sums;
+            if (!last_to_arrive(&progress->segments_done, row.segments)) return;
+            sums = warp_sum_of(row.segments, squares, [&](std::int64_t i) { return segment_sums[i]; });
         }
         if (lane == 0) {
             progress->sums = sums;
-            if (squares) a.squares_of[row.index] = sums.squares;
-            store_release(&progress->summed, shared_.epoch);
+            if (squares) args_.squared_norms[row.index] = sums.squares;
+            store_release(&progress->sums_epoch, shared_.epoch);
         }
 
-        if (!squares || !last_to_arrive(&a.control->arrived, a.summed)) return;
-        // In an order that does not depend on which parameters have gradients, nor on which have had any.
-        sums = sum_of(a.parameters, true, [&](std::int64_t i) { return Sums{0, a.squares_of[i]}; });
+        if (!squares || !last_to_arrive(&args_.control->tensors_reduced, args_.nonempty_tensors)) return;
+        // The sum is over all parameters, so that its order does not depend on which of them have gradients in this
+        // step, nor on which have had any.
+        sums = warp_sum_of(args_.parameters, true, [&](std::int64_t i) { return Sums{0, args_.squared_norms[i]}; });
         if (lane == 0) {
-            const double unscaled = sums.squares * unscaling() * unscaling();
-            if (a.squares != nullptr) *a.squares = unscaled;
-            a.control->clip = clip_of(unscaled);
-            store_release(&a.control->known, shared_.epoch);
+            const double unscaled = sums.squares * inverse_grad_scale() * inverse_grad_scale();
+            if (args_.squares != nullptr) *args_.squares = unscaled;
+            args_.control->clip = clip_coefficient(unscaled);
+            store_release(&args_.control->clip_epoch, shared_.epoch);
         }
     }
 
-    // Of a warp, whose first lane has written its part: whether all `count` parts are there. Whoever comes last sees
-    // them all, in every lane, and leaves the counter at zero for the next step.
+    // Called by the first warp after its first lane has written its part: counts the part, and returns whether all
+    // `count` parts are written now. If so, all lanes see all parts, and the counter is 0 again for the next step.
     AGR_DEVICE static bool last_to_arrive(std::uint32_t* arrived, std::int64_t count) {
         bool last = false;
         if (thread_index() == 0) {
@@ -253,37 +266,39 @@ private:
             if (last) *arrived = 0;
         }
         last = any_of_warp(last);
-        // What the first lane acquired, the others have after this.
+        // Makes what the first lane acquired visible to the other lanes.
         warp_barrier();
         return last;
     }
 
+    // The sum of at(0) to at(count - 1), computed by a warp. Only the first lane gets the result.
     template <class At>
-    AGR_DEVICE static Sums sum_of(std::int64_t count, bool squares, const At& at) {
+    AGR_DEVICE static Sums warp_sum_of(std::int64_t count, bool squares, const At& at) {
         Sums mine;
 #pragma unroll 4
         for (std::int64_t i = thread_index(); i < count; i += warp_threads) {
             const Sums sums = at(i);
-            mine.magnitudes += sums.magnitudes;
+            mine.abs_sum += sums.abs_sum;
             mine.squares += sums.squares;
         }
-        return sum_of_warp(mine, squares);
+        return warp_reduce(mine, squares);
     }
 
-    // min(1, max_grad_norm / (norm + eps)); NaN for a norm of NaN. As clip_coefficient in agr_cuda/clipping.py.
-    AGR_DEVICE double clip_of(double squares) const {
-        const double divisor = square_root(squares) + a.clip_eps;
+    // min(1, max_grad_norm / (norm + eps)), or NaN if the norm is NaN, like clip_coefficient in agr_cuda/clipping.py.
+    AGR_DEVICE double clip_coefficient(double squares) const {
+        const double divisor = square_root(squares) + args_.clip_eps;
         if (divisor == 0) return 1;
-        const double coefficient = a.max_grad_norm / divisor;
+        const double coefficient = args_.max_grad_norm / divisor;
         return coefficient > 1 ? 1 : coefficient;
     }
 
-    AGR_DEVICE double unscaling() const {
-        return a.grad_scale != nullptr ? 1 / static_cast<double>(*a.grad_scale) : 1.0;
+    AGR_DEVICE double inverse_grad_scale() const {
+        return args_.grad_scale != nullptr ? 1 / static_cast<double>(*args_.grad_scale) : 1.0;
     }
 
-    // UPDATE, and WHOLE, which sums up first.
+    // UPDATE tasks, and WHOLE tasks, which compute the abs-sum first.
 
+    // The elements that a thread loads together: `lanes` neighbouring elements of each tensor.
     template <class R>
     struct Batch {
         Packed<P, lanes> parameter;
@@ -291,43 +306,43 @@ private:
         Packed<S, lanes> state[R::states];
     };
 
-    // A chunk's elements in all tensors.
+    // The elements of a chunk in the parameter, the gradient and the state tensors.
     template <class R>
-    struct Part {
+    struct Chunk {
         P* parameter;
         const G* gradient;
         S* state[R::states];
         int elements;
         bool aligned;
 
-        // Whether all lanes from i on are there, and can be loaded together.
-        AGR_DEVICE bool wide(int i) const { return aligned && i + lanes <= elements; }
+        // Whether `lanes` elements from i on exist and can be loaded as a batch.
+        AGR_DEVICE bool has_batch(int i) const { return aligned && i + lanes <= elements; }
 
-        AGR_DEVICE void fetch(int i) const {
-            cuda::fetch(parameter + i);
+        AGR_DEVICE void prefetch(int i) const {
+            cuda::prefetch(parameter + i);
 #pragma unroll
-            for (int k = 0; k < R::states; ++k) cuda::fetch(state[k] + i);
+            for (int k = 0; k < R::states; ++k) cuda::prefetch(state[k] + i);
         }
 
         AGR_DEVICE void load(Batch<R>& batch, int i) const {
-            batch.parameter.template load<Stay::briefly>(parameter + i);
+            batch.parameter.template load<Eviction::evict_first>(parameter + i);
 #pragma unroll
-            for (int k = 0; k < R::states; ++k) batch.state[k].template load<Stay::briefly>(state[k] + i);
-            // The gradient is not wanted again after this.
-            batch.gradient.template load<Stay::briefly>(gradient + i);
+            for (int k = 0; k < R::states; ++k) batch.state[k].template load<Eviction::evict_first>(state[k] + i);
+            // This is the last use of the gradient.
+            batch.gradient.template load<Eviction::evict_first>(gradient + i);
         }
 
-        AGR_DEVICE void update(Batch<R>& batch, int i, bool regularize, const Decided& decided) const {
+        AGR_DEVICE void update(Batch<R>& batch, int i, bool regularize, const UpdateInputs& inputs) const {
             T p[lanes], s[R::states][lanes];
 #pragma unroll
             for (int lane = 0; lane < lanes; ++lane) {
                 p[lane] = batch.parameter.get(lane);
-                T now[R::states];
+                T states[R::states];
 #pragma unroll
-                for (int k = 0; k < R::states; ++k) now[k] = batch.state[k].get(lane);
-                apply<R>(p[lane], static_cast<T>(batch.gradient.get(lane)), now, regularize, decided);
+                for (int k = 0; k < R::states; ++k) states[k] = batch.state[k].get(lane);
+                apply<R>(p[lane], static_cast<T>(batch.gradient.get(lane)), states, regularize, inputs);
 #pragma unroll
-                for (int k = 0; k < R::states; ++k) s[k][lane] = now[k];
+                for (int k = 0; k < R::states; ++k) s[k][lane] = states[k];
             }
             batch.parameter.set(p);
             batch.parameter.store(parameter + i);
@@ -338,136 +353,141 @@ private:
             }
         }
 
-        // Elements that cannot be loaded together.
-        AGR_DEVICE void update_singly(int i, bool regularize, const Decided& decided) const {
+        // Updates the elements from i on, at most `lanes` of them, one at a time: for elements that are not aligned,
+        // and for the end of a chunk.
+        AGR_DEVICE void update_scalar(int i, bool regularize, const UpdateInputs& inputs) const {
             const int end = i + lanes < elements ? i + lanes : elements;
 #pragma unroll 1
             for (; i < end; ++i) {
-                T p = stored(parameter[i]);
-                T now[R::states];
+                T p = to_computed(parameter[i]);
+                T states[R::states];
 #pragma unroll
-                for (int k = 0; k < R::states; ++k) now[k] = stored(state[k][i]);
-                apply<R>(p, static_cast<T>(stored(gradient[i])), now, regularize, decided);
-                parameter[i] = rounded<P>(p);
+                for (int k = 0; k < R::states; ++k) states[k] = to_computed(state[k][i]);
+                apply<R>(p, static_cast<T>(to_computed(gradient[i])), states, regularize, inputs);
+                parameter[i] = to_stored<P>(p);
 #pragma unroll
-                for (int k = 0; k < R::states; ++k) state[k][i] = rounded<S>(now[k]);
+                for (int k = 0; k < R::states; ++k) state[k][i] = to_stored<S>(states[k]);
             }
         }
     };
 
     template <class R>
-    AGR_DEVICE static void apply(T& p, T g, T* states, bool regularize, const Decided& decided) {
-        if (regularize) g = regularized(g, decided.sum);
-        R::apply(p, g * decided.scale, states, decided.numbers);
+    AGR_DEVICE static void apply(T& p, T g, T* states, bool regularize, const UpdateInputs& inputs) {
+        if (regularize) g = regularized(g, inputs.sum);
+        R::apply(p, g * inputs.scale, states, inputs.coefficients);
     }
 
     template <class R>
-    AGR_DEVICE Part<R> part_of(const Task& task, const Row& row, const G* gradient) const {
-        const std::int64_t first = task.chunk * a.chunk_elements;
-        Part<R> part;
-        part.parameter = static_cast<P*>(row.parameter) + first;
-        part.gradient = gradient + first;
-        part.elements = task.elements;
-        part.aligned = Packed<P, lanes>::aligned(part.parameter) && Packed<G, lanes>::aligned(part.gradient);
+    AGR_DEVICE Chunk<R> chunk_of(const Task& task, const Row& row, const G* gradient) const {
+        const std::int64_t first = task.chunk * args_.chunk_elements;
+        Chunk<R> chunk;
+        chunk.parameter = static_cast<P*>(row.parameter) + first;
+        chunk.gradient = gradient + first;
+        chunk.elements = task.elements;
+        chunk.aligned = Packed<P, lanes>::aligned(chunk.parameter) && Packed<G, lanes>::aligned(chunk.gradient);
 #pragma unroll
         for (int k = 0; k < R::states; ++k) {
-            part.state[k] = static_cast<S*>(row.state[k]) + first;
-            part.aligned = part.aligned && Packed<S, lanes>::aligned(part.state[k]);
+            chunk.state[k] = static_cast<S*>(row.state[k]) + first;
+            chunk.aligned = chunk.aligned && Packed<S, lanes>::aligned(chunk.state[k]);
         }
-        return part;
+        return chunk;
     }
 
     template <class R>
     AGR_DEVICE void update(const Task& task) {
         const G* gradient = gradient_of(task.tensor);
         if (gradient == nullptr) {
-            draw_next();
-            if (first_thread()) shared_.task[turn_ ^ 1] = task_of(ticket_);
+            draw_next_ticket();
+            if (first_thread()) shared_.task[buffer_ ^ 1] = task_of(next_ticket_);
             block_barrier();
             return;
         }
-        const Row& row = a.rows[task.tensor];
-        const Part<R> part = part_of<R>(task, row, gradient);
+        const Row& row = args_.rows[task.tensor];
+        const Chunk<R> chunk = chunk_of<R>(task, row, gradient);
         const bool regularize = row.regularize;
         int i = thread_index() * lanes;
-        // Under way before anything waits; and in the cache, not in registers, of which the decision takes many.
-        if (part.wide(i)) part.fetch(i);
+        // The first accesses overlap with the wait for the abs-sum. They are prefetches into the cache and not loads
+        // into registers, since prepare_update() needs many registers.
+        if (chunk.has_batch(i)) chunk.prefetch(i);
         const bool whole = task.kind == TaskKind::whole;
         if (whole && regularize) {
-            share(sums_of<false>(part.gradient, part.elements), false);
+            store_warp_sum(thread_sums<false>(chunk.gradient, chunk.elements), false);
             block_barrier();
         } else {
-            draw_next();
+            draw_next_ticket();
         }
-        if (first_thread()) decide(task, row, whole, regularize);
+        if (first_thread()) prepare_update(task, row, whole, regularize);
         block_barrier();
-        // A copy, since what stands in memory would be read again after every store.
-        const Decided decided = shared_.decided[turn_];
-        // Two batches of loads under way where registers suffice: not for Adan's 16-bit elements, which are many and
-        // wide, nor its float64, each of which takes two registers, and its arithmetic more.
+        // Copied to registers: shared memory would be read again after every store.
+        const UpdateInputs inputs = shared_.inputs[buffer_];
+        // Two batches of loads are in flight where there are enough registers. There are not for Adan's 16-bit
+        // elements, of which a batch has many, nor for Adan's float64: its elements take two registers each, and its
+        // arithmetic needs more registers.
         if constexpr (R::states * lanes * (sizeof(T) == 8 ? 4 : 1) <= 24) {
-            // As often in every thread of the block, as in sums_of.
-            for (const int first = i; part.aligned && i - first + 2 * stride <= part.elements; i += 2 * stride) {
+            // The number of iterations is the same for all threads of the block, as in thread_sums().
+            for (const int first = i; chunk.aligned && i - first + 2 * stride <= chunk.elements; i += 2 * stride) {
                 Batch<R> one, other;
-                part.load(one, i);
-                part.load(other, i + stride);
-                loads_first();
-                part.update(one, i, regularize, decided);
-                part.update(other, i + stride, regularize, decided);
+                chunk.load(one, i);
+                chunk.load(other, i + stride);
+                scheduling_barrier();
+                chunk.update(one, i, regularize, inputs);
+                chunk.update(other, i + stride, regularize, inputs);
             }
         }
-        for (; part.wide(i); i += stride) {
+        for (; chunk.has_batch(i); i += stride) {
             Batch<R> batch;
-            part.load(batch, i);
-            part.update(batch, i, regularize, decided);
+            chunk.load(batch, i);
+            chunk.update(batch, i, regularize, inputs);
         }
-        for (; i < part.elements; i += stride) part.update_singly(i, regularize, decided);
+        for (; i < chunk.elements; i += stride) chunk.update_scalar(i, regularize, inputs);
     }
 
-    // Of the first thread: waits for what the update depends on, and writes it down for all, and the next task.
-    AGR_DEVICE void decide(const Task& task, const Row& row, bool whole, bool regularize) {
-        const GroupOf<Options>& options = group(row.group);
-        const double t = row.step != nullptr        ? static_cast<double>(*row.step) + 1
-                         : options.count != nullptr ? static_cast<double>(*options.count) + 1
-                                                    : options.t;
-        if (shared_.numbers_group != row.group || shared_.numbers_t != t) {
-            Options now = options.options;
-            if (options.lr != nullptr) now.lr = number(options.lr, options.lr_type);
-            shared_.numbers = Rules::template numbers<T>(now, t);
-            shared_.numbers_group = row.group;
-            shared_.numbers_t = t;
+    // Called by the first thread: waits for the sums that the update depends on, and writes the inputs of the update
+    // and the next task to shared memory, for all threads.
+    AGR_DEVICE void prepare_update(const Task& task, const Row& row, bool whole, bool regularize) {
+        const GroupArguments<Options>& group_args = group(row.group);
+        const double t = row.step != nullptr           ? static_cast<double>(*row.step) + 1
+                         : group_args.count != nullptr ? static_cast<double>(*group_args.count) + 1
+                                                       : group_args.t;
+        if (shared_.coefficients_group != row.group || shared_.coefficients_t != t) {
+            Options options = group_args.options;
+            if (group_args.lr != nullptr) options.lr = load_scalar(group_args.lr, group_args.lr_type);
+            shared_.coefficients = Rules::template coefficients<T>(options, t);
+            shared_.coefficients_group = row.group;
+            shared_.coefficients_t = t;
         }
-        Decided decided;
-        decided.numbers = shared_.numbers;
-        const Progress* progress = a.progress + task.tensor;
+        UpdateInputs inputs;
+        inputs.coefficients = shared_.coefficients;
+        const Progress* progress = args_.progress + task.tensor;
 
-        double scale = options.sign * unscaling();
-        // On its way while the rest is waited for; not sooner, since it waits for the ticket.
-        const Task next = task_of(ticket_);
-        if (a.clip != nullptr) {
-            scale *= *a.clip;
-        } else if (a.clips) {
-            wait_for(&a.control->known);
-            scale *= a.control->clip;
+        double scale = group_args.sign * inverse_grad_scale();
+        // This load overlaps with the waits below. It is not issued earlier, since it needs the ticket.
+        const Task next = task_of(next_ticket_);
+        if (args_.clip != nullptr) {
+            scale *= *args_.clip;
+        } else if (args_.computes_norm) {
+            wait_for(&args_.control->clip_epoch);
+            scale *= args_.control->clip;
         }
-        double magnitudes = 0;
+        double abs_sum = 0;
         if (regularize && whole) {
-            for (int warp = 0; warp < warps; ++warp) magnitudes += shared_.warp_sums[turn_][warp].magnitudes;
+            for (int warp = 0; warp < warps; ++warp) abs_sum += shared_.warp_sums[buffer_][warp].abs_sum;
         } else if (regularize) {
-            wait_for(&progress->summed);
-            magnitudes = progress->sums.magnitudes;
+            wait_for(&progress->sums_epoch);
+            abs_sum = progress->sums.abs_sum;
         }
-        decided.sum = AbsSum<T>::of(magnitudes, scale);
-        decided.scale = static_cast<T>(scale);
-        shared_.decided[turn_] = decided;
-        shared_.task[turn_ ^ 1] = next;
+        inputs.sum = AbsSum<T>::of(abs_sum, scale);
+        inputs.scale = static_cast<T>(scale);
+        shared_.inputs[buffer_] = inputs;
+        shared_.task[buffer_ ^ 1] = next;
     }
 
+    // Waits until `flag` is the epoch of this step. What was written before the release of that value is then visible.
     AGR_DEVICE void wait_for(const std::uint32_t* flag) const {
-        // It is mostly there at the first look, which has to be an acquire. The looks after that are relaxed, since
-        // every acquire empties the first-level cache, and the loop's own acquires once more what they found: it reads
-        // what the last of them read or something later, and nothing later is written in this step, so that it reads
-        // from the release, and what was written before that is visible.
+        // Usually the first read finds the value, so it has to be an acquire. The repeated reads are relaxed, since
+        // every acquire invalidates the first-level cache. After they find the value, the outer loop reads it once more
+        // with an acquire. That read returns the value that the last relaxed read returned or a later one, and no later
+        // value is written in this step. So it reads the value that the release stored, and synchronizes with it.
         while (load_acquire(flag) != shared_.epoch) {
             do {
                 pause();
@@ -475,7 +495,7 @@ private:
         }
     }
 
-    AGR_DEVICE static double number(const void* address, Type type) {
+    AGR_DEVICE static double load_scalar(const void* address, Type type) {
         switch (type) {
             case Type::float64:
                 return *static_cast<const double*>(address);
@@ -488,22 +508,23 @@ private:
         }
     }
 
-    // The last block out notes the step, and leaves the counters for the next launch.
-    AGR_DEVICE void leave() {
+    // Called when the block has no more tasks. The last block to get here resets the counters for the next launch. If
+    // the launch updates, it also increments the step counts and the epoch.
+    AGR_DEVICE void finish() {
         if (first_thread())
-            shared_.last_out = arrive(&a.control->left) + 1 == static_cast<std::uint32_t>(block_count());
+            shared_.last_block = arrive(&args_.control->blocks_done) + 1 == static_cast<std::uint32_t>(block_count());
         block_barrier();
-        if (!shared_.last_out) return;
-        if (a.ends) {
-            for (std::int32_t i = thread_index(); i < a.tensors; i += block_threads)
-                if (a.rows[i].step != nullptr && gradient_of(i) != nullptr) *a.rows[i].step += 1;
-            for (std::int32_t i = thread_index(); i < a.group_count; i += block_threads)
-                if (group(i).counts) *group(i).count += 1;
+        if (!shared_.last_block) return;
+        if (args_.updates) {
+            for (std::int32_t i = thread_index(); i < args_.tensors; i += block_threads)
+                if (args_.rows[i].step != nullptr && gradient_of(i) != nullptr) *args_.rows[i].step += 1;
+            for (std::int32_t i = thread_index(); i < args_.group_count; i += block_threads)
+                if (group(i).increment_count) *group(i).count += 1;
         }
         if (first_thread()) {
-            a.control->ticket = 0;
-            a.control->left = 0;
-            if (a.ends) a.control->epoch = shared_.epoch;
+            args_.control->next_ticket = 0;
+            args_.control->blocks_done = 0;
+            if (args_.updates) args_.control->epoch = shared_.epoch;
         }
     }
 };

@@ -1,3 +1,4 @@
+// The CUDA executor: the layout and content of its table, and the arguments of a launch.
 #include "executor.h"
 
 #include <algorithm>
@@ -30,7 +31,7 @@ Executor::Executor(Plan plan, std::vector<Tensor> tensors, int groups, int devic
         throw std::invalid_argument("the plan is for " + std::to_string(plan_.tensors.size()) + " tensors, not " +
                                     std::to_string(tensors_.size()));
     kernel_ = {family_of(tensors_[0].rule), tensors_[0].types};
-    // In-chunk indices are int, and run past the end by a few strides.
+    // Indices within a chunk are int, and the kernels count a few strides past the end.
     if (plan_.limits.chunk_elements > 1 << 30)
         throw std::invalid_argument("a chunk has at most 2^30 elements on a GPU, not " +
                                     std::to_string(plan_.limits.chunk_elements));
@@ -39,37 +40,38 @@ Executor::Executor(Plan plan, std::vector<Tensor> tensors, int groups, int devic
         if (!(Kernel{family_of(tensor.rule), tensor.types} == kernel_))
             throw std::invalid_argument("the tensors of one launch have the same types");
     for (const Plan::Tensor& tensor : plan_.tensors) {
-        stretches_ += (tensor.chunks + stretch_chunks - 1) / stretch_chunks;
-        summed_ += tensor.chunks > 0;
+        segments_ += (tensor.chunks + segment_chunks - 1) / segment_chunks;
+        nonempty_tensors_ += tensor.chunks > 0;
     }
     for (const Tensor& tensor : tensors_) parameters_ = std::max(parameters_, tensor.index + 1);
     blocks_ = static_cast<int>(
         std::max<std::int64_t>(1, std::min<std::int64_t>(blocks, static_cast<std::int64_t>(plan_.tasks.size()))));
 
     std::int64_t end = 0;
-    auto place = [&end](std::size_t count, std::size_t size) {
-        const std::int64_t at = end;
+    // Reserves space in the table, aligned to 256 bytes, and returns its offset.
+    auto reserve = [&end](std::size_t count, std::size_t size) {
+        const std::int64_t offset = end;
         end += static_cast<std::int64_t>((count * size + 255) / 256 * 256);
-        return at;
+        return offset;
     };
     const std::size_t count = tensors_.size();
-    layout_.rows = place(count, sizeof(Row));
-    layout_.tasks = place(plan_.tasks.size(), sizeof(Task));
-    layout_.progress = place(count, sizeof(Progress));
-    layout_.chunk_sums = place(static_cast<std::size_t>(plan_.chunks), sizeof(Sums));
-    layout_.stretch_sums = place(static_cast<std::size_t>(stretches_), sizeof(Sums));
-    layout_.arrived = place(static_cast<std::size_t>(stretches_), sizeof(std::uint32_t));
-    layout_.squares_of = place(static_cast<std::size_t>(parameters_), sizeof(double));
-    layout_.control = place(1, sizeof(Control));
-    layout_.gradients = place(count, sizeof(void*));
-    layout_.groups = place(groups_, std::max(sizeof(GroupOf<AdamWOptions>), sizeof(GroupOf<AdanOptions>)));
+    layout_.rows = reserve(count, sizeof(Row));
+    layout_.tasks = reserve(plan_.tasks.size(), sizeof(Task));
+    layout_.progress = reserve(count, sizeof(Progress));
+    layout_.chunk_sums = reserve(static_cast<std::size_t>(plan_.chunks), sizeof(Sums));
+    layout_.segment_sums = reserve(static_cast<std::size_t>(segments_), sizeof(Sums));
+    layout_.segment_chunks_done = reserve(static_cast<std::size_t>(segments_), sizeof(std::uint32_t));
+    layout_.squared_norms = reserve(static_cast<std::size_t>(parameters_), sizeof(double));
+    layout_.control = reserve(1, sizeof(Control));
+    layout_.gradients = reserve(count, sizeof(void*));
+    layout_.groups =
+        reserve(groups_, std::max(sizeof(GroupArguments<AdamWOptions>), sizeof(GroupArguments<AdanOptions>)));
     layout_.bytes = end;
 }
 
 std::vector<unsigned char> Executor::table() const {
     std::vector<unsigned char> bytes(static_cast<std::size_t>(layout_.bytes));
-    auto put = [&bytes](std::int64_t at, const auto& value) { std::memcpy(bytes.data() + at, &value, sizeof(value)); };
-    std::int64_t stretch = 0;
+    std::int64_t first_segment = 0;
     for (std::size_t i = 0; i < tensors_.size(); ++i) {
         const Tensor& tensor = tensors_[i];
         const Plan::Tensor& planned = plan_.tensors[i];
@@ -80,14 +82,14 @@ std::vector<unsigned char> Executor::table() const {
         row.step = tensor.step;
         row.first_chunk = planned.first_chunk;
         row.chunks = planned.chunks;
-        row.first_stretch = stretch;
-        row.stretches = (planned.chunks + stretch_chunks - 1) / stretch_chunks;
+        row.first_segment = first_segment;
+        row.segments = (planned.chunks + segment_chunks - 1) / segment_chunks;
         row.group = tensor.group;
         row.index = tensor.index;
         row.rule = tensor.rule;
         row.regularize = planned.regularize;
-        stretch += row.stretches;
-        put(layout_.rows + static_cast<std::int64_t>(i * sizeof(Row)), row);
+        first_segment += row.segments;
+        std::memcpy(bytes.data() + layout_.rows + i * sizeof(Row), &row, sizeof(row));
     }
     if (!plan_.tasks.empty())
         std::memcpy(bytes.data() + layout_.tasks, plan_.tasks.data(), plan_.tasks.size() * sizeof(Task));
@@ -97,99 +99,102 @@ std::vector<unsigned char> Executor::table() const {
 void Executor::attach(void* address) {
     address_ = static_cast<unsigned char*>(address);
     auto at = [this](std::int64_t offset) { return address_ + offset; };
-    Arguments& a = arguments_;
-    a.rows = reinterpret_cast<const Row*>(at(layout_.rows));
-    a.tasks = reinterpret_cast<const Task*>(at(layout_.tasks));
-    a.progress = reinterpret_cast<Progress*>(at(layout_.progress));
-    a.chunk_sums = reinterpret_cast<Sums*>(at(layout_.chunk_sums));
-    a.stretch_sums = reinterpret_cast<Sums*>(at(layout_.stretch_sums));
-    a.arrived = reinterpret_cast<std::uint32_t*>(at(layout_.arrived));
-    a.squares_of = reinterpret_cast<double*>(at(layout_.squares_of));
-    a.control = reinterpret_cast<Control*>(at(layout_.control));
-    a.chunk_elements = plan_.limits.chunk_elements;
-    a.tensors = static_cast<std::int32_t>(tensors_.size());
-    a.parameters = parameters_;
-    a.group_count = static_cast<std::int32_t>(groups_);
-    a.summed = summed_;
-    sent_gradients_.clear();
-    sent_groups_.clear();
+    Arguments& args = arguments_;
+    args.rows = reinterpret_cast<const Row*>(at(layout_.rows));
+    args.tasks = reinterpret_cast<const Task*>(at(layout_.tasks));
+    args.progress = reinterpret_cast<Progress*>(at(layout_.progress));
+    args.chunk_sums = reinterpret_cast<Sums*>(at(layout_.chunk_sums));
+    args.segment_sums = reinterpret_cast<Sums*>(at(layout_.segment_sums));
+    args.segment_chunks_done = reinterpret_cast<std::uint32_t*>(at(layout_.segment_chunks_done));
+    args.squared_norms = reinterpret_cast<double*>(at(layout_.squared_norms));
+    args.control = reinterpret_cast<Control*>(at(layout_.control));
+    args.chunk_elements = plan_.limits.chunk_elements;
+    args.tensors = static_cast<std::int32_t>(tensors_.size());
+    args.parameters = parameters_;
+    args.group_count = static_cast<std::int32_t>(groups_);
+    args.nonempty_tensors = nonempty_tensors_;
+    uploaded_gradients_.clear();
+    uploaded_groups_.clear();
 }
 
 template <class Options>
-std::vector<unsigned char> Executor::group_bytes(const std::vector<DeviceGroup>& groups) const {
-    std::vector<unsigned char> bytes(groups.size() * sizeof(GroupOf<Options>));
+std::vector<unsigned char> Executor::group_arguments(const std::vector<DeviceGroup>& groups) const {
+    std::vector<unsigned char> bytes(groups.size() * sizeof(GroupArguments<Options>));
     for (std::size_t i = 0; i < groups.size(); ++i) {
         const DeviceGroup& from = groups[i];
-        const GroupOf<Options> group{options_of(from.group, static_cast<Options*>(nullptr)),
-                                     from.group.sign,
-                                     from.group.t,
-                                     from.count,
-                                     from.lr,
-                                     from.lr_type,
-                                     from.count != nullptr && from.counts};
+        const GroupArguments<Options> group{options_of(from.group, static_cast<Options*>(nullptr)),
+                                            from.group.sign,
+                                            from.group.t,
+                                            from.count,
+                                            from.lr,
+                                            from.lr_type,
+                                            from.count != nullptr && from.increment_count};
         std::memcpy(bytes.data() + i * sizeof(group), &group, sizeof(group));
     }
     return bytes;
 }
 
-void Executor::send(std::int64_t offset, const unsigned char* bytes, std::int64_t count,
-                    std::vector<unsigned char>& sent, void* stream) {
-    const bool known = static_cast<std::int64_t>(sent.size()) == count && std::equal(sent.begin(), sent.end(), bytes);
-    // A captured launch sends what it needs each time it is replayed, so that from the first capture on nobody knows
-    // what the table holds.
-    if (known && !captured_) return;
-    sent.clear();  // should one of several fail
-    for (std::int64_t from = 0; from < count; from += Parcel::capacity) {
-        Parcel parcel;
-        parcel.to = address_ + offset + from;
-        parcel.bytes = std::min(Parcel::capacity, count - from);
-        std::memcpy(parcel.content, bytes + from, static_cast<std::size_t>(parcel.bytes));
-        launcher_->send(parcel, device_, stream);
+void Executor::upload(std::int64_t offset, const unsigned char* bytes, std::int64_t count,
+                      std::vector<unsigned char>& uploaded, void* stream) {
+    const bool unchanged =
+        static_cast<std::int64_t>(uploaded.size()) == count && std::equal(uploaded.begin(), uploaded.end(), bytes);
+    // A captured launch repeats its uploads whenever its graph is replayed. After the first capture the host therefore
+    // no longer knows what the table contains.
+    if (unchanged && !captured_) return;
+    uploaded.clear();  // in case one of several uploads fails
+    for (std::int64_t from = 0; from < count; from += Upload::capacity) {
+        Upload part;
+        part.destination = address_ + offset + from;
+        part.bytes = std::min(Upload::capacity, count - from);
+        std::memcpy(part.data, bytes + from, static_cast<std::size_t>(part.bytes));
+        launcher_->upload(part, device_, stream);
     }
-    sent.assign(bytes, bytes + count);
+    uploaded.assign(bytes, bytes + count);
 }
 
 void Executor::launch(const void* const* gradients, const std::vector<DeviceGroup>& groups, const Settings& settings,
                       Phase phase, void* stream) {
     if (address_ == nullptr) throw std::logic_error("the executor's table is not on the device");
     if (groups.size() < groups_) throw std::invalid_argument("numbers are missing for some groups");
-    const auto of_groups =
-        kernel_.family == Family::adan ? group_bytes<AdanOptions>(groups) : group_bytes<AdamWOptions>(groups);
-    const auto group_count = static_cast<std::int64_t>(of_groups.size());
-    const auto gradient_count = static_cast<std::int64_t>(tensors_.size() * sizeof(void*));
-    const auto* of_gradients = reinterpret_cast<const unsigned char*>(gradients);
+    const auto packed_groups =
+        kernel_.family == Family::adan ? group_arguments<AdanOptions>(groups) : group_arguments<AdamWOptions>(groups);
+    const auto group_bytes = static_cast<std::int64_t>(packed_groups.size());
+    const auto gradient_bytes = static_cast<std::int64_t>(tensors_.size() * sizeof(void*));
+    const auto* addresses = reinterpret_cast<const unsigned char*>(gradients);
 
     captured_ = captured_ || launcher_->captures(stream);
 
-    Arguments& a = arguments_;
-    // Groups first: their numbers change in every step with a schedule, addresses seldom.
+    Arguments& args = arguments_;
+    // Puts bytes into the payload of the kernel parameters and sets their offset there, or, if they do not fit, uploads
+    // them to the table. Returns their device address, or null if they are in the payload.
     std::int64_t used = 0;
-    auto carry = [&](const unsigned char* bytes, std::int64_t count, std::int64_t offset, std::int32_t& at,
-                     std::vector<unsigned char>& sent) -> unsigned char* {
+    auto pass = [&](const unsigned char* bytes, std::int64_t count, std::int64_t offset, std::int32_t& payload_offset,
+                    std::vector<unsigned char>& uploaded) -> unsigned char* {
         if (used + count > payload_bytes) {
-            send(offset, bytes, count, sent, stream);
+            upload(offset, bytes, count, uploaded, stream);
             return address_ + offset;
         }
-        std::memcpy(a.payload + used, bytes, static_cast<std::size_t>(count));
-        at = static_cast<std::int32_t>(used);
+        std::memcpy(args.payload + used, bytes, static_cast<std::size_t>(count));
+        payload_offset = static_cast<std::int32_t>(used);
         used += (count + 15) / 16 * 16;
         return nullptr;
     };
-    a.groups = carry(of_groups.data(), group_count, layout_.groups, a.groups_at, sent_groups_);
-    a.gradients = reinterpret_cast<const void* const*>(
-        carry(of_gradients, gradient_count, layout_.gradients, a.gradients_at, sent_gradients_));
+    // Groups have precedence, since a schedule changes their options in every step, and addresses change rarely.
+    args.groups = pass(packed_groups.data(), group_bytes, layout_.groups, args.groups_offset, uploaded_groups_);
+    args.gradients = reinterpret_cast<const void* const*>(
+        pass(addresses, gradient_bytes, layout_.gradients, args.gradients_offset, uploaded_gradients_));
 
-    a.first_task = phase == Phase::update ? plan_.first_update : 0;
-    a.end_task = phase == Phase::reduce ? plan_.first_update : static_cast<std::int64_t>(plan_.tasks.size());
-    a.clips = plan_.limits.clip && phase != Phase::update;
-    a.ends = phase != Phase::reduce;
-    a.squares = settings.squares;
-    a.max_grad_norm = settings.max_grad_norm;
-    a.clip_eps = settings.clip_eps;
-    a.clip = settings.clip;
-    a.grad_scale = settings.grad_scale;
-    a.found_inf = settings.found_inf;
-    launcher_->step(kernel_, a, blocks_, device_, stream);
+    args.first_task = phase == Phase::update ? plan_.first_update : 0;
+    args.end_task = phase == Phase::reduce ? plan_.first_update : static_cast<std::int64_t>(plan_.tasks.size());
+    args.computes_norm = plan_.limits.clip && phase != Phase::update;
+    args.updates = phase != Phase::reduce;
+    args.squares = settings.squares;
+    args.max_grad_norm = settings.max_grad_norm;
+    args.clip_eps = settings.clip_eps;
+    args.clip = settings.clip;
+    args.grad_scale = settings.grad_scale;
+    args.found_inf = settings.found_inf;
+    launcher_->step(kernel_, args, blocks_, device_, stream);
 }
 
 }  // namespace agr::cuda

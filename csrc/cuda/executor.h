@@ -1,4 +1,4 @@
-// The CUDA executor of a plan: keeps the plan's table for the device, and launches steps.
+// The CUDA executor of a plan: it makes the table that describes the plan in device memory, and launches steps.
 #pragma once
 
 #include <cstdint>
@@ -10,18 +10,18 @@
 
 namespace agr::cuda {
 
-// What a group says in one step, some of it in the device's memory.
+// The options of one parameter group in one step. Some of them may be in device memory.
 struct DeviceGroup {
     Group group;
-    const void* lr;  // in place of the options' lr; or null
+    const void* lr;  // a scalar in device memory that replaces the options' lr, or null
     Type lr_type;
-    float* count;  // Adan's step count, from 0, in place of the group's t; or null
-    bool counts;   // whether this launch raises it
+    float* count;          // Adan's step count in device memory, starting at 0, which replaces the group's t; or null
+    bool increment_count;  // whether this launch increments `count`
 };
 
-// What else one step is told; see Arguments.
+// The other arguments of one step; see Arguments.
 struct Settings {
-    double max_grad_norm = 0;  // 0: no clipping in this launch
+    double max_grad_norm = 0;  // 0 for no clipping in this launch
     double clip_eps = 0;
     const double* clip = nullptr;
     double* squares = nullptr;
@@ -29,34 +29,36 @@ struct Settings {
     const float* found_inf = nullptr;
 };
 
-// Which of a plan's tasks a launch does. One launch does all, unless the norm needs gradients of other launches: then
-// they all reduce, and the sum of their squares comes back to them as `Settings::clip`.
+// Which of a plan's tasks a launch runs. One launch runs all of them, unless clipping needs the norm over several
+// launches. Then every launch reduces first, the clipping factor is computed from the sum of their squares, and every
+// launch updates with that factor in `Settings::clip`.
 enum class Phase : std::uint8_t { all, reduce, update };
 
 class Executor {
 public:
-    // All `tensors`, in the order of the plan's, are of the same kernel and on the same device.
-    // Throws std::invalid_argument where no kernel is compiled for their types.
+    // `tensors` are in the order of the plan's. All of them must use the same kernel and be on the same device. Throws
+    // std::invalid_argument if no kernel is compiled for their types.
     Executor(Plan plan, std::vector<Tensor> tensors, int groups, int device, int blocks, Launcher& launcher);
 
-    // The table as it is to lie in the device's memory, aligned to 16 bytes, at an address that is then attached. It
-    // has to stay there while launches are in progress.
+    // The initial content of the table. The caller copies it to device memory, at an address that is a multiple of 16,
+    // and passes that address to attach(). The memory must stay allocated while launches are in progress.
     std::vector<unsigned char> table() const;
     void attach(void* address);
 
-    // `gradients`: the address of each tensor's, null for one that has none in this step, which then does nothing to
-    // it.
+    // `gradients` has the address of each tensor's gradient. It is null for a tensor without a gradient in this step,
+    // which the step then leaves unchanged.
     void launch(const void* const* gradients, const std::vector<DeviceGroup>& groups, const Settings& settings,
                 Phase phase, void* stream);
 
-    // Whether a launch was captured into a graph, which may write to the table at any time from then on.
+    // Whether any launch was captured into a graph. From then on, a replay of the graph may write to the table at any
+    // time.
     bool captured() const { return captured_; }
 
 private:
-    // Where the parts of the table are, from its start.
+    // The offsets of the parts of the table, and its size.
     struct Layout {
-        std::int64_t rows, tasks, progress, chunk_sums, stretch_sums, arrived, squares_of, control, gradients, groups,
-            bytes;
+        std::int64_t rows, tasks, progress, chunk_sums, segment_sums, segment_chunks_done, squared_norms, control,
+            gradients, groups, bytes;
     };
 
     Plan plan_;
@@ -65,25 +67,26 @@ private:
     int device_, blocks_;
     Launcher* launcher_;
     Kernel kernel_{};
-    std::int64_t stretches_ = 0;
-    std::int32_t summed_ = 0;
-    std::int32_t parameters_ = 0;  // of the optimizer, up to the last one that is among the tensors
+    std::int64_t segments_ = 0;
+    std::int32_t nonempty_tensors_ = 0;
+    std::int32_t parameters_ = 0;  // of the optimizer, up to the last one among the tensors
     Layout layout_{};
     unsigned char* address_ = nullptr;
-    Arguments arguments_{};  // what is the same in every launch is filled in
-    // What the device's table holds of gradients and groups that did not fit into the arguments.
-    std::vector<unsigned char> sent_gradients_, sent_groups_;
-    bool captured_ = false;  // a step was captured in a graph
+    Arguments arguments_{};  // the members that are the same in every launch are set by attach()
+    // The gradient addresses and group arguments that were last uploaded to the table, because they did not fit into
+    // the kernel parameters.
+    std::vector<unsigned char> uploaded_gradients_, uploaded_groups_;
+    bool captured_ = false;  // whether any launch was captured into a graph
 
     template <class Options>
-    std::vector<unsigned char> group_bytes(const std::vector<DeviceGroup>& groups) const;
-    void send(std::int64_t offset, const unsigned char* bytes, std::int64_t count, std::vector<unsigned char>& sent,
-              void* stream);
+    std::vector<unsigned char> group_arguments(const std::vector<DeviceGroup>& groups) const;
+    void upload(std::int64_t offset, const unsigned char* bytes, std::int64_t count,
+                std::vector<unsigned char>& uploaded, void* stream);
 };
 
-// Chunks of 16 KB, so that few of them are in progress at the end while other blocks have nothing left to do, and all
-// that are in progress take a share of the cache. A window of an eighth of the cache, and a lead of as much as is in
-// progress at once.
+// The default chunk is 16 KB of a parameter. Chunks are small so that blocks finish at nearly the same time, and so
+// that all chunks in progress take only a fraction of the cache. The default window is an eighth of the cache, and the
+// default lead is as many bytes as are in progress at once.
 Plan::Limits default_limits(const Types& types, const Launcher::Device& device, int resident_blocks, bool clip);
 
 }  // namespace agr::cuda

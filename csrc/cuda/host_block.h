@@ -1,7 +1,8 @@
-// The host's side of intrinsics.h: a thread of a block is a std::thread. Included by it alone.
+// The host implementation of the operations in intrinsics.h, which alone includes this file: each thread of a block is
+// a std::thread.
 //
-// A program that runs kernels this way may make blocks stall at random wherever they touch what another thread can see
-// (`HostBlock::stalls`): interleavings that a machine with few cores would hardly show by itself.
+// With `HostBlock::stalls`, threads stall at random around operations that other threads can observe. This gives
+// interleavings that would be rare on a machine with few cores.
 #pragma once
 
 #include <pthread.h>
@@ -46,7 +47,7 @@ struct HostBlock {
     HostBarrier barrier{block_threads};
     Warp warps[block_threads / warp_threads];
 
-    static inline std::atomic<bool> stalls{false};
+    static inline std::atomic<bool> stalls{false};  // whether threads stall at random
 };
 
 struct HostThread {
@@ -65,24 +66,24 @@ inline void stall() {
         std::this_thread::yield();
 }
 
-// Runs `work` as every thread of `blocks` blocks, and returns when all have returned from it. `Shared` is what a
-// block's threads have in common; its content is not initialized, as on the device.
+// Runs `work` on every thread of `blocks` blocks, and returns when all of them have returned from it. `Shared` is the
+// type of a block's shared memory. As on the device, it is not initialized: it is filled with an arbitrary byte.
 template <class Shared, class Work>
 void run_blocks(int blocks, unsigned seed, const Work& work) {
     std::vector<std::thread> threads;
-    std::vector<std::unique_ptr<HostBlock>> meeting_places;
-    std::vector<std::unique_ptr<Shared>> memories;
+    std::vector<std::unique_ptr<HostBlock>> host_blocks;
+    std::vector<std::unique_ptr<Shared>> shared_memories;
     for (int block = 0; block < blocks; ++block) {
-        meeting_places.push_back(std::make_unique<HostBlock>());
-        memories.emplace_back(new Shared);
-        std::memset(static_cast<void*>(memories.back().get()), 0xa5, sizeof(Shared));
+        host_blocks.push_back(std::make_unique<HostBlock>());
+        shared_memories.emplace_back(new Shared);
+        std::memset(static_cast<void*>(shared_memories.back().get()), 0xa5, sizeof(Shared));
     }
     for (int block = 0; block < blocks; ++block)
         for (int thread = 0; thread < block_threads; ++thread)
             threads.emplace_back([&, block, thread] {
-                host_thread = {thread, blocks, meeting_places[block].get(),
+                host_thread = {thread, blocks, host_blocks[block].get(),
                                std::minstd_rand(seed + 977u * static_cast<unsigned>(block * block_threads + thread))};
-                work(*memories[block]);
+                work(*shared_memories[block]);
             });
     for (std::thread& thread : threads) thread.join();
 }
@@ -119,7 +120,7 @@ inline bool any_of_warp(bool mine) {
     return any;
 }
 
-inline std::uint32_t draw(std::uint32_t* counter) {
+inline std::uint32_t draw_ticket(std::uint32_t* counter) {
     stall();
     return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
 }
@@ -144,9 +145,9 @@ inline std::uint32_t load_relaxed(const std::uint32_t* flag) {
 
 inline void pause() { std::this_thread::yield(); }
 
-enum class Stay { briefly, long_enough };
+enum class Eviction { evict_first, evict_last };
 
-template <Stay, int words>
+template <Eviction, int words>
 inline void load_words(const void* from, std::uint32_t (&w)[words]) {
     std::memcpy(w, __builtin_assume_aligned(from, sizeof(w)), sizeof(w));
 }
@@ -155,9 +156,9 @@ inline void store_words(void* to, const std::uint32_t (&w)[words]) {
     std::memcpy(__builtin_assume_aligned(to, sizeof(w)), w, sizeof(w));
 }
 
-inline void fetch(const void*) {}
+inline void prefetch(const void*) {}
 
-inline void loads_first() {}
+inline void scheduling_barrier() {}
 
 inline std::uint32_t rounded_pair(bfloat16, float low, float high) {
     return rounded_bfloat16<std::uint32_t>(low) | rounded_bfloat16<std::uint32_t>(high) << 16;

@@ -1,19 +1,19 @@
-// The kernels, compiled once for each type of parameter and each of AdamW and Adan. AGR_RULES, AGR_STORED and AGR_TYPE
-// name those, AGR_KERNEL the function that gives the kernels out.
+// The kernels. This file is compiled once for each parameter type and each of AdamW and Adan, which the macros
+// AGR_RULES, AGR_STORED and AGR_TYPE name. AGR_KERNEL is the name of the function that returns the kernels.
 #include "block.h"
 #include "kernels.h"
 
 namespace agr::cuda {
 namespace {
 
-// Four blocks on a multiprocessor have 128 registers a thread: enough for two batches of AdamW's loads in each, 64 KB
-// in flight.
+// With four blocks per multiprocessor, a thread has 128 registers. That is enough for two batches of AdamW's loads in
+// flight, which is 64 KB per multiprocessor.
 template <class Rules, class P, class G, class S>
-__global__ void __launch_bounds__(block_threads, 4) agr_step(const __grid_constant__ Arguments arguments) {
+__global__ void __launch_bounds__(block_threads, 4) agr_step(const __grid_constant__ Arguments args) {
     using OneBlock = Block<Rules, P, G, S>;
-    // As bytes, since its members are not constructed.
+    // Declared as bytes, since CUDA constructs no objects in shared memory.
     __shared__ alignas(16) unsigned char memory[sizeof(typename OneBlock::Shared)];
-    OneBlock(arguments, *reinterpret_cast<typename OneBlock::Shared*>(memory)).run();
+    OneBlock(args, *reinterpret_cast<typename OneBlock::Shared*>(memory)).run();
 }
 
 template <class Rules, class P>

@@ -1,16 +1,16 @@
-// The kernels that are compiled, and which of them a tensor needs.
+// The compiled kernels, and which of them a tensor needs.
 #pragma once
 
 #include "../step.h"
 
 namespace agr::cuda {
 
-// AdamW with and without AMSGrad share a kernel.
+// The optimizers that have kernels of their own. AdamW with and without AMSGrad share a kernel.
 enum class Family : std::uint8_t { adamw, adan };
 
 constexpr Family family_of(Rule rule) { return rule == Rule::adan ? Family::adan : Family::adamw; }
 
-// Tensors for which this is the same share a launch.
+// Identifies a kernel. Tensors with the same kernel share a launch.
 struct Kernel {
     Family family;
     Types types;
@@ -21,14 +21,14 @@ inline bool operator==(const Kernel& a, const Kernel& b) {
            a.types.state == b.types.state;
 }
 
-// Whether kernels are compiled for this: state of the parameter's type, gradients of that type or, for the 16-bit
-// types, float32.
+// Whether kernels are compiled for these types: the state has the parameter's type, and gradients have that type or,
+// for 16-bit parameters, float32.
 constexpr bool is_compiled(const Types& types) {
     return types.state == types.parameter &&
            (types.gradient == types.parameter || (bytes_of(types.parameter) == 2 && types.gradient == Type::float32));
 }
 
-// The kernels of one type of parameter, as cudaLaunchKernel takes them; null for other types of gradient and state.
+// The kernel function for a parameter type, as cudaLaunchKernel takes it, or null if `types` has no compiled kernel.
 const void* adamw_float32(const Types& types);
 const void* adamw_bfloat16(const Types& types);
 const void* adamw_float16(const Types& types);

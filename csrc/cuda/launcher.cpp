@@ -1,4 +1,4 @@
-// The launcher of the CUDA runtime.
+// The launcher that uses the CUDA runtime.
 #include "launcher.h"
 
 #include <cuda_runtime_api.h>
@@ -8,41 +8,41 @@
 
 namespace agr::cuda {
 
-const void* send_kernel();
+const void* upload_kernel();
 
 namespace {
 
 void check(cudaError_t error, const std::string& what) {
     if (error == cudaSuccess) return;
-    cudaGetLastError();  // reported here, and not by whoever asks next
+    cudaGetLastError();  // clears the error, which is reported here, so that no later call reports it again
     throw std::runtime_error(std::string(cudaGetErrorName(error)) + " (" + cudaGetErrorString(error) + ") while " +
                              what);
 }
 
 std::string on(int device) { return " on cuda:" + std::to_string(device); }
 
-// Makes a device the current one for a while.
-class Current {
+// Makes a device the current one, and restores the previous one at the end of the scope.
+class DeviceGuard {
 public:
-    explicit Current(int device) {
-        check(cudaGetDevice(&before_), "asking for the current device");
-        if (device != before_) {
+    explicit DeviceGuard(int device) {
+        check(cudaGetDevice(&previous_), "asking for the current device");
+        if (device != previous_) {
             check(cudaSetDevice(device), "making cuda:" + std::to_string(device) + " the current device");
             changed_ = true;
         }
     }
-    ~Current() {
-        if (changed_) cudaSetDevice(before_);
+    ~DeviceGuard() {
+        if (changed_) cudaSetDevice(previous_);
     }
-    Current(const Current&) = delete;
-    Current& operator=(const Current&) = delete;
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
 
 private:
-    int before_ = 0;
+    int previous_ = 0;
     bool changed_ = false;
 };
 
-const void* function_of(const Kernel& kernel) {
+const void* kernel_function(const Kernel& kernel) {
     const bool adan = kernel.family == Family::adan;
     switch (kernel.types.parameter) {
         case Type::float32:
@@ -69,17 +69,17 @@ public:
     }
 
     int resident_blocks(const Kernel& kernel, int device) override {
-        const Current current(device);
+        const DeviceGuard guard(device);
         int blocks = 0;
-        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function_of(kernel), block_threads, 0),
+        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel_function(kernel), block_threads, 0),
               "loading the update kernel" + on(device));
         return blocks;
     }
 
     void step(const Kernel& kernel, const Arguments& arguments, int blocks, int device, void* stream) override {
-        const Current current(device);
+        const DeviceGuard guard(device);
         void* parameters[] = {const_cast<Arguments*>(&arguments)};
-        launch(function_of(kernel), blocks, parameters, stream, "launching an optimizer step" + on(device));
+        launch(kernel_function(kernel), blocks, parameters, stream, "launching an optimizer step" + on(device));
     }
 
     bool captures(void* stream) override {
@@ -88,10 +88,10 @@ public:
         return status != cudaStreamCaptureStatusNone;
     }
 
-    void send(const Parcel& parcel, int device, void* stream) override {
-        const Current current(device);
-        void* parameters[] = {const_cast<Parcel*>(&parcel)};
-        launch(send_kernel(), 1, parameters, stream, "sending an optimizer step's addresses" + on(device));
+    void upload(const Upload& upload, int device, void* stream) override {
+        const DeviceGuard guard(device);
+        void* parameters[] = {const_cast<Upload*>(&upload)};
+        launch(upload_kernel(), 1, parameters, stream, "uploading an optimizer step's arguments" + on(device));
     }
 
 private:

@@ -1,5 +1,5 @@
-// What the executor asks of the device: the CUDA runtime, or something in its place that runs kernels on the host, or
-// runs nothing and counts.
+// The interface through which the executor uses a device. It is implemented by the CUDA runtime and, in tests and
+// measurements, by launchers that run kernels on the host or launch nothing.
 #pragma once
 
 #include "arguments.h"
@@ -13,22 +13,22 @@ public:
 
     struct Device {
         int multiprocessors;
-        std::int64_t cache_bytes;  // of the second-level cache
+        std::int64_t cache_bytes;  // the size of the second-level cache
     };
     virtual Device device(int index) = 0;
 
-    // How many blocks of a kernel a multiprocessor runs at once.
+    // The number of blocks of a kernel that a multiprocessor runs at the same time.
     virtual int resident_blocks(const Kernel& kernel, int device) = 0;
 
-    // Work on a stream (a cudaStream_t) of a device, in the order of the calls. All throw std::runtime_error that names
-    // the CUDA error and what was being done.
+    // The functions below put work on a stream (a cudaStream_t) of a device, in the order of the calls. They throw a
+    // std::runtime_error that names the CUDA error and the failed operation.
     virtual void step(const Kernel& kernel, const Arguments& arguments, int blocks, int device, void* stream) = 0;
-    // Whether the stream's work is being captured into a graph instead of done.
+    // Whether the stream is being captured into a graph.
     virtual bool captures(void* stream) = 0;
-    virtual void send(const Parcel& parcel, int device, void* stream) = 0;
+    virtual void upload(const Upload& upload, int device, void* stream) = 0;
 };
 
-// The CUDA runtime's, or null in a build without nvcc.
+// The launcher that uses the CUDA runtime. Only builds with nvcc have it.
 Launcher* cuda_launcher();
 
 }  // namespace agr::cuda

@@ -1,24 +1,25 @@
-// A few neighbouring elements as one thread loads, computes and stores them: 8 or 16 bytes of each tensor.
+// Packed elements: the 8 or 16 bytes of neighbouring elements of a tensor that a thread loads or stores at once.
 #pragma once
 
 #include "intrinsics.h"
 
 namespace agr::cuda {
 
-// As many elements as make 16 bytes of the widest type, so that a warp's accesses to every tensor are contiguous.
+// The number of elements that a thread processes at once: as many as fill 16 bytes of the widest type. It is the same
+// for all tensors, so that the accesses of a warp to each of them are contiguous.
 template <class P, class G, class S>
 constexpr int lanes_for =
     16 / static_cast<int>(sizeof(P) > sizeof(G) ? (sizeof(P) > sizeof(S) ? sizeof(P) : sizeof(S))
                                                 : (sizeof(G) > sizeof(S) ? sizeof(G) : sizeof(S)));
 
-// `lanes` elements of a stored type, as they lie in memory.
+// `lanes` elements of a storage type, with the same bytes as in memory.
 template <class Stored, int lanes>
 struct Packed {
     static constexpr int bytes = lanes * static_cast<int>(sizeof(Stored));
     static constexpr int words = bytes / 4;
     std::uint32_t word[words];
 
-    // The one element in which `lane` is, as what it is computed in.
+    // The element at `lane`, converted to its compute type.
     AGR_DEVICE computed_in<Stored> get(int lane) const {
         if constexpr (sizeof(Stored) == 2)
             return widened(Stored{static_cast<std::uint16_t>(word[lane / 2] >> (lane % 2 * 16))});
@@ -47,21 +48,21 @@ struct Packed {
         return reinterpret_cast<std::uintptr_t>(address) % bytes == 0;
     }
 
-    template <Stay stay>
+    template <Eviction eviction>
     AGR_DEVICE void load(const Stored* from) {
-        load_words<stay>(from, word);
+        load_words<eviction>(from, word);
     }
     AGR_DEVICE void store(Stored* to) const { store_words(to, word); }
 };
 
-// One element by itself, as what it is computed in, and back.
-AGR_DEVICE float stored(float x) { return x; }
-AGR_DEVICE double stored(double x) { return x; }
-AGR_DEVICE float stored(bfloat16 x) { return widened(x); }
-AGR_DEVICE float stored(float16 x) { return widened(x); }
+// Conversions of a single element to its compute type, and back to its storage type.
+AGR_DEVICE float to_computed(float x) { return x; }
+AGR_DEVICE double to_computed(double x) { return x; }
+AGR_DEVICE float to_computed(bfloat16 x) { return widened(x); }
+AGR_DEVICE float to_computed(float16 x) { return widened(x); }
 
 template <class Stored>
-AGR_DEVICE Stored rounded(computed_in<Stored> x) {
+AGR_DEVICE Stored to_stored(computed_in<Stored> x) {
     if constexpr (sizeof(Stored) == 2)
         return Stored{static_cast<std::uint16_t>(rounded_pair(Stored{}, x, x))};
     else

@@ -1,28 +1,29 @@
-// The abs-sum (and, for clipping, the sum of squares) of what one thread sees of a gradient.
+// The sums of |g| and, for clipping, of g^2: over the elements that one thread reads, and over a warp.
 #pragma once
 
 #include "intrinsics.h"
 
 namespace agr::cuda {
 
-// In float32 with what every addition rounded away kept beside the sum (Knuth's two-sum): as good as float64, on GPUs
-// that have next to no float64 units too. An abs-sum must be that good where one element outweighs all others: psi of
-// it is their small sum.
+// A compensated sum: a float32 sum, and the sum of the rounding errors of its additions (Knuth's two-sum). It is as
+// accurate as a float64 sum and needs no float64 units, of which many GPUs have few. An abs-sum must be that accurate
+// where one element outweighs all others: psi of that element is proportional to the small sum of the others.
 class CompensatedSum {
 public:
     AGR_DEVICE void add(float x) {
         const float sum = sum_ + x;
-        const float taken = sum - sum_;
-        lost_ += (sum_ - (sum - taken)) + (x - taken);
+        const float added = sum - sum_;
+        compensation_ += (sum_ - (sum - added)) + (x - added);
         sum_ = sum;
     }
-    // What an infinite sum lost is NaN, and nothing to it.
+    // The compensation of an infinite sum is NaN, and is not added.
     AGR_DEVICE double value() const {
-        return sum_ - sum_ == 0.0f ? static_cast<double>(sum_) + static_cast<double>(lost_) : static_cast<double>(sum_);
+        return sum_ - sum_ == 0.0f ? static_cast<double>(sum_) + static_cast<double>(compensation_)
+                                   : static_cast<double>(sum_);
     }
 
 private:
-    float sum_ = 0, lost_ = 0;
+    float sum_ = 0, compensation_ = 0;
 };
 
 class PlainSum {
@@ -43,36 +44,37 @@ struct SumOf<double> {
     using type = PlainSum;
 };
 
-// Several sums side by side, so that additions do not wait for each other. Always the same elements in the same sum.
+// Several independent sums, so that additions do not wait for each other. Which sum an element is added to depends on
+// its lane alone, so the result has the same bits every time.
 template <class T, int lanes, bool squares>
 class LaneSums {
 public:
     AGR_DEVICE void add(int lane, T x) {
-        magnitudes_[lane % ways].add(magnitude(x));
-        // In float64: a gradient may be larger than the root of float32's largest number.
-        if constexpr (squares) squares_[lane % ways] += static_cast<double>(x) * static_cast<double>(x);
+        abs_sums_[lane % accumulators].add(magnitude(x));
+        // Squares are in float64: the square of a large gradient overflows float32.
+        if constexpr (squares) squares_[lane % accumulators] += static_cast<double>(x) * static_cast<double>(x);
     }
     AGR_DEVICE Sums value() const {
         Sums sums;
 #pragma unroll
-        for (int i = 0; i < ways; ++i) {
-            sums.magnitudes += magnitudes_[i].value();
+        for (int i = 0; i < accumulators; ++i) {
+            sums.abs_sum += abs_sums_[i].value();
             if constexpr (squares) sums.squares += squares_[i];
         }
         return sums;
     }
 
 private:
-    static constexpr int ways = lanes < 4 ? lanes : 4;
-    typename SumOf<T>::type magnitudes_[ways];
-    double squares_[squares ? ways : 1] = {};
+    static constexpr int accumulators = lanes < 4 ? lanes : 4;
+    typename SumOf<T>::type abs_sums_[accumulators];
+    double squares_[squares ? accumulators : 1] = {};
 };
 
-// The sum over a warp's lanes, in a tree that is always the same; for its first lane.
-AGR_DEVICE Sums sum_of_warp(Sums mine, bool squares) {
+// The sum over the lanes of a warp, added in a fixed tree. Only the first lane gets the result.
+AGR_DEVICE Sums warp_reduce(Sums mine, bool squares) {
 #pragma unroll
     for (int distance = warp_threads / 2; distance > 0; distance /= 2) {
-        mine.magnitudes += shuffle_down(mine.magnitudes, distance);
+        mine.abs_sum += shuffle_down(mine.abs_sum, distance);
         if (squares) mine.squares += shuffle_down(mine.squares, distance);
     }
     return mine;

@@ -26,7 +26,7 @@ public:
     int resident_blocks(const cuda::Kernel&, int) override { return 4; }
     bool captures(void*) override { return false; }
     void step(const cuda::Kernel&, const cuda::Arguments&, int, int, void*) override {}
-    void send(const cuda::Parcel&, int, void*) override {}
+    void upload(const cuda::Upload&, int, void*) override {}
 };
 
 // Hands every call on, and counts those that put work on a stream: a test's proof of how few they are.
@@ -34,7 +34,7 @@ class Counting : public cuda::Launcher {
 public:
     cuda::Launcher* to = nullptr;
     bool stands_in = false;  // for the CUDA runtime's, on tensors in the host's memory
-    std::int64_t steps = 0, sends = 0;
+    std::int64_t steps = 0, uploads = 0;
 
     Device device(int index) override { return real().device(index); }
     int resident_blocks(const cuda::Kernel& kernel, int device) override {
@@ -46,9 +46,9 @@ public:
         real().step(kernel, arguments, blocks, device, stream);
         ++steps;
     }
-    void send(const cuda::Parcel& parcel, int device, void* stream) override {
-        real().send(parcel, device, stream);
-        ++sends;
+    void upload(const cuda::Upload& upload, int device, void* stream) override {
+        real().upload(upload, device, stream);
+        ++uploads;
     }
 
 private:
@@ -197,7 +197,7 @@ void bind_cuda(py::module_& m) {
     use_launcher(py::none());
     m.def("use_launcher", &use_launcher, py::arg("which"));
     // How many steps were launched, and how many parcels sent, since the process began.
-    m.def("cuda_launches", [] { return std::make_tuple(launcher().steps, launcher().sends); });
+    m.def("cuda_launches", [] { return std::make_tuple(launcher().steps, launcher().uploads); });
     m.def("cuda_limits", &cuda_limits, py::arg("rule"), py::arg("parameter"), py::arg("gradient"), py::arg("device"));
 
     py::class_<CudaExecutor>(m, "CudaExecutor")

@@ -1,3 +1,4 @@
+// Runs the block code of the kernels on host threads, for every combination of types.
 #include "host_launcher.h"
 
 #include <cstring>
@@ -42,9 +43,9 @@ void HostLauncher::step(const Kernel& kernel, const Arguments& arguments, int bl
         run<AdamWRules>(kernel.types, arguments, blocks, ++seed);
 }
 
-void HostLauncher::send(const Parcel& parcel, int, void*) {
-    ++sends;
-    std::memcpy(parcel.to, parcel.content, static_cast<std::size_t>(parcel.bytes));
+void HostLauncher::upload(const Upload& upload, int, void*) {
+    ++uploads;
+    std::memcpy(upload.destination, upload.data, static_cast<std::size_t>(upload.bytes));
 }
 
 }  // namespace agr::cuda

@@ -1,4 +1,4 @@
-// A Python module that hands out the host's launcher: agr_cuda._C.use_launcher takes it.
+// A Python module with the host launcher, which can be passed to agr_cuda._C.use_launcher.
 #include <pybind11/pybind11.h>
 
 #include "host_launcher.h"

@@ -1,7 +1,8 @@
-// The CUDA executor and its kernels' own source, on threads of the host, beside the equations in long double. It is
-// built and run under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer by tests/test_native.py.
+// Tests of the CUDA executor and of its kernels' own source on host threads. They are compared with the equations in
+// long double. tests/test_native.py builds and runs this program with AddressSanitizer, UndefinedBehaviorSanitizer and
+// ThreadSanitizer.
 //
-// Usage: test_cuda [how many random models [the seed of the random numbers]]
+// Usage: test_cuda [number of random models [seed]]
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -23,7 +24,7 @@ using namespace agr;
 
 namespace {
 
-// One launch of a model: the tensors of one kernel, and the table of their executor.
+// One launch of a model: the tensors that use the same kernel, with their executor and its table.
 struct Launch {
     std::vector<Model::Tensor*> tensors;
     std::unique_ptr<cuda::Executor> executor;
@@ -37,7 +38,7 @@ struct Launch {
     }
 };
 
-// What may be in the device's memory instead of among the launch's numbers.
+// The values that can be in device memory instead of in the arguments of the launch.
 struct Device {
     float count = 0;
     double lr = 0;
@@ -114,7 +115,7 @@ void step(Model& model, std::vector<Launch>& launches, Device& device, int t) {
         settings.clip = &device.clip;
     }
     for (std::size_t i = 0; i < launches.size(); ++i) {
-        group.counts = i + 1 == launches.size();
+        group.increment_count = i + 1 == launches.size();
         launches[i].executor->launch(launches[i].gradients().data(), {group}, settings,
                                      together ? cuda::Phase::update : cuda::Phase::all, nullptr);
     }
@@ -142,7 +143,7 @@ void test_models(int rounds) {
             Device device;
             device.has_lr = up_to(1) != 0;
             device.has_scale = up_to(1) != 0;
-            // A skipped step counts nothing, so that the count must be the device's.
+            // A skipped step is not counted, and only the device knows about it. So the count must be on the device.
             device.has_count = rule == Rule::adan && (device.has_scale || up_to(1) != 0);
             if (device.has_scale) model.grad_scale = device.grad_scale = up_to(1) ? 4.0f : 3.0f;
             auto launches = launches_of(model, 1 + static_cast<int>(up_to(4)), launcher);
@@ -165,12 +166,13 @@ void test_models(int rounds) {
                 CHECK(!device.has_count || device.count == static_cast<float>(t), "count %g", device.count);
                 ++t;
             }
-            CHECK(launcher.sends == 0, "something was sent");
+            CHECK(launcher.uploads == 0, "something was uploaded");
         }
     }
 }
 
-// Large enough for stretches, with windows and chunks small enough that blocks meet all the time.
+// A model that is large enough for tensors of several segments, with a window and chunks so small that blocks often
+// wait for each other.
 Model large_model(bool clip) {
     Model model(Rule::adan);
     model.clip = clip;
@@ -214,7 +216,8 @@ void test_determinism(int rounds) {
     }
 }
 
-// More gradients than fit into a launch's arguments are sent, but not again while they stay where they are.
+// Gradient addresses that do not fit into the launch's arguments are uploaded, and uploaded again only when they
+// change.
 void test_many_tensors() {
     Model model(Rule::adamw);
     model.limits = {64, 1000, 0, false};
@@ -230,24 +233,24 @@ void test_many_tensors() {
     cuda::HostLauncher launcher;
     Device device;
     auto launches = launches_of(model, 2, launcher);
-    constexpr std::int64_t parcels = (700 * 8 + cuda::Parcel::capacity - 1) / cuda::Parcel::capacity;
-    auto one = [&](int t, std::int64_t sends, const char* what) {
+    constexpr std::int64_t each = (700 * 8 + cuda::Upload::capacity - 1) / cuda::Upload::capacity;
+    auto one = [&](int t, std::int64_t uploads, const char* what) {
         new_gradients(model, 1, false);
         step(model, launches, device, t);
         step_by_definition(model, t);
         compare(model, what);
-        CHECK(launcher.sends == sends, "%s: %" PRId64 " sent", what, launcher.sends);
+        CHECK(launcher.uploads == uploads, "%s: %" PRId64 " uploads", what, launcher.uploads);
     };
-    one(1, parcels, "sent");
-    one(2, parcels, "known");
+    one(1, each, "first step");
+    one(2, each, "unchanged");
     auto& moved = *model.tensors[650];
     moved.gradient = Stored(Type::float32, 3);
-    one(3, 2 * parcels, "moved");
+    one(3, 2 * each, "moved");
     launcher.capturing = true;
-    one(4, 3 * parcels, "captured");
+    one(4, 3 * each, "captured");
     launcher.capturing = false;
-    one(5, 4 * parcels, "after a capture");
-    one(6, 5 * parcels, "a replay may have come between");
+    one(5, 4 * each, "after a capture");
+    one(6, 5 * each, "after a possible replay");
 }
 
 void test_mistakes() {

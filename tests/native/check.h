@@ -1,4 +1,4 @@
-// What the parts of the test program share: checks, random numbers, random tensors.
+// Helpers of the test programs: checks, random numbers and random tensors.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +29,7 @@ inline std::int64_t up_to(std::int64_t most) {
     return std::uniform_int_distribution<std::int64_t>(0, most)(random_bits);
 }
 
-// Of sizes at which chunks and vectors end.
+// Random tensors, many of them with sizes at or near the boundaries of chunks and vectors.
 inline std::vector<agr::Plan::Tensor> random_tensors(std::int64_t chunk) {
     std::vector<agr::Plan::Tensor> tensors(up_to(12));
     for (auto& tensor : tensors) {

@@ -1,4 +1,4 @@
-// Models on random numbers, and the equations in long double beside them: what both executors are compared with.
+// Random models, and the update equations in long double, with which the tests compare both executors.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +12,8 @@
 
 namespace agr {
 
-// Memory of some type, exactly as long as needed, so that a sanitizer sees every element too far. It begins `shift`
-// elements behind an address that is aligned for everything.
+// An array of a storage type. Its memory ends with its last element, so that a sanitizer reports every access beyond
+// it. The array starts `shift` elements after an address that is aligned for all types.
 struct Stored {
     Type type;
     std::int64_t elements, shift;
@@ -59,21 +59,22 @@ struct Model {
     bool clip = false;
     Plan::Limits limits{};
     Group group{};
-    double grad_scale = 1;  // what gradients are divided by
+    double grad_scale = 1;  // gradients are divided by this
     struct Tensor {
         Type type;
         bool regularize;
         Stored parameter, gradient;
         std::vector<Stored> states{};
         float step = 0;
-        int steps = 0;        // as the equations count them
-        bool present = true;  // has a gradient in this step
+        int steps = 0;        // the step count of the equations
+        bool present = true;  // whether it has a gradient in this step
 
         const void* address() const { return present ? gradient.data() : nullptr; }
-        // What the equations say.
+        // The expected parameter and states, from the equations.
         std::vector<long double> p{};
         std::vector<std::vector<long double>> s{};
-        // Of p and each of s, the largest value before the step: what roundings are measured by where a sum cancels.
+        // The largest absolute value of p, and of each of s, before the step. Where a sum cancels, its rounding error
+        // is relative to this.
         std::vector<long double> largest{};
     };
     std::vector<std::unique_ptr<Tensor>> tensors;
@@ -89,7 +90,7 @@ inline long double largest_of(const std::vector<long double>& values) {
 
 constexpr double max_norm = 0.7;
 
-// What the state `k` is before a tensor's first step: 0, or NaN for Adan's previous gradient.
+// Adds state `k` with its initial value: NaN for Adan's previous gradient, and 0 for all others.
 inline void add_state(Model::Tensor& tensor, Rule rule, int k, std::int64_t shift = 0) {
     const std::int64_t elements = tensor.parameter.elements;
     const double initial = rule == Rule::adan && k == 3 ? std::nan("") : 0.0;
@@ -98,7 +99,7 @@ inline void add_state(Model::Tensor& tensor, Rule rule, int k, std::int64_t shif
     tensor.s.emplace_back(elements, initial);
 }
 
-// New gradients, of `scale` times unit normal numbers. Some tensors have none, if `some_missing`.
+// Sets new gradients: normal random numbers times `scale`. If `some_missing`, some tensors get none.
 inline void new_gradients(Model& model, double scale = 1, bool some_missing = true) {
     for (auto& tensor : model.tensors) {
         tensor->present = !some_missing || up_to(4) != 0;
@@ -106,7 +107,7 @@ inline void new_gradients(Model& model, double scale = 1, bool some_missing = tr
     }
 }
 
-// All of one type, or each of a type of its own.
+// A model of random tensors. If `mixed`, each tensor has its own random types; otherwise all have the same types.
 inline Model random_model(Rule rule, bool mixed = true) {
     Model model(rule);
     model.clip = up_to(2) == 0;
@@ -136,7 +137,7 @@ inline Model random_model(Rule rule, bool mixed = true) {
     return model;
 }
 
-// Step `t` of the equations, without a thought to speed. The stored values are rounded to their type.
+// Step `t` of the equations, on the stored gradients and the expected values of p and s.
 inline void step_by_definition(Model& model, int t) {
     long double squares = 0;
     for (auto& tensor : model.tensors)
@@ -155,7 +156,7 @@ inline void step_by_definition(Model& model, int t) {
         long double sum = 0;
         for (std::int64_t i = 0; i < n; ++i) sum += std::fabs(g[i] = clip * model.group.sign * tensor->gradient.get(i));
         for (std::int64_t i = 0; i < n && tensor->regularize && sum > 0; ++i) g[i] *= 1 - std::fabs(g[i]) / sum;
-        // Adan's exp_avg_diff takes up a difference of gradients, each of which is rounded.
+        // Adan's exp_avg_diff averages differences of gradients, whose rounding errors are relative to the gradients.
         if (model.rule == Rule::adan) {
             const long double taken = (1 - model.group.adan.beta2) * std::max(largest_of(g), largest_of(s[3]));
             tensor->largest[2] = std::max(tensor->largest[2], taken);
@@ -193,7 +194,8 @@ inline double unit(Type type) {
     return type == Type::float64 ? 0x1p-53 : type == Type::float32 ? 0x1p-24 : type == Type::float16 ? 0x1p-11 : 0x1p-8;
 }
 
-// Compares, and then goes on from what is stored, so that roundings do not add up. `least` is the size of a denormal.
+// Compares the stored values with the expected ones. Then replaces the expected values by the stored ones, so that
+// rounding errors do not add up over the steps. `least` allows an error in denormal results.
 inline void compare(Model& model, const char* what) {
     for (auto& tensor : model.tensors) {
         auto check = [&](const Stored& stored, std::vector<long double>& expected, long double before,

@@ -1,7 +1,8 @@
-// The native core without Python: conversions, plans, and the CPU executor beside the equations in long double. It is
-// built and run under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer by tests/test_native.py.
+// Tests of the native core without Python: conversions, plans, and the CPU executor, which is compared with the
+// equations in long double. tests/test_native.py builds and runs this program with AddressSanitizer,
+// UndefinedBehaviorSanitizer and ThreadSanitizer.
 //
-// Usage: test_core [how many random models [the seed of the random numbers]]
+// Usage: test_core [number of random models [seed]]
 #include <cstdlib>
 
 #include "../../csrc/cpu/kernels.h"

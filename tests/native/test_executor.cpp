@@ -1,4 +1,5 @@
-// The CPU executor beside the equations in long double: every rule, type and option, with any number of threads.
+// Tests of the CPU executor. It is compared with the equations in long double, for every rule, type and option, and
+// with different numbers of threads.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -64,8 +65,8 @@ void test_models(int rounds, const char* what) {
     }
 }
 
-// A model large enough that several threads are at work, and windows and chunks small enough that they meet all the
-// time.
+// A model that is large enough for several threads, with a window and chunks so small that threads often wait for each
+// other.
 Model large_model() {
     Model model(Rule::adan);
     model.limits = {509, 40000, 0, false};
@@ -103,7 +104,7 @@ void test_determinism() {
     }
 }
 
-// Threads round as their caller does: otherwise bits would depend on which of them drew which ticket.
+// All threads use the caller's rounding mode. Otherwise the bits would depend on which thread drew which ticket.
 void test_rounding_of_the_caller() {
     const std::string nearest = bytes_after(3, 1);
     std::fesetround(FE_UPWARD);
@@ -182,7 +183,7 @@ void test_mistakes() {
 
 void test_executor(int models) {
     test_models(models, cpu::instruction_set().name);
-    test_child_process();  // before this process has many threads
+    test_child_process();  // before this process has started the pool's threads
     test_determinism();
     test_rounding_of_the_caller();
     test_two_optimizers_at_once();

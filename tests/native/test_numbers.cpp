@@ -1,4 +1,4 @@
-// Conversions, psi of one element, and the sums of a span's gradient.
+// Tests of the conversions, of psi, and of the sums of a gradient.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -14,7 +14,7 @@ using namespace agr;
 
 namespace {
 
-// What a half is, from its definition.
+// The value of a float16, from the definition of the format.
 double half_value(std::uint32_t bits) {
     const int exponent = (bits >> 10) & 31;
     const double fraction = bits & 1023;
@@ -32,7 +32,8 @@ void test_sixteen_bit_types() {
             CHECK((rounded_float16<std::uint32_t>(half) & 0x7fff) == 0x7e00, "NaN %x", bits);
         } else {
             CHECK(rounded_float16<std::uint32_t>(half) == bits, "half %x does not come back", bits);
-            // The middle between two neighbours goes to the even one, what lies beside it to the nearer.
+            // The value halfway between two neighbours is rounded to the even one, a value next to it to the nearer
+            // one.
             const double next = half_value(bits + 1);
             if ((bits & 0x7fff) < 0x7bff && std::isfinite(next)) {
                 const float middle = static_cast<float>((half + next) / 2);
@@ -59,7 +60,8 @@ void test_sixteen_bit_types() {
 }
 
 #if defined(__x86_64__)
-// Half a unit of the smallest ordinary half is an ordinary float: no denormal float, which would be 0 here, comes up.
+// The conversions give the right result in a thread that flushes denormals, since no intermediate result is a denormal
+// float32.
 void test_halves_while_denormals_are_flushed() {
     const unsigned before = _mm_getcsr();
     _mm_setcsr(before | 0x8040);
@@ -81,18 +83,18 @@ void test_psi() {
     CHECK(std::isnan(psi(5, NAN)) && std::isnan(psi(NAN, NAN)), "a sum of NaN");
     CHECK(std::isnan(psi(5, INFINITY, 0)), "0 times an infinite sum");
     CHECK(psi(5, 8, 0) == 5 * 0.375f, "a scale of 0 is applied later");
-    // One element dominates: what is left of it is the sum of the others, far below the rounding of S.
+    // One element dominates: psi of it is nearly the sum of the others, which is far below the rounding error of S.
     const double others = 1e-9;
     CHECK(std::fabs(psi(1, 1 + others) / others - 1) < 1e-6, "a dominated tensor: %g", psi(1, 1 + others));
-    // The sum is denormal, and 1 / S would overflow.
+    // The sum is denormal, so 1 / S would overflow.
     CHECK(regularized(1e-310, AbsSum<double>::of(1e-310, 1)) == 0, "one denormal element, float64");
     CHECK(std::fabs(regularized(1e-310, AbsSum<double>::of(4e-310, 1)) / 7.5e-311 - 1) < 1e-9, "denormal, float64");
-    // The sum is so large that 1 / S would be denormal, or that it is no float.
+    // The sum is so large that 1 / S would be denormal, or that the sum overflows float32.
     CHECK(psi(0x1p126f, 0x1p127) == 0x1p125f && psi(0x1p126f, 0x1p128) == 0.75f * 0x1p126f, "a large sum");
     CHECK(psi(1e-41f, 4 * static_cast<double>(1e-41f)) == static_cast<float>(0.75 * 1e-41f), "denormal");
 }
 
-// A tensor whose abs-sum is one element and a little dust, in every place where the sums treat it differently.
+// Tensors in which one element outweighs the sum of all others, at every position that the sums treat differently.
 void test_outweighed_tensors() {
     for (Type type : {Type::float32, Type::bfloat16, Type::float16}) {
         const cpu::Kernels* kernels = cpu::instruction_set().kernels({type, type, type});
@@ -108,28 +110,27 @@ void test_outweighed_tensors() {
                                                                          : rounded_bfloat16<std::uint32_t>(single[i]));
                 const void* gradient = type == Type::float32 ? static_cast<const void*>(single.data()) : half.data();
                 const double expected = 1 + static_cast<double>(n - 1) * dust;
-                const double sum = kernels->magnitudes(gradient, n);
+                const double sum = kernels->abs_sum(gradient, n);
                 CHECK(sum == expected, "%" PRId64 " of %" PRId64 ": %.17g", place, n, sum);
             }
         }
     }
 }
 
-// Where nothing outweighs the rest, the sum may be off by three roundings of float32.
+// Where no element outweighs the others, the abs-sum has an error of at most three roundings of float32.
 void test_sums() {
     const cpu::Kernels* kernels = cpu::instruction_set().kernels({Type::float32, Type::float32, Type::float32});
     for (std::int64_t n : {0, 1, 5, 127, 128, 4097, 32768}) {
         std::vector<float> gradient(n);
-        long double magnitudes = 0, squares = 0;
+        long double abs_sum = 0, squares = 0;
         for (float& g : gradient) {
             g = static_cast<float>(normal());
-            magnitudes += std::fabs(g);
+            abs_sum += std::fabs(g);
             squares += static_cast<long double>(g) * g;
         }
-        const agr::Sums both = kernels->magnitudes_and_squares(gradient.data(), n);
-        CHECK(std::fabs(kernels->magnitudes(gradient.data(), n) - magnitudes) <= 3 * 0x1p-24 * magnitudes, "%" PRId64,
-              n);
-        CHECK(std::fabs(both.magnitudes - magnitudes) <= 1e-14 * magnitudes, "%" PRId64, n);
+        const agr::Sums both = kernels->abs_sum_and_squares(gradient.data(), n);
+        CHECK(std::fabs(kernels->abs_sum(gradient.data(), n) - abs_sum) <= 3 * 0x1p-24 * abs_sum, "%" PRId64, n);
+        CHECK(std::fabs(both.abs_sum - abs_sum) <= 1e-14 * abs_sum, "%" PRId64, n);
         CHECK(std::fabs(both.squares - squares) <= 1e-14 * squares, "%" PRId64, n);
     }
 }

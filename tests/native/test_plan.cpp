@@ -1,4 +1,4 @@
-// What every plan must hold to, on random tensors and limits.
+// Tests of the properties that every plan must have, with random tensors and limits.
 #include <algorithm>
 #include <functional>
 #include <set>
