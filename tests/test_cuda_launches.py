@@ -33,14 +33,21 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def launches(optimizer: Any) -> tuple[int, int]:
+    """The launches and uploads of all steps of the optimizer's plan."""
+    steps, uploads = zip(*(launch._executor.launches for launch in optimizer._plan.on_devices), strict=True)
+    return sum(steps), sum(uploads)
+
+
 def calls(optimizer: torch.optim.Optimizer) -> tuple[int, int, list[str]]:
     """Count the launches and uploads of one step, and list the PyTorch operations that it calls."""
-    steps, uploads = native().cuda_launches()
+    before = launches(optimizer)
     with Operations() as operations:
         optimizer.step()
     # torch.optim.Optimizer marks every step for the profiler.
     names = [name for name in operations.names if not name.startswith("profiler.")]
-    return native().cuda_launches()[0] - steps, native().cuda_launches()[1] - uploads, names
+    steps, uploads = (after - was for after, was in zip(launches(optimizer), before, strict=True))
+    return steps, uploads, names
 
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}, {"maximize": True}, {"capturable": True}], ids=str)

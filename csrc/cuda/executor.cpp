@@ -148,6 +148,7 @@ void Executor::upload(std::int64_t offset, const unsigned char* bytes, std::int6
         part.bytes = std::min(Upload::capacity, count - from);
         std::memcpy(part.data, bytes + from, static_cast<std::size_t>(part.bytes));
         launcher_->upload(part, device_, stream);
+        ++uploads_;
     }
     uploaded.assign(bytes, bytes + count);
 }
@@ -195,6 +196,7 @@ void Executor::launch(const void* const* gradients, const std::vector<DeviceGrou
     args.grad_scale = settings.grad_scale;
     args.found_inf = settings.found_inf;
     launcher_->step(kernel_, args, blocks_, device_, stream);
+    ++steps_;
 }
 
 }  // namespace agr::cuda

@@ -54,6 +54,10 @@ public:
     // time.
     bool captured() const { return captured_; }
 
+    // How many steps were launched, and how many uploads made.
+    std::int64_t steps() const { return steps_; }
+    std::int64_t uploads() const { return uploads_; }
+
 private:
     // The offsets of the parts of the table, and its size.
     struct Layout {
@@ -77,6 +81,7 @@ private:
     // the kernel parameters.
     std::vector<unsigned char> uploaded_gradients_, uploaded_groups_;
     bool captured_ = false;  // whether any launch was captured into a graph
+    std::int64_t steps_ = 0, uploads_ = 0;
 
     template <class Options>
     std::vector<unsigned char> group_arguments(const std::vector<DeviceGroup>& groups) const;

@@ -31,4 +31,14 @@ public:
 // The launcher that uses the CUDA runtime. Only builds with nvcc have it.
 Launcher* cuda_launcher();
 
+// Launches nothing, so that the cost of a step on the host can be measured without a GPU. Its device is an H200.
+class Rehearsal : public Launcher {
+public:
+    Device device(int) override { return {132, 50 << 20}; }
+    int resident_blocks(const Kernel&, int) override { return 4; }
+    bool captures(void*) override { return false; }
+    void step(const Kernel&, const Arguments&, int, int, void*) override {}
+    void upload(const Upload&, int, void*) override {}
+};
+
 }  // namespace agr::cuda

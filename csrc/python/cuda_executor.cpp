@@ -19,73 +19,38 @@ namespace py = pybind11;
 namespace agr::python {
 namespace {
 
-// Launches nothing, so that what a step costs the host can be measured without a GPU.
-class Rehearsal : public cuda::Launcher {
-public:
-    Device device(int) override { return {132, 50 << 20}; }
-    int resident_blocks(const cuda::Kernel&, int) override { return 4; }
-    bool captures(void*) override { return false; }
-    void step(const cuda::Kernel&, const cuda::Arguments&, int, int, void*) override {}
-    void upload(const cuda::Upload&, int, void*) override {}
-};
+// The launcher of executors that are made from now on, and whether it stands in for the CUDA runtime's, on tensors in
+// the host's memory.
+struct {
+    cuda::Launcher* launcher = nullptr;
+    bool stands_in = false;
+} current;
 
-// Hands every call on, and counts those that put work on a stream: a test's proof of how few they are.
-class Counting : public cuda::Launcher {
-public:
-    cuda::Launcher* to = nullptr;
-    bool stands_in = false;  // for the CUDA runtime's, on tensors in the host's memory
-    std::int64_t steps = 0, uploads = 0;
-
-    Device device(int index) override { return real().device(index); }
-    int resident_blocks(const cuda::Kernel& kernel, int device) override {
-        return real().resident_blocks(kernel, device);
-    }
-    bool captures(void* stream) override { return real().captures(stream); }
-    void step(const cuda::Kernel& kernel, const cuda::Arguments& arguments, int blocks, int device,
-              void* stream) override {
-        real().step(kernel, arguments, blocks, device, stream);
-        ++steps;
-    }
-    void upload(const cuda::Upload& upload, int device, void* stream) override {
-        real().upload(upload, device, stream);
-        ++uploads;
-    }
-
-private:
-    cuda::Launcher& real() const {
-        if (to == nullptr) throw std::runtime_error(std::string("the CUDA backend is not there: ") + AGR_LEFT_OUT);
-        return *to;
-    }
-};
-
-Counting& launcher() {
-    static Counting* only = new Counting;
-    return *only;
-}
-
-cuda::Launcher* real_launcher() {
-#if defined(AGR_CUDA_ARCHITECTURES)
-    return cuda::cuda_launcher();
-#else
-    return nullptr;
-#endif
+cuda::Launcher& launcher() {
+    if (current.launcher == nullptr)
+        throw std::runtime_error(std::string("the CUDA backend is not there: ") + AGR_LEFT_OUT);
+    return *current.launcher;
 }
 
 // None for the CUDA runtime's, "nothing" for one that launches nothing, or a capsule with a Launcher of a test.
 void use_launcher(const py::object& which) {
-    static Rehearsal rehearsal;
-    launcher().stands_in = !which.is_none();
-    if (which.is_none())
-        launcher().to = real_launcher();
-    else if (py::isinstance<py::capsule>(which))
-        launcher().to = static_cast<cuda::Launcher*>(PyCapsule_GetPointer(which.ptr(), "agr_cuda.Launcher"));
-    else if (py::cast<std::string>(which) == "nothing")
-        launcher().to = &rehearsal;
-    else
+    static cuda::Rehearsal rehearsal;
+    cuda::Launcher* chosen = nullptr;
+    if (which.is_none()) {
+#if defined(AGR_CUDA_ARCHITECTURES)
+        chosen = cuda::cuda_launcher();
+#endif
+    } else if (py::isinstance<py::capsule>(which)) {
+        chosen = static_cast<cuda::Launcher*>(PyCapsule_GetPointer(which.ptr(), "agr_cuda.Launcher"));
+    } else if (py::cast<std::string>(which) == "nothing") {
+        chosen = &rehearsal;
+    } else {
         throw std::invalid_argument("a launcher is None, 'nothing' or a capsule");
+    }
+    current = {chosen, !which.is_none()};
 }
 
-DeviceType device_type() { return launcher().stands_in ? cpu_device : cuda_device; }
+DeviceType device_type() { return current.stands_in ? cpu_device : cuda_device; }
 
 class CudaExecutor {
 public:
@@ -99,6 +64,9 @@ public:
     }
 
     std::size_t table_bytes() const { return table_.size(); }
+
+    // How many steps were launched and uploads made: a test's proof of how few they are.
+    std::tuple<std::int64_t, std::int64_t> launches() const { return {executor_->steps(), executor_->uploads()}; }
 
     // Into the memory of a tensor on the CPU; once, since it is not kept.
     void write_table(const py::handle& tensor) {
@@ -196,14 +164,13 @@ void bind_cuda(py::module_& m) {
     m.attr("left_out") = AGR_LEFT_OUT;
     use_launcher(py::none());
     m.def("use_launcher", &use_launcher, py::arg("which"));
-    // How many steps were launched, and how many parcels sent, since the process began.
-    m.def("cuda_launches", [] { return std::make_tuple(launcher().steps, launcher().uploads); });
     m.def("cuda_limits", &cuda_limits, py::arg("rule"), py::arg("parameter"), py::arg("gradient"), py::arg("device"));
 
     py::class_<CudaExecutor>(m, "CudaExecutor")
         .def(py::init<const Plan&, const py::list&, int, int, int>(), py::arg("plan"), py::arg("tensors"),
              py::arg("groups"), py::arg("device"), py::arg("blocks"))
         .def_property_readonly("table_bytes", &CudaExecutor::table_bytes)
+        .def_property_readonly("launches", &CudaExecutor::launches)
         .def("write_table", &CudaExecutor::write_table, py::arg("tensor"))
         .def("attach", &CudaExecutor::attach, py::arg("tensor"))
         .def("launch", &CudaExecutor::launch, py::arg("gradients"), py::arg("groups"), py::arg("counts"),
