@@ -1,13 +1,16 @@
-"""Builds the native core, agr_cuda._C, with ninja.
+"""Build the native core, agr_cuda._C, with ninja.
 
-It needs a C++17 compiler, pybind11 and ninja, and neither PyTorch nor its headers: addresses are read off the tensors
-when the program runs, so that one build serves every PyTorch version. With nvcc the CUDA backend is built too, with the
-CUDA runtime linked statically; without, it is left out, and a line says so.
+The build needs a C++17 compiler, pybind11 and ninja, but neither PyTorch nor its headers: the extension reads tensors'
+addresses at run time, so one build works with every PyTorch version. If nvcc is found, the CUDA backend is built too,
+with the CUDA runtime linked statically. Otherwise it is left out, and a message says so.
 
-Environment: CXX names the C++ compiler, CXXFLAGS adds to its options; CUDA_HOME is where nvcc is, if not on PATH;
-AGR_CUDA_ARCHS lists the architectures to compile for, "90" or "80;90;100", or is "none" to leave the CUDA backend out.
-Without it these are the GPUs of this machine, or, if it has none, all of DEFAULT_ARCHITECTURES. For the newest of them
-PTX is added, which later GPUs compile when they load it.
+Environment variables:
+    CXX: the C++ compiler.
+    CXXFLAGS: further options for it.
+    CUDA_HOME: the CUDA toolkit's folder, if nvcc is not on PATH.
+    AGR_CUDA_ARCHS: the architectures to compile for, such as "90" or "80;90;100", or "none" to leave the CUDA backend
+        out. The default is the architectures of this machine's GPUs or, if it has none, DEFAULT_ARCHITECTURES. PTX is
+        added for the newest architecture, and later GPUs compile it when they load it.
 """
 
 import os
@@ -36,7 +39,7 @@ PYTHON = [
     *("python/cpu_executor.cpp", "python/cuda_executor.cpp"),
 ]
 
-# cpu/kernels.cpp is compiled once for each of these; cpu/instruction_set.cpp chooses among them when the program runs.
+# cpu/kernels.cpp is compiled once for each of these; cpu/instruction_set.cpp chooses one of them at run time.
 INSTRUCTION_SETS = {"portable": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {
@@ -46,11 +49,11 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 CXXFLAGS = [
     *("-std=c++17", "-O3", "-g1", "-fPIC", "-pthread", "-fvisibility=hidden"),
-    # errno is nobody's business after sqrt; everything else keeps to IEEE 754, in which inf and NaN propagate.
+    # Nothing reads errno after sqrt. All other arithmetic follows IEEE 754, so that inf and NaN propagate.
     *("-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wextra"),
 ]
-# Vectors are passed between inlined functions alone, so that their calling convention does not matter; and GCC takes
-# its own intrinsics' undefined values for mistakes (GCC bug 105593).
+# -Wno-psabi: vectors are passed only between inlined functions, so their calling convention does not matter.
+# -Wno-maybe-uninitialized: GCC warns about the undefined values in its own intrinsics (GCC bug 105593).
 KERNEL_CXXFLAGS = ["-Wno-psabi", "-Wno-maybe-uninitialized"]
 
 
@@ -58,28 +61,28 @@ NO_NVCC = "nvcc was not found when agr-cuda was built: put it on PATH or set CUD
 NOT_WANTED = "AGR_CUDA_ARCHS was none when agr-cuda was built: install again without it"
 
 DEFAULT_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
-OLDEST_ARCHITECTURE = 80  # with bfloat16 conversions and cache policies
-LATEST_ARCHITECTURE = 199  # beyond all that nvcc may come to know before this is looked at again; but not 900, for 9.0
+OLDEST_ARCHITECTURE = 80  # the first with bfloat16 conversions and cache policies
+LATEST_ARCHITECTURE = 199  # leaves room for future architectures, but refuses 900, a misspelling of 9.0
 
-# cuda/kernels.cu is compiled once for each of these rules and types, so that compilations run side by side.
+# cuda/kernels.cu is compiled once for each of these rules and types, so that compilations run in parallel.
 CUDA_RULES = {"adamw": "AdamWRules", "adan": "AdanRules"}
 CUDA_TYPES = {"float32": "float", "bfloat16": "agr::bfloat16", "float16": "agr::float16", "float64": "double"}
 
 NVCCFLAGS = [
     *("-std=c++17", "-O3", "-lineinfo", "-Xfatbin=-compress-all", "-Xcompiler=-fPIC,-fvisibility=hidden"),
-    # Division and square root of float32 to two units in the last place, of the full range: inf, NaN and denormal
-    # numbers are what they are without these. -use_fast_math would not leave them so.
+    # Division and square root of float32 are accurate to two units in the last place over the full range; inf, NaN and
+    # denormal numbers are handled as without these options, unlike with -use_fast_math.
     *("-prec-div=false", "-prec-sqrt=false", "-ftz=false"),
 ]
 
 
 def unwanted() -> bool:
-    """Return whether the CUDA backend is to be left out, nvcc or not."""
+    """Return whether the CUDA backend is to be left out even if nvcc is found."""
     return os.environ.get("AGR_CUDA_ARCHS", "").strip().lower() == "none"
 
 
 def find_nvcc() -> str | None:
-    """Return where nvcc is, or None where it is not or not wanted."""
+    """Return the path of nvcc, or None if it is not found or the CUDA backend is to be left out."""
     if unwanted():
         return None
     cuda_home = os.environ.get("CUDA_HOME")
@@ -87,7 +90,7 @@ def find_nvcc() -> str | None:
 
 
 def architectures() -> list[str]:
-    """Return the architectures to compile for, the oldest first."""
+    """Return the architectures to compile for, in ascending order."""
     asked = os.environ.get("AGR_CUDA_ARCHS", "").replace(",", ";").replace(" ", ";")
     found = []
     for name in asked.split(";"):
@@ -95,7 +98,7 @@ def architectures() -> list[str]:
         if not name:
             continue
         number = name.replace(".", "")
-        # Not 90a or 120f either: no kernel uses what only those have, and no later GPU can use their PTX.
+        # 90a and 120f are refused too: no kernel uses their special features, and no later GPU can use their PTX.
         spelled = re.fullmatch(r"[1-9][0-9]*(\.[0-9])?", name) is not None
         if not spelled or not OLDEST_ARCHITECTURE <= int(number) <= LATEST_ARCHITECTURE:
             sys.exit(
@@ -115,10 +118,10 @@ def architectures() -> list[str]:
 
 
 class BuildWithNinja(build_ext):
-    """Writes a build.ninja beside the objects and runs it: parallel, and incremental where the folder is kept."""
+    """Write a build.ninja beside the objects and run it: in parallel, and incrementally if the folder is kept."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Build the one extension."""
+        """Build the extension."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         folder = Path(self.build_temp).resolve()
         for made in (folder, target.parent):
@@ -137,14 +140,22 @@ class BuildWithNinja(build_ext):
         subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder, *jobs], check=True)
 
     def write_rules(self, build: Writer, target: Path, nvcc: str | None, chosen: list[str], reason: str) -> None:
-        """Write what is made of what. `chosen` are the architectures for `nvcc`, `reason` why that is not there."""
+        """Write the rules and dependencies of the build.
+
+        Args:
+            build: the writer of build.ninja.
+            target: the path of the extension.
+            nvcc: the path of nvcc, or None to leave the CUDA backend out.
+            chosen: the architectures for nvcc.
+            reason: why the CUDA backend is left out, or an empty string.
+        """
         includes = [sysconfig.get_path("include"), sysconfig.get_path("platinclude"), pybind11.get_include()]
         flags = [*CXXFLAGS, *(f"-isystem {shlex.quote(path)}" for path in dict.fromkeys(includes))]
         shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
         build.variable("cxx", os.environ.get("CXX", "c++"))
         build.variable("cxxflags", " ".join([*flags, os.environ.get("CXXFLAGS", "")]))
         build.rule("cxx", "$cxx -MD -MF $out.d $cxxflags $flags -c $in -o $out", depfile="$out.d", deps="gcc")
-        # nvcc knows where the CUDA runtime is, which it links statically.
+        # nvcc links because it knows the path of the static CUDA runtime.
         link = "$nvcc -shared --cudart=static -Xcompiler=-pthread" if nvcc else f"$cxx {shared} -pthread"
         build.rule("link", f"{link} $in -o $out")
 
@@ -169,7 +180,7 @@ class BuildWithNinja(build_ext):
         build.build(escape_path(str(target)), "link", objects)
 
     def write_kernels(self, build: Writer, nvcc: str, chosen: list[str]) -> list[str]:
-        """Write how nvcc compiles what. Returns the objects."""
+        """Write the rules by which nvcc compiles the kernels, and return the names of the object files."""
         code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in chosen]
         code.append(f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}")
         host_compiler = os.environ.get("CXX")

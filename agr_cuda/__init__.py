@@ -9,7 +9,7 @@ from .regularize import regularize_gradients_
 
 try:
     __version__ = version("agr-cuda")
-except PackageNotFoundError:  # run from the source tree
+except PackageNotFoundError:  # the package is run from the source tree
     __version__ = "not installed"
 
 __all__ = ["AdamW", "Adan", "__version__", "available_backends", "regularize_gradients_"]

@@ -1,4 +1,4 @@
-"""`python -m agr_cuda`: what is built, and which backend each device and type gets."""
+"""`python -m agr_cuda`: show what was built, and which backend updates each device and dtype."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.com
 
 
 def versions() -> list[tuple[str, str]]:
-    """Return the programs and machines that matter here."""
+    """Return (name, value) rows on the versions, the machine, its GPUs and the compiled kernels."""
     rows = [
         ("agr-cuda", agr_cuda.__version__),
         ("torch", torch.__version__),
@@ -47,11 +47,11 @@ def devices() -> list[torch.device]:
     return found
 
 
-def chosen(device: torch.device, dtype: torch.dtype) -> str:
-    """Return the backend that a parameter of this device and type gets."""
+def backend_for(device: torch.device, dtype: torch.dtype) -> str:
+    """Return the name of the backend that updates a parameter of this device and dtype, or "-" if none can exist."""
     try:
         return backends.choose(torch.empty(1, device=device, dtype=dtype))
-    except (TypeError, RuntimeError):  # a device without this type
+    except (TypeError, RuntimeError):  # the device does not support this dtype
         return "-"
 
 
@@ -73,7 +73,7 @@ def main() -> None:
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     print(" " * width + "".join(f"{name:<11}" for name in names))
     for device in devices():
-        print(f"  {device!s:<{width - 2}}" + "".join(f"{chosen(device, dtype):<11}" for dtype in DTYPES))
+        print(f"  {device!s:<{width - 2}}" + "".join(f"{backend_for(device, dtype):<11}" for dtype in DTYPES))
 
 
 if __name__ == "__main__":

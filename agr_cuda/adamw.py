@@ -1,4 +1,4 @@
-"""AdamW with AGR."""
+"""AdamW with Adaptive Gradient Regularization (AGR)."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .optimizer import AGROptimizer
 from .options import number, number_or_tensor, scalar_or_number
 from .tensors import StateTensor
 
-#: What the groups of this release's torch.optim.AdamW say besides options, from 2.7 on, and so its checkpoints.
-_SAID_BY_TORCH = {"decoupled_weight_decay": True} if "decoupled_weight_decay" in signature(Adam).parameters else {}
+#: The entry that torch.optim.AdamW adds to its parameter groups, and so to its checkpoints, since PyTorch 2.7.
+_TORCH_ENTRIES = {"decoupled_weight_decay": True} if "decoupled_weight_decay" in signature(Adam).parameters else {}
 
-_STATES = (
+_STATE_SPECS = (
     StateTensor("exp_avg"),
     StateTensor("exp_avg_sq"),
     StateTensor("step", role="count", dtype=torch.float32),
 )
-_AMSGRAD_STATES = (*_STATES[:2], StateTensor("max_exp_avg_sq"), *_STATES[2:])
+_AMSGRAD_STATE_SPECS = (*_STATE_SPECS[:2], StateTensor("max_exp_avg_sq"), *_STATE_SPECS[2:])
 
 
 class AdamW(AGROptimizer, torch.optim.AdamW):
-    r"""AdamW with Adaptive Gradient Regularization, in place of torch.optim.AdamW.
+    r"""AdamW with Adaptive Gradient Regularization (AGR), a replacement for torch.optim.AdamW.
 
-    For the gradient :math:`g` of one parameter tensor and the number :math:`t` of its step, from 1:
+    For the gradient :math:`g` of one parameter tensor, in the tensor's step :math:`t`, counted from 1:
 
     .. math::
         g &\leftarrow g_i \left(1 - |g_i| / \textstyle\sum_j |g_j|\right) \quad \text{(with } agr\text{)} \\
@@ -37,39 +37,46 @@ class AdamW(AGROptimizer, torch.optim.AdamW):
         m &\leftarrow m + (1 - \beta_1)(g - m) \qquad v \leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
         p &\leftarrow p - \frac{\gamma}{1 - \beta_1^t} \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon}
 
-    The first line is arXiv 2407.16944, the rest arXiv 1711.05101. State and state dict are torch.optim.AdamW's, so that
-    checkpoints of either load into the other. It is a subclass of torch.optim.AdamW, so that a program that asks what
-    an optimizer is gets the answer for AdamW; it runs none of that class's code.
+    The first line is from arXiv 2407.16944, the others from arXiv 1711.05101. The state and the state dict are those of
+    torch.optim.AdamW, so that checkpoints of either load into the other. The class is a subclass of torch.optim.AdamW
+    so that isinstance checks of other programs succeed; it runs none of that class's code.
 
     Args:
-        params: parameters, or named parameters, or dictionaries of parameter groups. Every option below but
-            `max_grad_norm` and `backend` can differ between groups.
-        lr: the learning rate :math:`\gamma`, a number or a tensor of one element.
-        betas: :math:`\beta_1` and :math:`\beta_2`, each in [0, 1).
-        eps: :math:`\epsilon`, at least 0.
-        weight_decay: :math:`\lambda`, at least 0.
-        amsgrad: divide by the largest :math:`v` so far (state "max_exp_avg_sq").
-        agr: regularize the gradient. False gives torch.optim.AdamW. A tensor of one element never trains with it. It is
-            not in state dicts, and stays what it is when one is loaded.
-        max_grad_norm: clip by the global L2 norm of all gradients, before AGR, to this, as
-            torch.nn.utils.clip_grad_norm_ does; None or 0 does not. `grad_norm` is the norm of the last step.
-        maximize: negate the gradient.
-        foreach: True asks for the reference backend.
-        capturable: keep the step count on the parameter's device, so that a step can be captured in a graph.
-        differentiable: let autograd see the step; uses the reference backend.
-        fused: True refuses the reference backend, but for DTensors, which no other takes; and has torch.amp.GradScaler
-            leave scale and infinities to the step, which then does not wait for the device. Gradients stay scaled.
-        backend: "cuda", "triton", "cpu" or "reference" for all parameters; None chooses for each.
+        params: an iterable of parameters, of named parameters, or of dictionaries that define parameter groups. Groups
+            can differ in every option below except `max_grad_norm` and `backend`.
+        lr: the learning rate :math:`\gamma`, at least 0: a number or a tensor of one element (default: 1e-3).
+        betas: :math:`\beta_1` and :math:`\beta_2`, each in [0, 1): numbers or tensors of one element (default: (0.9,
+            0.999)).
+        eps: :math:`\epsilon`, at least 0 (default: 1e-8).
+        weight_decay: :math:`\lambda`, at least 0 (default: 1e-2).
+        amsgrad: whether to divide by the largest :math:`v` so far, state "max_exp_avg_sq" (default: False).
+        agr: whether to regularize the gradient (default: True). False gives torch.optim.AdamW. With AGR, a tensor of
+            one element never trains, because its regularized gradient is 0. State dicts do not contain this option;
+            loading one keeps its current value.
+        max_grad_norm: the largest global L2 norm of all gradients; larger ones are clipped before AGR, as by
+            torch.nn.utils.clip_grad_norm_. None or 0 does not clip (default: None). The property `grad_norm` is the
+            norm of the last step.
+        maximize: whether to maximize the objective, by negating the gradient (default: False).
+        foreach: True selects the reference backend (default: None).
+        capturable: whether a step can be captured in a CUDA graph; keeps step counts on the parameters' devices
+            (default: False).
+        differentiable: whether autograd can differentiate through the step; selects the reference backend (default:
+            False).
+        fused: True refuses the reference backend, except for DTensors, which no other backend takes. It also has
+            torch.amp.GradScaler leave unscaling and the check for inf and NaN to the step, which then does not
+            synchronize with the device; gradients stay scaled (default: None).
+        backend: "cuda", "triton", "cpu" or "reference" for all parameters; None chooses one for each parameter
+            (default: None).
 
     Raises:
-        TypeError: for what is no number, or no boolean, where one is wanted.
-        ValueError: for a number out of range.
-        RuntimeError: for options that contradict each other, and for a backend that is not there.
+        TypeError: for an option that is not a number, or not a boolean, but should be.
+        ValueError: for an option out of range, and for a backend of unknown name.
+        RuntimeError: for options that contradict each other, and for a backend that is not available.
     """
 
     _rule = "adamw"
-    _betas = 2
-    _structure = ("agr", "amsgrad", "foreach", "fused", "capturable", "differentiable")
+    _num_betas = 2
+    _launch_options = ("agr", "amsgrad", "foreach", "fused", "capturable", "differentiable")
 
     def __init__(
         self,
@@ -107,46 +114,46 @@ class AdamW(AGROptimizer, torch.optim.AdamW):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with options of their own; see torch.optim.Optimizer.add_param_group."""
+        """Add a parameter group; see torch.optim.Optimizer.add_param_group."""
         if isinstance(param_group, dict):
             param_group = ParameterGroup(param_group)
             given = param_group.get("decoupled_weight_decay", True)
             if given is not True:
                 raise ValueError(f"decoupled_weight_decay is {given!r}; AdamW's must be True")
-            param_group.update(_SAID_BY_TORCH)
+            param_group.update(_TORCH_ENTRIES)
         super().add_param_group(param_group)
 
-    def _completed(self, group: dict[str, Any]) -> ParameterGroup:
-        completed = super()._completed(group)
-        completed.update(_SAID_BY_TORCH)  # a checkpoint may be torch.optim.Adam's
+    def _with_defaults(self, group: dict[str, Any]) -> ParameterGroup:
+        completed = super()._with_defaults(group)
+        completed.update(_TORCH_ENTRIES)  # A checkpoint may come from torch.optim.Adam, which sets it to False.
         return completed
 
-    def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        adapted = super()._adapted(state_dict)
+    def _adapt_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        adapted = super()._adapt_state_dict(state_dict)
         state = dict(adapted["state"])
         for group in adapted["param_groups"]:
-            # apex counts a group's steps, in the group.
+            # A checkpoint of apex has one step count for each group, in the group.
             uncounted = [i for i in group["params"] if "exp_avg" in state.get(i, ()) and "step" not in state[i]]
             if uncounted and "step" in group:
                 steps = float(group.pop("step"))
                 state.update({i: {**state[i], "step": steps} for i in uncounted})
         counts: set[int] = set()
-        for i, of_one in state.items():
-            # A count that several parameters share would be raised by each, and one that is part of more memory (as
-            # views are saved) could not go to a GPU by itself.
-            if isinstance(of_one, dict) and isinstance(step := of_one.get("step"), Tensor):
+        for i, parameter_state in state.items():
+            # A count shared by several parameters would be incremented once for each of them, and a count that is a
+            # view into a larger storage could not be moved to a GPU by itself. Both get a copy.
+            if isinstance(parameter_state, dict) and isinstance(step := parameter_state.get("step"), Tensor):
                 if id(step) in counts or step.untyped_storage().nbytes() > step.element_size():
-                    state[i] = {**of_one, "step": step.clone()}
+                    state[i] = {**parameter_state, "step": step.clone()}
                 counts.add(id(step))
         return {**adapted, "state": state}
 
     def _clip_eps(self) -> float:
-        return 1e-6  # as torch.nn.utils.clip_grad_norm_ has
+        return 1e-6  # the constant of torch.nn.utils.clip_grad_norm_
 
-    def _states(self, group: dict[str, Any]) -> tuple[StateTensor, ...]:
-        return _AMSGRAD_STATES if group["amsgrad"] else _STATES
+    def _state_specs(self, group: dict[str, Any]) -> tuple[StateTensor, ...]:
+        return _AMSGRAD_STATE_SPECS if group["amsgrad"] else _STATE_SPECS
 
-    def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
+    def _hyperparameters(self, group: dict[str, Any]) -> tuple[Any, ...]:
         differentiable = group["differentiable"]
         beta1, beta2 = [x if type(x) is float else scalar_or_number(x, differentiable) for x in group["betas"]]
         sign = -1.0 if group["maximize"] else 1.0

@@ -1,4 +1,4 @@
-"""Adan with AGR."""
+"""Adan with Adaptive Gradient Regularization (AGR)."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch.optim.optimizer import ParamsT
 
 from .groups import ParameterGroup
 from .optimizer import AGROptimizer
-from .options import number, number_or_tensor, shown
+from .options import format_value, number, number_or_tensor
 from .plan import StepPlan
 from .scaling import Scaling
 from .tensors import StateTensor, is_wrapper
 
-_STATES = (
+_STATE_SPECS = (
     StateTensor("exp_avg"),
     StateTensor("exp_avg_diff"),
     StateTensor("exp_avg_sq"),
-    # An element that is NaN says that there is no previous gradient. A checkpoint without it says so of the parameter.
-    StateTensor("neg_pre_grad", initial=math.nan, may_lack=True),
+    # NaN marks an element that has no previous gradient. A checkpoint without this key marks the whole parameter.
+    StateTensor("neg_pre_grad", initial=math.nan, optional=True),
 )
 
 
 class Adan(AGROptimizer):
-    r"""Adan with Adaptive Gradient Regularization, in place of sail-sg's Adan.
+    r"""Adan with Adaptive Gradient Regularization (AGR), a replacement for sail-sg's Adan.
 
-    For the gradient :math:`g` of one parameter tensor and the number :math:`t` of its group's step, from 1:
+    For the gradient :math:`g` of one parameter tensor, in its group's step :math:`t`, counted from 1:
 
     .. math::
         g &\leftarrow g_i \left(1 - |g_i| / \textstyle\sum_j |g_j|\right) \quad \text{(with } agr\text{)} \\
@@ -39,39 +39,46 @@ class Adan(AGROptimizer):
         p &\leftarrow \left(p - \frac{\gamma}{1 - \beta_1^t} \frac{m}{D}
             - \frac{\gamma\beta_2}{1 - \beta_2^t} \frac{u}{D}\right) / (1 + \gamma\lambda)
 
-    The first line is arXiv 2407.16944, the rest arXiv 2208.06677, with betas in the convention of its authors' code
-    (0.98 decays slowly). State and state dict are sail-sg/Adan's, so that its checkpoints load.
+    The first line is from arXiv 2407.16944, the others from arXiv 2208.06677, with betas in the convention of its
+    authors' code, sail-sg/Adan, where 0.98 means slow decay: 1 minus those of the paper. The state and the state dict
+    are those of sail-sg/Adan, so that its checkpoints load.
 
     Args:
-        params: parameters, or named parameters, or dictionaries of parameter groups. Every option below but
-            `max_grad_norm` and `backend` can differ between groups.
-        lr: the learning rate :math:`\gamma`, a number or a tensor of one element.
-        betas: :math:`\beta_1`, :math:`\beta_2` and :math:`\beta_3`, each in [0, 1). A warning says so if all are below
-            0.5, as those of the paper, in its own convention, are.
-        eps: :math:`\epsilon`, at least 0.
-        weight_decay: :math:`\lambda`, at least 0.
-        max_grad_norm: clip by the global L2 norm of all gradients, before AGR, to this; None or 0 does not. As in
-            sail-sg's Adan, the first group's `eps` is added to the norm. `grad_norm` is the norm of the last step.
-        no_prox: decay weights as AdamW does, by :math:`p (1 - \gamma\lambda)`, instead of the last division.
-        foreach: True asks for the reference backend.
-        fused: True refuses the reference backend, but for DTensors, which no other takes; and has torch.amp.GradScaler
-            leave scale and infinities to the step, which then does not wait for the device. Gradients stay scaled.
-        agr: regularize the gradient. False gives sail-sg's Adan. A tensor of one element never trains with it. It is
-            not in state dicts, and stays what it is when one is loaded.
-        maximize: negate the gradient.
-        capturable: keep the group's step count on the GPU of the cuda or triton backend, so that a step can be captured
-            in a graph. Mixed precision, which decides there whether a step is made, does so by itself.
-        backend: "cuda", "triton", "cpu" or "reference" for all parameters; None chooses for each.
+        params: an iterable of parameters, of named parameters, or of dictionaries that define parameter groups. Groups
+            can differ in every option below except `max_grad_norm` and `backend`.
+        lr: the learning rate :math:`\gamma`, at least 0: a number or a tensor of one element (default: 1e-3).
+        betas: :math:`\beta_1`, :math:`\beta_2` and :math:`\beta_3`, each in [0, 1) (default: (0.98, 0.92, 0.99)). A
+            warning is given if all are below 0.5, as they are in the paper's own convention.
+        eps: :math:`\epsilon`, at least 0 (default: 1e-8).
+        weight_decay: :math:`\lambda`, at least 0 (default: 0).
+        max_grad_norm: the largest global L2 norm of all gradients; larger ones are clipped before AGR. As in sail-sg's
+            Adan, the first group's `eps` is added to the norm. None or 0 does not clip (default: 0). The property
+            `grad_norm` is the norm of the last step.
+        no_prox: whether to decay weights as AdamW does, multiplying by :math:`1 - \gamma\lambda` before the update,
+            instead of the division in the last line (default: False).
+        foreach: True selects the reference backend (default: None).
+        fused: True refuses the reference backend, except for DTensors, which no other backend takes. It also has
+            torch.amp.GradScaler leave unscaling and the check for inf and NaN to the step, which then does not
+            synchronize with the device; gradients stay scaled (default: None).
+        agr: whether to regularize the gradient (default: True). False gives sail-sg's Adan. With AGR, a tensor of one
+            element never trains, because its regularized gradient is 0. State dicts do not contain this option; loading
+            one keeps its current value.
+        maximize: whether to maximize the objective, by negating the gradient (default: False).
+        capturable: whether a step can be captured in a CUDA graph; keeps a group's step count on the GPU if the cuda or
+            triton backend updates the group (default: False). With mixed precision the count is kept there anyway,
+            since the GPU decides whether a step is skipped.
+        backend: "cuda", "triton", "cpu" or "reference" for all parameters; None chooses one for each parameter
+            (default: None).
 
     Raises:
-        TypeError: for what is no number, or no boolean, where one is wanted.
-        ValueError: for a number out of range.
-        RuntimeError: for options that contradict each other, and for a backend that is not there.
+        TypeError: for an option that is not a number, or not a boolean, but should be.
+        ValueError: for an option out of range, and for a backend of unknown name.
+        RuntimeError: for options that contradict each other, and for a backend that is not available.
     """
 
     _rule = "adan"
-    _betas = 3
-    _structure = ("agr", "no_prox", "foreach", "fused", "capturable")
+    _num_betas = 3
+    _launch_options = ("agr", "no_prox", "foreach", "fused", "capturable")
 
     def __init__(
         self,
@@ -107,42 +114,44 @@ class Adan(AGROptimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with options of their own, at step 0; see torch.optim.Optimizer.add_param_group."""
+        """Add a parameter group, which starts at step 0; see torch.optim.Optimizer.add_param_group."""
         if isinstance(param_group, dict):
             param_group = ParameterGroup(param_group)
-            param_group["step"] = 0  # whatever another optimizer, made from the same dictionary, has counted there
+            param_group["step"] = 0  # The dictionary may hold the count of another optimizer that was made from it.
         super().add_param_group(param_group)
         betas = self.param_groups[-1]["betas"]
         if all(beta < 0.5 for beta in betas):
             self._warn_once(
                 "betas",
-                f"betas is {shown(betas)}, with which averages forget nearly everything in a step. Betas are in the "
-                "convention of sail-sg/Adan, (0.98, 0.92, 0.99) by default: 1 minus those of the paper",
+                f"betas is {format_value(betas)}, with which averages forget nearly everything in a step. Betas are in "
+                "the convention of sail-sg/Adan, (0.98, 0.92, 0.99) by default: 1 minus those of the paper",
             )
 
-    def _unsaved_options(self) -> dict[str, Any]:
+    def _options_if_missing(self) -> dict[str, Any]:
         return {"step": 0}
 
-    def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _adapt_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         for i, group in enumerate(state_dict["param_groups"]):
             if group.get("step") is None and any(state_dict["state"].get(p) for p in group["params"]):
                 raise RuntimeError(
                     f"group {i} of the state dict has no step, and its parameters have state; it must say how many "
                     "steps that is of"
                 )
-        adapted = super()._adapted(state_dict)
-        # sail-sg's restart_opt() leaves the gradients from before in the state, and knows by the step that they are.
-        begun_anew = {i for group in adapted["param_groups"] if not group["step"] for i in group["params"]}
+        adapted = super()._adapt_state_dict(state_dict)
+        # sail-sg's restart_opt() leaves old gradients in the state, and ignores them because the group's step is 0.
+        restarted = {i for group in adapted["param_groups"] if not group["step"] for i in group["params"]}
         state = {
-            i: {key: value for key, value in of_one.items() if key != "neg_pre_grad"} if i in begun_anew else of_one
-            for i, of_one in adapted["state"].items()
+            i: {key: value for key, value in parameter_state.items() if key != "neg_pre_grad"}
+            if i in restarted
+            else parameter_state
+            for i, parameter_state in adapted["state"].items()
         }
         return {**adapted, "state": state}
 
-    def _states(self, group: dict[str, Any]) -> tuple[StateTensor, ...]:
-        return _STATES
+    def _state_specs(self, group: dict[str, Any]) -> tuple[StateTensor, ...]:
+        return _STATE_SPECS
 
-    def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
+    def _hyperparameters(self, group: dict[str, Any]) -> tuple[Any, ...]:
         beta1, beta2, beta3 = map(number, group["betas"])
         eps, weight_decay = map(number, (group["eps"], group["weight_decay"]))
         no_prox = 1.0 if group["no_prox"] else 0.0
@@ -151,58 +160,59 @@ class Adan(AGROptimizer):
         return lr, beta1, beta2, beta3, eps, weight_decay, no_prox, sign, steps
 
     def _clip_eps(self) -> float:
-        return number(self.param_groups[0]["eps"])  # as sail-sg's Adan has
+        return number(self.param_groups[0]["eps"])  # as in sail-sg's Adan
 
-    def _place_counts(self, plan: StepPlan, scaling: Scaling) -> None:
-        if not plan.on_devices and not any(isinstance(group["step"], Tensor) for group in self.param_groups):
+    def _place_step_counts(self, plan: StepPlan, scaling: Scaling) -> None:
+        if not plan.device_launches and not any(isinstance(group["step"], Tensor) for group in self.param_groups):
             return
-        # A launch raises the counts of all groups, those that have no tensor in it too.
-        device_of = {index: launch.device for launch in reversed(plan.on_devices) for index in launch.groups}
-        devices = {launch.device for launch in plan.on_devices}
-        unknown = scaling.found_inf is not None and not plan.on_host  # whether this step will be counted
+        # A launch increments the counts of all groups, including those that have no tensor in it.
+        device_of = {index: launch.device for launch in reversed(plan.device_launches) for index in launch.groups}
+        devices = {launch.device for launch in plan.device_launches}
+        # With mixed precision, the device decides whether this step counts, unless the host has to know it anyway.
+        decided_on_device = scaling.found_inf is not None and not plan.updates_on_host
         for index, group in enumerate(self.param_groups):
             step = group["step"]
             device = device_of.get(index)
-            if device is None and unknown:
-                device = plan.on_devices[0].device
+            if device is None and decided_on_device:
+                device = plan.device_launches[0].device
             if isinstance(step, Tensor):
-                if step.device not in devices:  # where nothing counts any more
+                if step.device not in devices:  # No launch on that device increments the count any more.
                     group["step"] = int(number(step))
                 elif device is not None and (step.dtype != torch.float32 or step.numel() != 1):
                     group["step"] = torch.full((), number(step), dtype=torch.float32, device=device)
             elif device is not None and (group["capturable"] or scaling.found_inf is not None):
                 group["step"] = torch.full((), number(step), dtype=torch.float32, device=device)
 
-    def _counted_by_host(self) -> list[dict[str, Any]]:
+    def _groups_counted_on_host(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if not isinstance(group["step"], Tensor)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch.optim.Optimizer.state_dict does, with step counts as plain numbers.
 
-        What is saved of a parameter with whose state no step has been made (the first may have been skipped) lacks
-        "neg_pre_grad": so sail-sg's Adan takes its next step for its first, as this one does.
+        The saved state of a parameter that has had no step yet (mixed precision may have skipped the first) lacks
+        "neg_pre_grad". sail-sg's Adan then treats the parameter's next step as its first, as this optimizer does.
         """
-        # Before the hooks that a program has registered: they get what others get.
-        with self._hook(self.register_state_dict_post_hook, _saved, prepend=True):
+        # This hook runs before those that the program has registered, so that they get the converted state dict.
+        with self._temporary_hook(self.register_state_dict_post_hook, _convert_for_saving, prepend=True):
             return super().state_dict()
 
     @torch.no_grad()
     def restart_opt(self) -> None:
-        """Begin anew: step counts and averages become zero, and the next step counts as every parameter's first."""
+        """Restart: reset step counts and averages to 0. The next step is treated as every parameter's first."""
         for group in self.param_groups:
             if isinstance(group["step"], Tensor):
-                group["step"].zero_()  # in place, as all of this: a captured graph goes on with it
+                group["step"].zero_()  # All resets are in place, so that captured graphs still use these tensors.
             else:
                 group["step"] = 0
             for parameter in group["params"]:
                 state = self.state.get(parameter, {})
-                for spec in _STATES:
+                for spec in _STATE_SPECS:
                     if isinstance(state.get(spec.key), Tensor):
-                        spec.fill(state[spec.key])
+                        spec.fill_initial(state[spec.key])
 
 
-def _saved(saved: dict[str, Any]) -> dict[str, Any]:
-    """Change a state dict that has just been made into one that sail-sg's Adan takes."""
+def _convert_for_saving(saved: dict[str, Any]) -> dict[str, Any]:
+    """Convert a newly made state dict in place into one that sail-sg's Adan loads, and return it."""
     for group in saved["param_groups"]:
         if isinstance(group.get("step"), Tensor):
             group["step"] = int(group["step"].item())
@@ -212,8 +222,9 @@ def _saved(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_previous_gradient(states: dict[Any, Any]) -> list[Any]:
-    """Return the keys of those states whose "neg_pre_grad" no step has written."""
-    # Of all at once, the first element; of those where it is NaN, and few if any are, the others.
+    """Return the keys of the states whose "neg_pre_grad" has not been written by any step."""
+    # The first elements of all tensors are read together, in one transfer for each device. Only if a first element is
+    # NaN, which is rare, is the whole tensor checked.
     plain = {
         index: state["neg_pre_grad"]
         for index, state in states.items()

@@ -1,4 +1,4 @@
-"""Which backends there are, and which of them updates which parameter."""
+"""List the backends, and choose the one that updates a parameter."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from . import cuda, triton
 from . import native as core
 from .tensors import GradientKind, is_dense, is_plain
 
-#: Every backend, the preferred first.
+#: All backends, in order of preference.
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
-#: The types that the native kernels are compiled for.
+#: The parameter dtypes that the cuda, triton and cpu backends take.
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def why_missing(backend: str) -> str | None:
-    """Return why `backend` is not there and how to mend that, or None if it is there."""
+    """Return why `backend` is not available and how to fix that, or None if it is available."""
     if backend == "reference":
         return None
     missing = core.why_missing()
@@ -27,15 +27,16 @@ def why_missing(backend: str) -> str | None:
 
 
 def available_backends() -> list[str]:
-    """Return the names of the backends that are there, the preferred first.
+    """Return the names of the available backends, in order of preference: of "cuda", "triton", "cpu", "reference".
 
-    Which of them updates a parameter depends on its device and type as well: `python -m agr_cuda` shows it.
+    Which of them updates a parameter also depends on the parameter's device and dtype; `python -m agr_cuda` prints the
+    choice for each combination.
     """
     return [backend for backend in BACKENDS if why_missing(backend) is None]
 
 
 def check_backend(backend: str | None) -> None:
-    """Raise ValueError if `backend` is no backend's name, RuntimeError if that one is not there."""
+    """Raise ValueError if `backend` is not the name of a backend, RuntimeError if that backend is not available."""
     if backend is None:
         return
     if backend not in BACKENDS:
@@ -47,7 +48,13 @@ def check_backend(backend: str | None) -> None:
 
 
 def why_not(backend: str, parameter: Tensor, gradient: GradientKind | None = None) -> str | None:
-    """Return why `backend`, which is there, does not take `parameter` (with such gradients), or None if it does."""
+    """Return why `backend` does not take `parameter`, or None if it does. The backend must be available.
+
+    Args:
+        backend: the name of an available backend.
+        parameter: the parameter.
+        gradient: the kind of its gradients; None to check the parameter alone.
+    """
     if backend == "reference":
         return None
     device = parameter.device
@@ -81,7 +88,7 @@ def _device_types(backend: str) -> tuple[str, ...]:
 
 def choose(parameter: Tensor, gradient: GradientKind | None = None) -> str:
     """Return the first available backend that takes `parameter`."""
-    # What runs a GPU's kernels on the CPU takes what it is asked to, and nothing else away from the cpu backend.
+    # A GPU backend that runs on the CPU (a rehearsal, or Triton's interpreter) is used only if asked for by name.
     emulated = [b for b in ("cuda", "triton") if "cpu" in _device_types(b)]
     names = (b for b in available_backends() if b not in emulated)
     return next(b for b in names if why_not(b, parameter, gradient) is None)

@@ -1,4 +1,4 @@
-"""Binds an optimizer's parameters to gradients, state and backends; what can be checked is checked here."""
+"""Bind an optimizer's parameters to gradients, state and backends, and check everything that can be checked."""
 
 from __future__ import annotations
 
@@ -10,54 +10,56 @@ from torch import Tensor
 
 from . import backends
 from .backends import choose, why_not
-from .state import StateChange, check_apart, check_whole, needed_change, why_fixed, written
-from .tensors import Binding, GradientKind, StateTensor, is_plain, is_wrapper, made_for_later
+from .state import StateChange, check_complete, check_no_overlap, needed_change, why_not_movable, written_tensors
+from .tensors import Binding, GradientKind, StateTensor, is_plain, is_wrapper, ordinary_mode
 
 if TYPE_CHECKING:
     from .optimizer import AGROptimizer
 
 
-def bind(optimizer: AGROptimizer, before: Sequence[Binding]) -> list[Binding]:
-    """Check every parameter that has a gradient, make the state that is missing, and return what a step is planned of.
+def bind(optimizer: AGROptimizer, previous: Sequence[Binding]) -> list[Binding]:
+    """Check every parameter that has a gradient, create its missing state, and return the bindings for a StepPlan.
 
     Args:
-        optimizer: whose parameters.
-        before: bindings of an earlier plan. A parameter that has no gradient now stays bound as it was if it still
-            could be, so that the plan fits whichever of its parameters have gradients.
+        optimizer: the optimizer whose parameters are bound.
+        previous: the bindings of the previous plan. A parameter that has no gradient now keeps its previous binding if
+            that is still valid, so that one plan fits whichever of its parameters have gradients.
 
     Raises:
-        RuntimeError: for what a step cannot be made of, before anything has changed.
+        RuntimeError: for a parameter, gradient or state that cannot be used, before anything has changed.
     """
-    missing = {id(binding.parameter): binding for binding in before}
+    previous_of = {id(binding.parameter): binding for binding in previous}
     present, absent = [], []
     index = -1
     for group_index, group in enumerate(optimizer.param_groups):
         for position, parameter in enumerate(group["params"]):
             index += 1
-            at = _Place(optimizer, index, group_index, position)
+            location = _Location(optimizer, index, group_index, position)
             if parameter.grad is not None:
-                present.append(_bound(at, parameter, None))
-            elif id(parameter) in missing and (again := _bound_again(at, missing[id(parameter)])) is not None:
-                absent.append(again)
-    check_apart(written(present))
-    with made_for_later():
+                present.append(_bind(location, parameter, None))
+            elif id(parameter) in previous_of:
+                rebound = _bind_without_gradient(location, previous_of[id(parameter)])
+                if rebound is not None:
+                    absent.append(rebound)
+    check_no_overlap(written_tensors(present))
+    with ordinary_mode():
         changes = [state_change(optimizer, binding) for binding in present]
-    # From here on nothing fails that could have been foreseen.
+    # Every foreseeable error has been raised by now; only from here on is anything changed.
     for binding, change in zip(present, changes, strict=True):
         if change:
-            change.make(binding.state)
+            change.apply(binding.state)
             optimizer.state[binding.parameter] = binding.state
-    return _together(present, absent)
+    return _merge(present, absent)
 
 
 def state_change(optimizer: AGROptimizer, binding: Binding) -> StateChange:
-    """Return what a parameter's state needs before its step; see needed_change."""
+    """Return the changes that a parameter's state needs before its step; see `needed_change`."""
     capturable = bool(optimizer.param_groups[binding.group]["capturable"])
     return needed_change(binding, capturable or binding.backend in ("cuda", "triton"))
 
 
-class _Place:
-    """Where a parameter is in an optimizer."""
+class _Location:
+    """The position of a parameter in an optimizer, and its name in messages."""
 
     def __init__(self, optimizer: AGROptimizer, index: int, group_index: int, position: int) -> None:
         self.optimizer, self.index, self.group_index = optimizer, index, group_index
@@ -68,56 +70,59 @@ class _Place:
             self.name += f" ({names[position]!r})"
 
 
-def _bound(at: _Place, parameter: Tensor, kind: GradientKind | None) -> Binding:
-    """Return the binding of a parameter to its gradient or, if it has none now, to such as `kind` says."""
-    specs = at.optimizer._states(at.group)
-    state = at.optimizer.state.get(parameter, {})
-    check_tensors(at.name, parameter, state, specs)
-    check_whole(at.name, state, specs)
+def _bind(location: _Location, parameter: Tensor, kind: GradientKind | None) -> Binding:
+    """Return the binding of a parameter to its gradient, or to a future gradient of `kind` if it has none now."""
+    specs = location.optimizer._state_specs(location.group)
+    state = location.optimizer.state.get(parameter, {})
+    check_tensors(location.name, parameter, state, specs)
+    check_complete(location.name, state, specs)
     if kind is None:
         gradient = parameter.grad
         assert gradient is not None
         kind = GradientKind.of(parameter, gradient)
-    backend = choose_backend(at, parameter, kind, state, specs)
+    backend = choose_backend(location, parameter, kind, state, specs)
     if backend == "reference":
-        check_changeable(at.name, parameter, state)
+        check_writable(location.name, parameter, state)
     staged = None
     if backend != "reference" and not kind.same_layout:
-        with made_for_later():
+        with ordinary_mode():
             staged = torch.empty_like(parameter, dtype=kind.dtype, memory_format=torch.preserve_format)
     return Binding(
-        at.index, at.group_index, at.name, parameter, kind, state, specs, backend,
-        regularize=bool(at.group["agr"]), amsgrad=bool(at.group.get("amsgrad")), staged=staged,
+        location.index, location.group_index, location.name, parameter, kind, state, specs, backend,
+        regularize=bool(location.group["agr"]), amsgrad=bool(location.group.get("amsgrad")), staged=staged,
     )  # fmt: skip
 
 
-def _bound_again(at: _Place, before: Binding) -> Binding | None:
-    """Return the binding of a parameter that has no gradient now; None if it is not as it was, so that it has to wait.
+def _bind_without_gradient(location: _Location, previous: Binding) -> Binding | None:
+    """Return the binding of a parameter that has no gradient now, or None if its previous binding is no longer valid.
 
-    Nothing is wrong with a parameter that cannot be updated while it is not.
+    An unusable parameter is no error here, since this step does not update it.
     """
     try:
-        binding = _bound(at, before.parameter, before.gradient)
-        with made_for_later():
-            change = state_change(at.optimizer, binding)
+        binding = _bind(location, previous.parameter, previous.gradient)
+        with ordinary_mode():
+            change = state_change(location.optimizer, binding)
     except RuntimeError:
         return None
-    return None if change or binding.backend != before.backend else binding
+    return None if change or binding.backend != previous.backend else binding
 
 
-def _together(present: list[Binding], absent: list[Binding]) -> list[Binding]:
-    """Return all bindings in the order of their parameters, without the absent if some shares memory with another."""
+def _merge(present: list[Binding], absent: list[Binding]) -> list[Binding]:
+    """Return all bindings in the order of their parameters.
+
+    If a binding without a gradient shares memory with another, all bindings without gradients are left out.
+    """
     together = sorted([*present, *absent], key=lambda binding: binding.index)
     if absent:
         try:
-            check_apart(written(together))
+            check_no_overlap(written_tensors(together))
         except RuntimeError:
             return present
     return together
 
 
 def check_tensors(place: str, parameter: Tensor, state: dict[str, Any], specs: Sequence[StateTensor]) -> None:
-    """Raise RuntimeError unless `parameter` can be updated, and its gradient and state fit it. Changes nothing."""
+    """Raise RuntimeError unless `parameter` can be updated and its gradient and state match it in shape and device."""
     strides = zip(parameter.shape, parameter.stride(), strict=True)
     if parameter.numel() > 0 and any(size > 1 and stride == 0 for size, stride in strides):
         raise RuntimeError(f"{place} is expanded: its elements share memory, so that they cannot be updated")
@@ -149,8 +154,12 @@ def _check_gradient(place: str, parameter: Tensor, gradient: Tensor) -> None:
         raise RuntimeError(f"the gradient of {place} is on {gradient.device}; it must be on {parameter.device}")
 
 
-def check_changeable(place: str, parameter: Tensor, state: dict[str, Any]) -> None:
-    """Raise RuntimeError if PyTorch would not let the reference backend change one of these in place."""
+def check_writable(place: str, parameter: Tensor, state: dict[str, Any]) -> None:
+    """Raise RuntimeError if PyTorch forbids an in-place update of the parameter or its state.
+
+    It does so for tensors made in torch.inference_mode(), outside of that mode. Only the reference backend, which
+    updates by PyTorch's operations, is affected.
+    """
     if torch.is_inference_mode_enabled():
         return
     for name, value in (("it", parameter), *((f"its {key}", value) for key, value in state.items())):
@@ -161,34 +170,38 @@ def check_changeable(place: str, parameter: Tensor, state: dict[str, Any]) -> No
 
 
 def choose_backend(
-    at: _Place, parameter: Tensor, kind: GradientKind, state: dict[str, Any], specs: Sequence[StateTensor]
+    location: _Location, parameter: Tensor, kind: GradientKind, state: dict[str, Any], specs: Sequence[StateTensor]
 ) -> str:
-    """Return the backend that updates `parameter`, or raise RuntimeError if the program refuses that one."""
-    group, asked = at.group, at.optimizer.backend
-    backend = asked
+    """Return the backend that updates `parameter`.
+
+    Raises:
+        RuntimeError: if the requested backend does not take it, or `fused=True` rules out the only one that does.
+    """
+    group, requested = location.group, location.optimizer.backend
+    backend = requested
     if backend is None:
         wants_reference = group["foreach"] or group.get("differentiable")
         backend = "reference" if wants_reference else choose(parameter, kind)
     reason = why_not(backend, parameter, kind)
     if reason is None and backend != "reference":
-        reason = _why_not_with(parameter, state, specs)
+        reason = _why_state_unsupported(parameter, state, specs)
         if reason is not None:
             backend = "reference"
-    if asked is not None and reason is not None:
-        raise RuntimeError(f"backend={asked!r} does not take {at.name}: {reason}")
-    # What fused=True asks for, of a DTensor, is a step: nothing else takes it.
+    if requested is not None and reason is not None:
+        raise RuntimeError(f"backend={requested!r} does not take {location.name}: {reason}")
+    # For a DTensor, fused=True is accepted with the reference backend, since no other backend takes DTensors.
     if group["fused"] and backend == "reference" and not is_wrapper(parameter):
         others = [name for name in backends.available_backends() if name != "reference"]
         reasons = [reason] if reason else [why_not(name, parameter, kind) for name in others]
         because = "; ".join(r for r in reasons if r) or "no other backend is there"
-        raise RuntimeError(f"fused=True refuses the reference backend, which alone takes {at.name}: {because}")
+        raise RuntimeError(f"fused=True refuses the reference backend, which alone takes {location.name}: {because}")
     return backend
 
 
-def _why_not_with(parameter: Tensor, state: dict[str, Any], specs: Sequence[StateTensor]) -> str | None:
-    """Return why native kernels do not take a parameter with this state, or None."""
-    there = {s.key: (s, state[s.key]) for s in specs if s.role == "average" and state.get(s.key) is not None}
-    for spec, value in there.values():
+def _why_state_unsupported(parameter: Tensor, state: dict[str, Any], specs: Sequence[StateTensor]) -> str | None:
+    """Return why the kernels do not take a parameter with this state, or None if they do."""
+    averages = {s.key: (s, state[s.key]) for s in specs if s.role == "average" and state.get(s.key) is not None}
+    for spec, value in averages.values():
         if value.dtype != spec.dtype_for(parameter) or not is_plain(value):
             return f"its state is a {value.dtype} {type(value).__name__}, the parameter {parameter.dtype}"
-    return why_fixed(parameter, {key: value for key, (_, value) in there.items()})
+    return why_not_movable(parameter, {key: value for key, (_, value) in averages.items()})

@@ -1,4 +1,4 @@
-"""Clipping by the global L2 norm of all gradients of an optimizer."""
+"""Clip by the global L2 norm of all gradients of an optimizer."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from .launch import Launch
 
 @dataclass
 class Clipping:
-    """How one step clips its gradients."""
+    """The clipping of one step: its settings, coefficient and norm."""
 
-    #: What the norm is clipped to; 0 does not clip.
+    #: The largest norm allowed; 0 does not clip.
     max_grad_norm: float = 0.0
-    #: What is added to the norm.
+    #: The number added to the norm before dividing by it.
     eps: float = 0.0
-    #: What every unscaled gradient is multiplied by; None where the step's one launch takes the norm and finds it.
+    #: The factor for every unscaled gradient; None if the step's only launch computes the norm and this factor itself.
     coefficient: float | Tensor | None = 1.0
-    #: The norm, or the square of it where the launch takes it.
+    #: The norm; None if nothing is clipped or the launch computes it.
     norm: float | Tensor | None = None
+    #: The tensor in which the launch leaves the square of the norm, if the launch computes it.
     squares: Tensor | None = None
 
     @property
     def in_launch(self) -> bool:
-        """Whether the step's one launch takes the norm itself."""
+        """Whether the step's only launch computes the norm itself."""
         return self.coefficient is None
 
-    def measured(self) -> Tensor | None:
-        """Return the norm as a float64 tensor, or None where nothing was clipped."""
+    def measured_norm(self) -> Tensor | None:
+        """Return the norm as a float64 tensor, or None if clipping is off."""
         if self.squares is not None:
             with torch.no_grad():
                 return self.squares.sqrt()
@@ -41,8 +42,8 @@ class Clipping:
         return torch.tensor(self.norm, dtype=torch.float64, device="cpu")
 
 
-def clipping(launches: Sequence[Launch], max_grad_norm: float, eps: float) -> Clipping:
-    """Return how a step clips, having reduced all gradients if it takes that to know."""
+def prepare_clipping(launches: Sequence[Launch], max_grad_norm: float, eps: float) -> Clipping:
+    """Return how a step clips. Unless its only launch computes the norm itself, this first reduces all gradients."""
     if not max_grad_norm:
         return Clipping()
     if len(launches) == 1 and launches[0].squares is not None:
@@ -52,22 +53,22 @@ def clipping(launches: Sequence[Launch], max_grad_norm: float, eps: float) -> Cl
 
 
 def global_norm(launches: Sequence[Launch]) -> float | Tensor:
-    """Return the norm of all unscaled gradients.
+    """Return the global L2 norm of all unscaled gradients.
 
-    It is a tensor if the reference or a GPU has a part in it, so that the host need not wait for it.
+    It is a tensor if the reference backend or a GPU computes a part of it, so that the host does not wait for it.
     """
     squares: Any = 0.0
     for launch in launches:
-        of_launch = launch.square_sum()
-        if isinstance(of_launch, Tensor) and isinstance(squares, Tensor):
-            squares = squares.to(of_launch.device)
-        squares = of_launch + squares
+        launch_squares = launch.square_sum()
+        if isinstance(launch_squares, Tensor) and isinstance(squares, Tensor):
+            squares = squares.to(launch_squares.device)
+        squares = launch_squares + squares
     norm: float | Tensor = squares**0.5
     return norm
 
 
 def clip_coefficient(norm: float | Tensor, max_grad_norm: float, eps: float) -> float | Tensor:
-    """Return min(1, max_grad_norm / (norm + eps)), NaN for a norm of NaN; a tensor for a tensor."""
+    """Return min(1, max_grad_norm / (norm + eps)): a tensor if `norm` is one, and NaN if `norm` is NaN."""
     divisor = norm + eps
     if isinstance(divisor, Tensor):
         return torch.where(divisor == 0, 1.0, max_grad_norm / divisor).clamp(max=1.0)

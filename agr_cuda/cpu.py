@@ -1,4 +1,4 @@
-"""The CPU backend: hands a plan's tensors to the native executor."""
+"""The CPU backend, which passes a plan's tensors to the native executor."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .launch import Launch, Numbers
+from .launch import Hyperparameters, Launch
 from .native import native
 from .options import number
 from .scaling import Scaling
-from .tensors import Binding, planned, rows
+from .tensors import Binding, executor_rows, plan_entries
 
 if TYPE_CHECKING:
     from .clipping import Clipping
 
 
 class CpuLaunch(Launch):
-    """One step of all parameters that the CPU backend updates, whatever their types, in one plan."""
+    """The update of all parameters of the CPU backend, of all dtypes, in one plan."""
 
     backend = "cpu"
 
@@ -26,21 +26,25 @@ class CpuLaunch(Launch):
         super().__init__(bindings)
         _C = native()
         self.gradients = _C.GradientTable()
-        self._executor = _C.CpuExecutor(_C.Plan(planned(bindings), clip), rows(rule, bindings))
-        self._numbers: list[Numbers] = []
+        self._executor = _C.CpuExecutor(_C.Plan(plan_entries(bindings), clip), executor_rows(rule, bindings))
+        self._hyperparameters: list[Hyperparameters] = []
         self._factor = 1.0
 
-    def prepare(self, groups: Sequence[dict[str, Any]], numbers: Sequence[Numbers], scaling: Scaling) -> None:
-        """Take all numbers as Python's; see Launch.prepare."""
-        self._numbers = [tuple([x if type(x) is float else number(x) for x in of_group]) for of_group in numbers]
+    def prepare(
+        self, groups: Sequence[dict[str, Any]], hyperparameters: Sequence[Hyperparameters], scaling: Scaling
+    ) -> None:
+        """Convert all hyperparameters to Python numbers; see Launch.prepare."""
+        self._hyperparameters = [
+            tuple([x if type(x) is float else number(x) for x in values]) for values in hyperparameters
+        ]
         self._factor = scaling.factor()
 
     def square_sum(self) -> float:
-        """Return the sum of the squares of all gradients' elements; see Launch.square_sum."""
+        """Return the sum of the squares of all unscaled gradients; see Launch.square_sum."""
         return float(self._executor.reduce(self.gradients, torch.get_num_threads())) / self._factor**2
 
     def update(self, clipping: Clipping, counted: Sequence[dict[str, Any]]) -> None:
-        """Make the step and count it where no signal handler can come between; see Launch.update."""
+        """Update and count the step in one native call, which no signal handler can interrupt; see Launch.update."""
         assert clipping.coefficient is not None
         factor = number(clipping.coefficient) / self._factor
-        self._executor.update(self.gradients, self._numbers, factor, torch.get_num_threads(), counted)
+        self._executor.update(self.gradients, self._hyperparameters, factor, torch.get_num_threads(), counted)

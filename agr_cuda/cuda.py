@@ -1,4 +1,4 @@
-"""The CUDA backend: hands a plan's tensors to the native executor, which launches one kernel a step."""
+"""The CUDA backend, which passes a plan's tensors to the native executor. That launches one kernel per step."""
 
 from __future__ import annotations
 
@@ -13,44 +13,46 @@ from torch import Tensor
 
 from .launch import DeviceLaunch
 from .native import native
-from .tensors import Binding, planned, rows
+from .tensors import Binding, executor_rows, plan_entries
 
 if TYPE_CHECKING:
     from .clipping import Clipping
 
-#: What is launched instead of kernels, on tensors on the CPU; see `rehearsal`.
-_stand_in: Any = None
+#: The launcher that replaces the CUDA runtime's in a rehearsal, or None; see `rehearsal`.
+_rehearsal_launcher: Any = None
 
 
 @contextmanager
 def rehearsal(launcher: Any = "nothing") -> Iterator[None]:
-    """Let backend="cuda" take parameters on the CPU, and launch nothing; for measuring what a step costs the host.
+    """Let backend="cuda" take parameters on the CPU and launch nothing, to measure the host time of a step.
 
-    `launcher` may be a capsule with another launcher: tests run the kernels' source on threads of the host.
+    Args:
+        launcher: "nothing", or a capsule with a launcher of one's own. Tests pass one that runs the kernels' source on
+            threads of the host.
     """
-    global _stand_in
-    before = _stand_in
+    global _rehearsal_launcher
+    previous = _rehearsal_launcher
     native().use_launcher(launcher)
-    _stand_in = launcher
+    _rehearsal_launcher = launcher
     try:
         yield
     finally:
-        native().use_launcher(before)
-        _stand_in = before
+        native().use_launcher(previous)
+        _rehearsal_launcher = previous
 
 
 def rehearsing() -> bool:
-    """Whether launches are rehearsed on the CPU instead of made."""
-    return _stand_in is not None
+    """Whether a rehearsal is active."""
+    return _rehearsal_launcher is not None
 
 
 def device_types() -> tuple[str, ...]:
-    """Return the types of the devices on which the backend's parameters are."""
+    """Return the device types whose parameters the backend takes."""
     return ("cpu",) if rehearsing() else ("cuda",)
 
 
 def why_missing() -> str | None:
-    """Return why no kernel can be launched here and how to mend that, or None. The native core is there."""
+    """Return why no kernel can be launched here and how to fix that, or None. The native core must be loaded."""
     return None if rehearsing() else _why_missing()
 
 
@@ -69,11 +71,11 @@ def _why_missing() -> str | None:
 
 @functools.cache
 def why_not_on(index: int) -> str | None:
-    """Return why no kernel that was built runs on this GPU, or None."""
+    """Return why none of the compiled kernels runs on the GPU with this index, or None."""
     architectures = [int(name) for name in native().cuda_architectures.split()]
     major, minor = torch.cuda.get_device_capability(index)
     capability = 10 * major + minor
-    # Machine code runs on later minor versions of its major one, and the PTX of the newest on everything later.
+    # Machine code runs on later minor versions of its major version; the newest one's PTX runs on all later GPUs.
     if any(a // 10 == major and a <= capability for a in architectures) or capability >= max(architectures):
         return None
     built = ", ".join(map(str, architectures))
@@ -84,20 +86,20 @@ def why_not_on(index: int) -> str | None:
 
 
 def _limit(name: str, default: int) -> int:
-    """Return a limit of the schedule, or what the environment sets in its place, for tuning."""
-    asked = os.environ.get(f"AGR_CUDA_{name}")
-    if not asked:
+    """Return a limit of the plan: `default`, or the value of AGR_CUDA_<name> in the environment, used for tuning."""
+    requested = os.environ.get(f"AGR_CUDA_{name}")
+    if not requested:
         return default
-    if not asked.isdigit():
-        raise ValueError(f"AGR_CUDA_{name} is {asked!r}; it must be an integer of at least 0")
-    return int(asked)
+    if not requested.isdigit():
+        raise ValueError(f"AGR_CUDA_{name} is {requested!r}; it must be an integer of at least 0")
+    return int(requested)
 
 
 class CudaLaunch(DeviceLaunch):
-    """One launch of a step: all parameters on one device, of one combination of types."""
+    """The update, in one kernel launch, of all parameters on one device with one combination of dtypes."""
 
     backend = "cuda"
-    kernel_reads = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    readable_dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
     def __init__(
         self, rule: str, bindings: Sequence[Binding], groups: int, sizes: Sequence[int], clip: bool, counts: bool
@@ -107,30 +109,30 @@ class CudaLaunch(DeviceLaunch):
         self.squares = torch.zeros((), dtype=torch.float64, device=self.device) if clip else None
         types = str(bindings[0].parameter.dtype), str(bindings[0].gradient.dtype)
         with self._current_device():
-            chunk, window, lead, resident, multiprocessors = _C.cuda_limits(rule, *types, self._index)
+            chunk, window, lead, resident, multiprocessors = _C.cuda_limits(rule, *types, self._device_index)
         plan = _C.Plan(
-            planned(bindings),
+            plan_entries(bindings),
             clip,
             chunk_elements=_limit("CHUNK", chunk),
             window_bytes=_limit("WINDOW", window),
             lead_bytes=_limit("LEAD", lead),
         )
         blocks = _limit("BLOCKS", resident) * multiprocessors
-        self._executor = _C.CudaExecutor(plan, rows(rule, bindings), groups, self._index, blocks)
+        self._executor = _C.CudaExecutor(plan, executor_rows(rule, bindings), groups, self._device_index, blocks)
         table = torch.empty(self._executor.table_bytes, dtype=torch.uint8, device="cpu")
         self._executor.write_table(table)
-        #: What launches read, and tell each other, on the device.
+        #: The plan's rows and tasks and the blocks' synchronization state, in device memory.
         self.table = table.to(self.device)
         self._executor.attach(self.table)
 
     def square_sum(self) -> Tensor:
-        """Return the sum of the squares of all gradients; see Launch.square_sum."""
+        """Return the sum of the squares of all unscaled gradients; see Launch.square_sum."""
         assert self.squares is not None
         self._launch("reduce", counts=False)
         return self.squares
 
     def update(self, clipping: Clipping, counted: Sequence[dict[str, Any]]) -> None:
-        """Make the step and count it where no signal handler can come between; see Launch.update."""
+        """Update and count the step in one native call, which no signal handler can interrupt; see Launch.update."""
         if clipping.in_launch or not clipping.max_grad_norm:
             self._launch("all", self.counts, clipping.max_grad_norm, clipping.eps, counted=counted)
         else:
@@ -147,19 +149,19 @@ class CudaLaunch(DeviceLaunch):
         clip: Tensor | None = None,
         counted: Sequence[dict[str, Any]] = (),
     ) -> None:
-        stream = self._follow_stream()
-        grad_scale, found_inf = self.scaling.on(self.device)
+        stream = self._switch_stream()
+        grad_scale, found_inf = self.scaling.to(self.device)
         squares = None if phase == "update" else self.squares
         captured = self.captured
         with self._current_device():
             self.captured = self._executor.launch(
-                self.gradients, self.numbers, counts, max_grad_norm, clip_eps, clip, squares, grad_scale, found_inf,
-                phase, stream, counted,
+                self.gradients, self.hyperparameters, counts, max_grad_norm, clip_eps, clip, squares,
+                grad_scale, found_inf, phase, stream, counted,
             )  # fmt: skip
         self.newly_captured = self.newly_captured or self.captured != captured
 
-    def tables(self) -> Iterator[Tensor]:
-        """Yield what launches read and write of the backend's own."""
+    def buffers(self) -> Iterator[Tensor]:
+        """Yield the backend's own device tensors; see DeviceLaunch.buffers."""
         yield self.table
         if self.squares is not None:
             yield self.squares

@@ -1,4 +1,4 @@
-"""A parameter group: a dictionary of options, of which one is not in checkpoints."""
+"""The parameter group: a dictionary of options, one of which (`agr`) is left out of checkpoints."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 
 class ParameterGroup(dict[str, Any]):
-    """The options of a parameter group. `agr` is read and set like every other, and is not among the keys.
+    """The options of a parameter group. `agr` is read and set like any other option, but iteration leaves it out.
 
-    What saves, loads or compares groups walks their keys, and torch.distributed.checkpoint asks a checkpoint for each
-    of them. `agr` says how this program trains; the groups of torch.optim.AdamW, whose checkpoints load into this
-    package's and the other way round, know nothing of it. So whoever walks a group finds the keys that torch's has.
+    Code that saves, loads or compares groups iterates over their keys, and torch.distributed.checkpoint requires each
+    key in the checkpoint. Checkpoints of torch.optim.AdamW have no `agr`, and load into this package's optimizers as
+    well as the other way round. Iterating over a group therefore gives exactly the keys of torch's group.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -25,21 +25,21 @@ class ParameterGroup(dict[str, Any]):
     def __len__(self) -> int:
         return super().__len__() - ("agr" in self)
 
-    def keys(self) -> KeysView[str]:  # type: ignore[override]  # dict's own view would show all that is stored
+    def keys(self) -> KeysView[str]:  # type: ignore[override]  # dict's own view would include `agr`
         """Return a view of the keys, without `agr`."""
         return KeysView(self)
 
-    def values(self) -> ValuesView[Any]:  # type: ignore[override]  # as keys
-        """Return a view of their values."""
+    def values(self) -> ValuesView[Any]:  # type: ignore[override]  # as in keys()
+        """Return a view of the values, without that of `agr`."""
         return ValuesView(self)
 
-    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]  # as keys
-        """Return a view of keys and values."""
+    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]  # as in keys()
+        """Return a view of the (key, value) pairs, without `agr`."""
         return ItemsView(self)
 
     def copy(self) -> ParameterGroup:
-        """Return a copy, `agr` included."""
+        """Return a shallow copy, including `agr`."""
         return type(self)(self)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # for copy.copy, copy.deepcopy and pickle
+    def __reduce__(self) -> tuple[Any, ...]:  # used by copy.copy, copy.deepcopy and pickle
         return type(self), ({**self, **({"agr": self["agr"]} if "agr" in self else {})},)

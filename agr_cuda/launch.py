@@ -1,4 +1,4 @@
-"""What launches have in common: the part of a step that one backend makes, and on GPUs streams and captured graphs."""
+"""The base classes of launches. A launch is the part of a step that one backend performs."""
 
 from __future__ import annotations
 
@@ -18,137 +18,157 @@ from .tensors import Binding
 if TYPE_CHECKING:
     from .clipping import Clipping
 
-#: Of one group, in the order of its rule; some perhaps tensors.
-Numbers = tuple[Any, ...]
+#: The hyperparameters of one group (lr, betas, eps, ...) in the order in which the native core takes them: Python
+#: numbers, or tensors of one element.
+Hyperparameters = tuple[Any, ...]
 
 
 class Launch(ABC):
-    """One step of all parameters that one backend updates together. A parameter without a gradient stays as it is."""
+    """The update of all parameters that one backend updates together. Parameters without a gradient stay unchanged."""
 
     backend: str
-    #: Where the launch, if it has all gradients, puts the sum of the squares of their elements, unscaled; None if it
-    #: does not take the norm for clipping by itself.
+    #: A tensor in which a launch that computes the norm for clipping itself leaves the sum of the squares of all
+    #: unscaled gradients; it can do so only if it has all gradients. None for a launch that does not.
     squares: Tensor | None = None
-    #: Where its gradients are; None for a backend that finds them itself.
+    #: The native table of the gradients' addresses; None for the reference backend, which reads `p.grad`.
     gradients: Any = None
 
     def __init__(self, bindings: Sequence[Binding]) -> None:
         self.bindings = bindings
 
     @abstractmethod
-    def prepare(self, groups: Sequence[dict[str, Any]], numbers: Sequence[Numbers], scaling: Scaling) -> None:
-        """Take what this step needs of its numbers. Whatever may fail of that comes before any update.
+    def prepare(
+        self, groups: Sequence[dict[str, Any]], hyperparameters: Sequence[Hyperparameters], scaling: Scaling
+    ) -> None:
+        """Take this step's options. Errors are raised here, before any launch has updated anything.
 
         Args:
-            groups: the optimizer's.
-            numbers: of each group.
-            scaling: of mixed precision.
+            groups: the optimizer's parameter groups.
+            hyperparameters: the hyperparameters of each group.
+            scaling: the values that torch.amp.GradScaler has set.
         """
 
     @abstractmethod
     def square_sum(self) -> float | Tensor:
-        """Return the sum of the squares of all gradients' elements, unscaled; leaves sums for `update`."""
+        """Return the sum of the squares of all unscaled gradients, and keep the abs-sums for `update`."""
 
     @abstractmethod
     def update(self, clipping: Clipping, counted: Sequence[dict[str, Any]]) -> None:
-        """Make the step, or after `square_sum` the rest of it; then count it in the groups `counted`."""
+        """Update the parameters, reusing what `square_sum` has reduced if it was called.
+
+        Args:
+            clipping: how to clip.
+            counted: the groups whose "step" is then incremented on the host; empty in all launches but the last.
+        """
 
 
-def on_device(value: Any, device: torch.device, kernel_reads: Sequence[torch.dtype]) -> Any:
-    """Return a group's number for a launch: a number, or a tensor that is on `device` anyway or read there."""
+def move_hyperparameter(value: Any, device: torch.device, readable_dtypes: Sequence[torch.dtype]) -> Any:
+    """Return a hyperparameter as kernels on `device` take it.
+
+    Args:
+        value: a number, or a tensor of one element. A tensor on the CPU becomes a number for another device.
+        device: the device of the launch.
+        readable_dtypes: the dtypes that kernels can read; a tensor of another dtype becomes a float32 tensor.
+    """
     if not isinstance(value, Tensor):
         return value
     if value.device.type == "cpu" and device.type != "cpu":
         return number(value)
-    dtype = value.dtype if value.dtype in kernel_reads else torch.float32
+    dtype = value.dtype if value.dtype in readable_dtypes else torch.float32
     if value.device == device and value.dtype == dtype:
         return value
     return value.detach().to(device=device, dtype=dtype, non_blocking=True)
 
 
-_NOTHING = nullcontext()
+_NULL_CONTEXT = nullcontext()
 
 
 class DeviceLaunch(Launch):
-    """One step of all parameters on one GPU, of one combination of types; the base of the backends' own.
+    """The update of all parameters on one GPU with one combination of dtypes: the base of CudaLaunch and TritonLaunch.
 
-    Where its device is the CPU, kernels run on the host, in a test or a rehearsal, and there are no streams.
+    In a rehearsal or a test the device is the CPU: kernels, if any, run on the host, and there are no streams.
     """
 
-    #: The types of a tensor that stands for a group's number which kernels read as it is.
-    kernel_reads: tuple[torch.dtype, ...]
+    #: The dtypes of hyperparameters in tensors that kernels can read.
+    readable_dtypes: tuple[torch.dtype, ...]
 
     def __init__(self, bindings: Sequence[Binding], counts: bool) -> None:
         super().__init__(bindings)
         self.device = bindings[0].parameter.device
-        #: The indices of the groups whose parameters these are.
+        #: The indices of the groups that have parameters in this launch.
         self.groups = sorted({b.group for b in bindings})
-        #: Whether it raises the step counts that groups have on its device: the last one there does.
+        #: Whether this launch increments the groups' step counts on its device: only the last launch there does.
         self.counts = counts
         self.gradients = native().GradientTable()
-        #: Whether a launch was captured into a graph, which needs the tables from then on.
+        #: Whether a launch was ever captured into a graph, which uses the buffers for as long as the graph lives.
         self.captured = False
-        #: Whether one was captured and the optimizer has not yet kept what its graph needs.
+        #: Whether a launch was captured since the optimizer last stored its `graph_tensors`.
         self.newly_captured = False
-        self.numbers: list[Numbers] = []
+        self.hyperparameters: list[Hyperparameters] = []
         self.scaling = Scaling(None, None)
-        self._index = self.device.index or 0
+        self._device_index = self.device.index or 0
         self._module: Any = None if self.device.type == "cpu" else torch.get_device_module(self.device)
-        self._asks_capturing: Any = getattr(self._module, "is_current_stream_capturing", None)
+        self._is_capturing: Any = getattr(self._module, "is_current_stream_capturing", None)
         self._stream = self._current_stream()
         self._stream_object = None if self._module is None else self._module.current_stream(self.device)
 
-    def prepare(self, groups: Sequence[dict[str, Any]], numbers: Sequence[Numbers], scaling: Scaling) -> None:
-        """Take numbers, and tensors that stand for them where the kernels read them; see Launch.prepare."""
+    def prepare(
+        self, groups: Sequence[dict[str, Any]], hyperparameters: Sequence[Hyperparameters], scaling: Scaling
+    ) -> None:
+        """Move hyperparameters in tensors to the device; see Launch.prepare."""
         self.scaling = scaling
-        self.numbers = [
-            tuple([x if type(x) is float else on_device(x, self.device, self.kernel_reads) for x in of_group])
-            for of_group in numbers
+        device, dtypes = self.device, self.readable_dtypes
+        self.hyperparameters = [
+            tuple([x if type(x) is float else move_hyperparameter(x, device, dtypes) for x in values])
+            for values in hyperparameters
         ]
 
     @abstractmethod
-    def tables(self) -> Iterator[Tensor]:
-        """Yield what launches read and write of the backend's own."""
+    def buffers(self) -> Iterator[Tensor]:
+        """Yield the backend's own device tensors that its kernels read or write."""
 
     # Streams and graphs.
 
     def _current_stream(self) -> int:
-        """Return a number that tells PyTorch's current stream on this device from others."""
+        """Return a number that identifies PyTorch's current stream on this device."""
         if self._module is None:
             return 0
         stream = self._module.current_stream(self.device)
         return int(stream.cuda_stream if self.device.type == "cuda" else stream.stream_id)
 
     def _current_device(self) -> AbstractContextManager[Any]:
-        """Make this launch's device the current one, in PyTorch's way, which makes no context on the one before."""
-        if self._module is None or self._module.current_device() == self._index:
-            return _NOTHING
-        context: AbstractContextManager[Any] = self._module.device(self._index)
+        """Return a context manager that makes this launch's device the current one.
+
+        It uses PyTorch's own, which does not create a context on the device that was current before.
+        """
+        if self._module is None or self._module.current_device() == self._device_index:
+            return _NULL_CONTEXT
+        context: AbstractContextManager[Any] = self._module.device(self._device_index)
         return context
 
     def capturing(self) -> bool:
-        """Whether work on this device's current stream is being captured in a graph."""
-        if self._asks_capturing is None:
+        """Whether this device's current stream is being captured into a graph."""
+        if self._is_capturing is None:
             return False
         with self._current_device():
-            return bool(self._asks_capturing())
+            return bool(self._is_capturing())
 
-    def _follow_stream(self) -> int:
-        """Return the current stream, which has waited for the step before if that was on another."""
+    def _switch_stream(self) -> int:
+        """Return the current stream, after making it wait for the previous step if that ran on another stream."""
         stream = self._current_stream()
         if stream != self._stream:
             current = self._module.current_stream(self.device)
-            if not self.capturing():  # nor could a capture wait for what is outside of it
+            if not self.capturing():  # A captured stream cannot wait for work outside of the capture.
                 current.wait_stream(self._stream_object)
-            # Let the allocator know that these are in use on both.
-            for used in (*self.tables(), *(b.staged for b in self.bindings if b.staged is not None)):
+            # Tell the caching allocator that these tensors are in use on both streams.
+            for used in (*self.buffers(), *(b.staged for b in self.bindings if b.staged is not None)):
                 used.record_stream(current)
             self._stream, self._stream_object = stream, current
         return stream
 
-    def kept_for_graphs(self) -> Iterator[Tensor]:
-        """Yield what a captured launch reads and writes, besides parameters, gradients and what options are."""
-        yield from self.tables()
+    def graph_tensors(self) -> Iterator[Tensor]:
+        """Yield every tensor that a captured launch reads or writes, except parameters, gradients and options."""
+        yield from self.buffers()
         for b in self.bindings:
             yield from b.averages
             if b.count is not None:

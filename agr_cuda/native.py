@@ -1,4 +1,4 @@
-"""The native core, agr_cuda._C, where it loads."""
+"""Import the native core, agr_cuda._C, if it loads."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ except ImportError as error:
 
 
 def native() -> ModuleType:
-    """Return the native core. Raises RuntimeError where it does not load."""
+    """Return the native core, or raise RuntimeError if it does not load."""
     if _native is None:
         raise RuntimeError(f"agr_cuda's native core does not load: {_error}")
     return _native
 
 
 def why_missing() -> str | None:
-    """Return why the native core does not load and how to mend that, or None."""
+    """Return why the native core does not load and how to fix that, or None if it loads."""
     if _native is not None:
         return None
     return f"agr_cuda's native core does not load ({_error}): install agr-cuda with a C++ compiler at hand"

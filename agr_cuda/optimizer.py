@@ -1,4 +1,4 @@
-"""What AdamW and Adan share: the interface of torch.optim.Optimizer, checks before a step, and the step."""
+"""The base class of AdamW and Adan: torch.optim.Optimizer's interface, the checks before a step, and the step."""
 
 from __future__ import annotations
 
@@ -14,50 +14,57 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .backends import check_backend
-from .bind import bind, check_changeable, check_tensors, state_change
-from .clipping import Clipping, clipping
-from .fork import remember
+from .bind import bind, check_tensors, check_writable, state_change
+from .clipping import Clipping, prepare_clipping
+from .fork import renew_lock_after_fork
 from .groups import ParameterGroup
-from .hooks import hooked, level_of_caller, passed_by_compilers
-from .options import FLAGS, check_betas, check_flag, check_nonnegative, make_plain, number
+from .hooks import caller_stacklevel, exclude_from_compile, with_step_hooks
+from .options import BOOLEAN_OPTIONS, check_betas, check_flag, check_nonnegative, convert_to_builtin, number
 from .plan import StepPlan
 from .scaling import Scaling
 from .tensors import Binding, StateTensor
 
-#: The options that are one for the whole optimizer: in its `defaults`, and in no group.
-OF_ALL_GROUPS = ("max_grad_norm", "backend")
+#: The options that hold for the whole optimizer. They are in its `defaults` and in no parameter group.
+OPTIMIZER_OPTIONS = ("max_grad_norm", "backend")
 
 
-def _known(value: Any) -> Any:
-    """Return a number as it is now; for a tensor on another device its identity, so as not to wait for it."""
+def _comparable(value: Any) -> Any:
+    """Return a value to compare with a later one: the number, or the identity of a tensor on a GPU.
+
+    Reading the number from a GPU would make the host wait for the device.
+    """
     if not isinstance(value, Tensor):
         return value
     return value.item() if value.device.type == "cpu" and value.numel() == 1 else ("tensor", id(value))
 
 
-def _snapshot(group: dict[str, Any]) -> Any:
-    """Return what has to be checked anew when it changes, and is not among the options that decide what is launched."""
+def _values_to_check(group: dict[str, Any]) -> Any:
+    """Return the option values of a group that are checked again when they change.
+
+    A change of the other options, `_launch_options`, makes a new plan, and they are checked then.
+    """
     numbers = (group["lr"], group["eps"], group["weight_decay"], *group["betas"])
-    of_all_groups = group.get("max_grad_norm"), group.get("backend")
-    return [x if type(x) is float else _known(x) for x in numbers], group["maximize"], of_all_groups
+    optimizer_options = group.get("max_grad_norm"), group.get("backend")
+    return [x if type(x) is float else _comparable(x) for x in numbers], group["maximize"], optimizer_options
 
 
 class AGROptimizer(torch.optim.Optimizer):
-    """The base of `agr_cuda.AdamW` and `agr_cuda.Adan`."""
+    """The base class of `agr_cuda.AdamW` and `agr_cuda.Adan`."""
 
-    #: The update rule's name in the native core, and how many betas it has.
+    #: The update rule's name in the native core.
     _rule: str
-    _betas: int
-    #: The group options that decide which kernels run and on what, as against the numbers that they run with.
-    _structure: tuple[str, ...]
+    #: The number of betas.
+    _num_betas: int
+    #: The group options that decide which kernels run on which tensors. A plan is made for one set of their values.
+    _launch_options: tuple[str, ...]
 
     _plan: StepPlan | None
-    _checked: list[Any] | None  # the numbers that were last found in range
-    _lock: threading.RLock  # held from the look at the parameters to the end of their update
-    _warned: set[str]  # of what
-    _hooked: set[str]  # what registers hooks that are there for the moment
-    _captured: dict[int, Tensor]  # by id: what launches captured into graphs read and write
-    _clipping: Clipping  # of the last step
+    _checked_values: list[Any] | None  # the option values that were last checked
+    _lock: threading.RLock  # held from the check of the plan to the end of the update
+    _warned: set[str]  # the topics of which a warning has been given
+    _active_hooks: set[str]  # the names of the register functions whose temporary hook is in place
+    _graph_tensors: dict[int, Tensor]  # by id(): the tensors that captured graphs read or write
+    _clipping: Clipping  # the clipping of the last step
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         if defaults["max_grad_norm"] is not None:
@@ -66,14 +73,14 @@ class AGROptimizer(torch.optim.Optimizer):
         check_backend(defaults["backend"])
         self.defaults = defaults
         self._check_group(defaults)
-        make_plain(defaults)
-        self._forget()
-        # Not super(): AdamW has torch.optim.AdamW for a base, whose constructor takes other arguments.
+        convert_to_builtin(defaults)
+        self._reset_runtime_state()
+        # Not super().__init__: AdamW's next base class is torch.optim.AdamW, whose constructor takes other arguments.
         torch.optim.Optimizer.__init__(self, params, defaults)
 
     @property
     def max_grad_norm(self) -> float | None:
-        """What the global norm is clipped to; None or 0 does not clip. One number for all groups."""
+        """The largest global norm of the gradients; None or 0 does not clip. It is one number for all groups."""
         value: float | None = self.defaults["max_grad_norm"]
         return value
 
@@ -83,7 +90,7 @@ class AGROptimizer(torch.optim.Optimizer):
 
     @property
     def backend(self) -> str | None:
-        """The backend asked for, or None to choose for each parameter."""
+        """The requested backend, or None to choose one for each parameter."""
         value: str | None = self.defaults["backend"]
         return value
 
@@ -94,50 +101,55 @@ class AGROptimizer(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """The global L2 norm of the last step's gradients, unscaled, before clipping and AGR.
+        """The global L2 norm of the last step's unscaled gradients, before clipping and AGR.
 
-        A float64 of no dimensions on the device that took it for `max_grad_norm`; nothing waits for that. None before
-        the first step, and where `max_grad_norm` does not clip. After a step that mixed precision skipped it is not
-        finite, or that of the step before.
+        It is a zero-dimensional float64 tensor on the device that computed it; the property does not synchronize. It is
+        None before the first step, and if `max_grad_norm` is None or 0. After a step that mixed precision skipped, it
+        is not finite, or is still the norm of the step before.
         """
-        return self._clipping.measured()
+        return self._clipping.measured_norm()
 
-    # What a rule says of itself.
+    # Defined by each optimizer.
 
-    def _states(self, group: dict[str, Any]) -> tuple[StateTensor, ...]:
-        """Return what the rule keeps of each parameter of a group, in the order of the rule."""
+    def _state_specs(self, group: dict[str, Any]) -> tuple[StateTensor, ...]:
+        """Return the state tensors of each parameter of a group, in the order of the update rule."""
         raise NotImplementedError
 
-    def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """Return the group's numbers, some perhaps tensors, in the order in which the native core takes them."""
+    def _hyperparameters(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """Return the group's hyperparameters, as numbers or tensors, in the native core's order."""
         raise NotImplementedError
 
     def _clip_eps(self) -> float:
-        """Return what clipping adds to the norm."""
+        """Return the number that clipping adds to the norm."""
         raise NotImplementedError
 
-    def _place_counts(self, plan: StepPlan, scaling: Scaling) -> None:
-        """Put step counts of groups on a device where the host cannot know them, and back where no device counts."""
+    def _place_step_counts(self, plan: StepPlan, scaling: Scaling) -> None:
+        """Move the groups' step counts to a device if the host cannot know them, and back if no device counts."""
 
-    def _counted_by_host(self) -> list[dict[str, Any]]:
-        """Return the groups whose step count is a number."""
+    def _groups_counted_on_host(self) -> list[dict[str, Any]]:
+        """Return the groups whose step count is a number, which the host increments."""
         return []
 
     # torch.optim.Optimizer's interface.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with options of their own; see torch.optim.Optimizer.add_param_group.
+        """Add a parameter group, with the optimizer's defaults for missing options; see torch.optim.Optimizer.
 
-        The dictionary is copied. `max_grad_norm` and `backend` may be in it where they are the optimizer's own.
+        The dictionary is copied. It may contain `max_grad_norm` and `backend` only with the optimizer's own values.
+
+        Raises:
+            TypeError: for an option or a parameter of the wrong type.
+            ValueError: for an option out of range, and for a parameter that is given twice or is already in a group.
+            RuntimeError: for options that contradict each other.
         """
         if isinstance(param_group, dict):
             param_group = ParameterGroup(param_group)
             for name, value in self.defaults.items():
                 param_group.setdefault(name, value)
             self._check_group(param_group)
-            make_plain(param_group)
+            convert_to_builtin(param_group)
         super().add_param_group(param_group)
-        for name in OF_ALL_GROUPS:
+        for name in OPTIMIZER_OPTIONS:
             del param_group[name]
         parameters = self.param_groups[-1]["params"]
         if len({id(parameter) for parameter in parameters}) < len(parameters):
@@ -145,18 +157,18 @@ class AGROptimizer(torch.optim.Optimizer):
             raise ValueError("a parameter group has a parameter more than once; each must be given once")
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Raise TypeError for a wrong type, ValueError for what is out of range, RuntimeError for a contradiction."""
-        for name in OF_ALL_GROUPS:
+        """Raise TypeError for a wrong type, ValueError for a value out of range, RuntimeError for a contradiction."""
+        for name in OPTIMIZER_OPTIONS:
             if name in group and (group[name] or None) != (self.defaults[name] or None):
                 raise ValueError(
                     f"{name} is {group[name]!r} in a parameter group, and {self.defaults[name]!r} for the optimizer; "
                     f"it is one setting for all groups: {type(self).__name__}(..., {name}={group[name]!r})"
                 )
-        for name in FLAGS:
+        for name in BOOLEAN_OPTIONS:
             if name in group:
                 check_flag(name, group[name])
         check_nonnegative("lr", group["lr"])
-        check_betas(group["betas"], self._betas)
+        check_betas(group["betas"], self._num_betas)
         check_nonnegative("eps", group["eps"])
         check_nonnegative("weight_decay", group["weight_decay"])
         if group["fused"]:
@@ -171,81 +183,88 @@ class AGROptimizer(torch.optim.Optimizer):
                 raise RuntimeError(f"{option}=True asks for the reference backend, and backend is {self.backend!r}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        torch.optim.Optimizer.__setstate__(self, state)  # not super(), as in the constructor
-        if "differentiable" not in self._structure:  # which torch.optim.Optimizer sees to
+        torch.optim.Optimizer.__setstate__(self, state)  # not super(), for the reason given in the constructor
+        if "differentiable" not in self._launch_options:  # torch.optim.Optimizer has added it to the defaults.
             self.defaults.pop("differentiable", None)
-        self.param_groups = [self._completed(group) for group in self.param_groups]
-        self._forget()
+        self.param_groups = [self._with_defaults(group) for group in self.param_groups]
+        self._reset_runtime_state()
 
-    def _completed(self, group: dict[str, Any]) -> ParameterGroup:
-        """Return a group with every option that it lacks."""
+    def _with_defaults(self, group: dict[str, Any]) -> ParameterGroup:
+        """Return a group with its missing options set to their defaults."""
         completed = group if isinstance(group, ParameterGroup) else ParameterGroup(group)
-        for name, value in {**self._unsaved_options(), **self.defaults}.items():
-            if name not in OF_ALL_GROUPS:
+        for name, value in {**self._options_if_missing(), **self.defaults}.items():
+            if name not in OPTIMIZER_OPTIONS:
                 completed.setdefault(name, value)
         return completed
 
-    def _forget(self) -> None:
+    def _reset_runtime_state(self) -> None:
+        """Set up everything that is not saved with the optimizer: the plan, caches and the lock."""
         if self.defaults["fused"]:
-            # torch.amp.GradScaler hands its scale and what it found to step(), instead of waiting for the device. Said
-            # of instances, as torch's optimizers say it: whoever clips gradients in between, or wants to know of
-            # skipped steps, asks for this, and has them unscaled before.
+            # With this attribute, torch.amp.GradScaler leaves the gradients scaled, hands grad_scale and found_inf to
+            # step(), and does not wait for the device. As in torch.optim, only optimizers with fused=True have it:
+            # libraries that clip gradients before step(), or that detect skipped steps, check for it, and rely on
+            # GradScaler to unscale the gradients if it is absent.
             self._step_supports_amp_scaling = True
         self._plan = None
-        self._checked = None
+        self._checked_values = None
         self._warned = getattr(self, "_warned", set())
-        self._captured = getattr(self, "_captured", {})
-        self._hooked = getattr(self, "_hooked", set())
+        self._graph_tensors = getattr(self, "_graph_tensors", {})
+        self._active_hooks = getattr(self, "_active_hooks", set())
         self._lock = getattr(self, "_lock", None) or threading.RLock()
         self._clipping = Clipping()
-        remember(self)
-        passed_by_compilers(AGROptimizer)
+        renew_lock_after_fork(self)
+        exclude_from_compile(AGROptimizer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer, or of the one that it replaces.
 
-        An option that the saved groups lack (`agr`, always) keeps the value it has here, as do `foreach` and `fused`,
-        which say how to compute and not what. As in torch.optim, tensors that have the right type and device already
-        are taken as they are: after loading the state_dict() of an optimizer that goes on, both would write the same
-        averages. Load a copy.deepcopy of it.
+        An option that the saved groups lack (`agr` always) keeps its current value, and so do `foreach` and `fused`,
+        which decide how to compute and not what. As in torch.optim, state tensors that already have the right dtype and
+        device are not copied: after loading the state_dict() of an optimizer that is still in use, both optimizers
+        would write to the same averages. Load a copy.deepcopy of it instead.
+
+        Raises:
+            ValueError: for groups that do not match this optimizer's, and for an option out of range.
+            TypeError: for an option of the wrong type.
+            RuntimeError: for options that contradict each other and, in Adan, for a group with state but no "step".
         """
-        # After the hooks that a program has registered: they may change what is loaded into what is known here.
-        with self._hook(self.register_load_state_dict_pre_hook, self._adapted):
+        # This hook runs after those that the program has registered, which may convert a foreign state dict.
+        with self._temporary_hook(self.register_load_state_dict_pre_hook, self._adapt_state_dict):
             super().load_state_dict(state_dict)
 
     @contextmanager
-    def _hook(
+    def _temporary_hook(
         self, register: Callable[..., Any], change: Callable[[dict[str, Any]], Any], **where: Any
     ) -> Iterator[None]:
-        """Register a hook for as long as this lasts; a hook that leads to the same again finds it there."""
+        """Register a hook within this context. If it is already in place, because of a nested call, do nothing."""
         with self._lock:
-            if register.__name__ in self._hooked:
+            if register.__name__ in self._active_hooks:
                 yield
                 return
-            self._hooked.add(register.__name__)
+            self._active_hooks.add(register.__name__)
             registered = register(lambda _, state_dict: change(state_dict), **where)
             try:
                 yield
             finally:
                 registered.remove()
-                self._hooked.remove(register.__name__)
+                self._active_hooks.remove(register.__name__)
 
-    def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return a state dict with the groups' options as this optimizer takes them. The one given stays as it is."""
+    def _adapt_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a copy of a state dict whose groups have the options that this optimizer needs."""
         groups = [dict(group) for group in state_dict["param_groups"]]
         if len(groups) == len(self.param_groups):
             for i, (group, here) in enumerate(zip(groups, self.param_groups, strict=True)):
-                kept = {k: here.get(k, v) for k, v in self.defaults.items() if k not in OF_ALL_GROUPS}
+                kept = {k: here.get(k, v) for k, v in self.defaults.items() if k not in OPTIMIZER_OPTIONS}
                 own = {k: kept[k] for k in ("foreach", "fused")}
-                groups[i] = {**kept, **self._unsaved_options(), **group, **own}
-                for name in OF_ALL_GROUPS:  # of whoever saved it
+                groups[i] = {**kept, **self._options_if_missing(), **group, **own}
+                for name in OPTIMIZER_OPTIONS:  # These stay this optimizer's own.
                     groups[i].pop(name, None)
                 self._check_group(groups[i])
-                make_plain(groups[i])
+                convert_to_builtin(groups[i])
         return {**state_dict, "param_groups": groups}
 
-    def _unsaved_options(self) -> dict[str, Any]:
-        """Return the options that mean something else than "as it is here" where a checkpoint lacks them."""
+    def _options_if_missing(self) -> dict[str, Any]:
+        """Return values for options that a checkpoint may lack and that must not keep their current value then."""
         return {}
 
     def __repr__(self) -> str:
@@ -258,7 +277,7 @@ class AGROptimizer(torch.optim.Optimizer):
 
     @property
     def backends(self) -> list[str]:
-        """The names of the backends that the last step used; empty before the first."""
+        """The names of the backends that the last step used; empty before the first step."""
         return [] if self._plan is None else self._plan.backends
 
     # The step.
@@ -269,100 +288,108 @@ class AGROptimizer(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @hooked
+    @with_step_hooks
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
 
         Args:
-            closure: computes the loss and the gradients again, and returns the loss (optional).
+            closure: an optional function that computes the loss and the gradients again, and returns the loss.
 
         Returns:
-            What `closure` returned, or None.
+            The return value of `closure`, or None.
 
-        Gradients are never written. Whatever can be checked is checked before anything changes.
+        Raises:
+            TypeError: for an option of the wrong type.
+            ValueError: for an option out of range.
+            RuntimeError: for a parameter, gradient or state that cannot be used, such as a sparse gradient, and for
+                options that contradict each other.
+
+        Gradients are never written. Everything that can be checked is checked before any parameter or state changes.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with self._lock:
-            self._check_numbers()
+            self._check_changed_values()
             try:
-                self._make(self._plan_for_step())
+                self._execute(self._plan_for_step())
             finally:
                 if self._plan is not None:
                     self._plan.release()
         return loss
 
-    def _make(self, plan: StepPlan) -> None:
-        """Make the step that is planned, unless mixed precision skips it. Whatever may fail comes before any update."""
-        scaling = Scaling.asked_of(self)
-        if plan.on_host and scaling.skips():
+    def _execute(self, plan: StepPlan) -> None:
+        """Execute a plan, unless mixed precision skips the step. Everything that may fail comes before any update."""
+        scaling = Scaling.from_optimizer(self)
+        if plan.updates_on_host and scaling.skips_step():
             return
         self._check_capture(plan)
-        self._place_counts(plan, scaling)
+        self._place_step_counts(plan, scaling)
         plan.stage_gradients()
-        numbers = [self._numbers(group) for group in self.param_groups]
+        hyperparameters = [self._hyperparameters(group) for group in self.param_groups]
         for launch in plan.launches:
-            launch.prepare(self.param_groups, numbers, scaling)
-        self._clipping = clipping(plan.launches, float(self.max_grad_norm or 0), self._clip_eps())
-        counted = self._counted_by_host()
+            launch.prepare(self.param_groups, hyperparameters, scaling)
+        self._clipping = prepare_clipping(plan.launches, float(self.max_grad_norm or 0), self._clip_eps())
+        counted = self._groups_counted_on_host()
         for launch in plan.launches:
             launch.update(self._clipping, counted if launch is plan.launches[-1] else [])
         if not plan.launches:
             for group in counted:
                 group["step"] += 1
-        self._keep_for_graphs(plan)
-        plan.count_changes()
+        self._keep_graph_tensors(plan)
+        plan.increment_versions()
 
-    def _check_numbers(self) -> None:
+    def _check_changed_values(self) -> None:
+        """Check all options if any value differs from those that were last checked."""
         for i, group in enumerate(self.param_groups):
-            if "agr" not in group:  # which is not among the keys of ours; see ParameterGroup
+            # The program may have replaced a group by a plain copy, which lacks `agr`; see ParameterGroup.
+            if "agr" not in group:
                 group["agr"] = self.defaults["agr"]
                 self._warn_once("agr", f"parameter group {i} came without agr; it has the default, {group['agr']}")
-        numbers = [self.max_grad_norm, *map(_snapshot, self.param_groups)]
-        if numbers != self._checked:
+        values = [self.max_grad_norm, *map(_values_to_check, self.param_groups)]
+        if values != self._checked_values:
             if self.max_grad_norm is not None:
                 check_nonnegative("max_grad_norm", self.max_grad_norm)
             for group in self.param_groups:
                 self._check_group(group)
-            self._checked = numbers
+            self._checked_values = values
 
     def _plan_for_step(self) -> StepPlan:
-        """Return a plan that fits, the last one if nothing has moved, with this step's gradients read."""
-        options = itemgetter(*self._structure)
-        structure = [bool(self.max_grad_norm), self.backend, *map(options, self.param_groups)]
+        """Return a plan with this step's gradients read: the last one if nothing has changed, or else a new one."""
+        options = itemgetter(*self._launch_options)
+        configuration = [bool(self.max_grad_norm), self.backend, *map(options, self.param_groups)]
         plan = self._plan
         if (
             plan is not None
-            and plan.structure == structure
+            and plan.configuration == configuration
             and plan.fits(self.param_groups, self.state)
-            # The watch knows where the native backends' tensors are; others it leaves to us.
-            and self._still_bound(plan.by_reference)
+            # The watch does not check the tensors of the reference backend.
+            and self._reference_state_ready(plan.reference_bindings)
         ):
             return plan
         for group in self.param_groups:
             self._check_group(group)
         self._plan = None
         bindings = bind(self, [] if plan is None else plan.bindings)
-        self._warn_of_single_elements(bindings)
-        self._warn_of_wrappers(bindings)
+        self._warn_about_single_elements(bindings)
+        self._warn_about_wrappers(bindings)
         clip = bool(self.max_grad_norm)
-        plan = StepPlan(self._rule, structure, bindings, self.param_groups, self.state, clip)
-        if not plan.fits(self.param_groups, self.state) and plan.written:
+        plan = StepPlan(self._rule, configuration, bindings, self.param_groups, self.state, clip)
+        if not plan.fits(self.param_groups, self.state) and plan.has_native_bindings:
             raise RuntimeError("parameters, gradients or state were changed by another thread during step()")
         self._plan = plan
         return plan
 
-    def _still_bound(self, bindings: Sequence[Binding]) -> bool:
-        """Whether the reference backend's bindings are as they were; raise RuntimeError for what it cannot take."""
+    def _reference_state_ready(self, bindings: Sequence[Binding]) -> bool:
+        """Whether the reference backend's state needs no change; raise RuntimeError if it cannot be used."""
         present = [b for b in bindings if b.parameter.grad is not None]
         for b in present:
-            check_tensors(b.place, b.parameter, b.state, b.states)
-            check_changeable(b.place, b.parameter, b.state)
+            check_tensors(b.place, b.parameter, b.state, b.specs)
+            check_writable(b.place, b.parameter, b.state)
         return not any(state_change(self, b) for b in present)
 
-    def _warn_of_single_elements(self, bindings: list[Binding]) -> None:
+    def _warn_about_single_elements(self, bindings: list[Binding]) -> None:
         places = [b.place for b in bindings if b.regularize and b.parameter.numel() == 1]
         if places:
             self._warn_once(
@@ -371,7 +398,7 @@ class AGROptimizer(torch.optim.Optimizer):
                 f"{'; '.join(places)}. Put such parameters into a parameter group with agr=False",
             )
 
-    def _warn_of_wrappers(self, bindings: list[Binding]) -> None:
+    def _warn_about_wrappers(self, bindings: list[Binding]) -> None:
         found = [b for b in bindings if b.backend == "reference" and self.param_groups[b.group]["fused"]]
         if found:
             self._warn_once(
@@ -381,24 +408,27 @@ class AGROptimizer(torch.optim.Optimizer):
                 + (f" and {len(found) - 1} others" if len(found) > 1 else ""),
             )
 
-    def _warn_once(self, of: str, message: str) -> None:
-        if of not in self._warned:
-            self._warned.add(of)
-            warnings.warn(message, stacklevel=level_of_caller())
+    def _warn_once(self, topic: str, message: str) -> None:
+        if topic not in self._warned:
+            self._warned.add(topic)
+            warnings.warn(message, stacklevel=caller_stacklevel())
 
     def _check_capture(self, plan: StepPlan) -> None:
-        """Raise RuntimeError if a graph is being captured with step counts or numbers that it would repeat."""
+        """Raise RuntimeError if a graph is being captured while a group has capturable=False.
+
+        Replays of such a graph would repeat the step count and the hyperparameters of the captured step.
+        """
         fixed = [index for index, group in enumerate(self.param_groups) if not group["capturable"]]
-        if fixed and any(launch.capturing() for launch in plan.on_devices):
+        if fixed and any(launch.capturing() for launch in plan.device_launches):
             raise RuntimeError(
                 f"step() is being captured in a CUDA graph, and group {fixed[0]} has capturable=False; it must be True"
             )
 
-    def _keep_for_graphs(self, plan: StepPlan) -> None:
-        """Keep what captured launches read and write for as long as the optimizer lives, since a graph may."""
-        for launch in plan.on_devices:
+    def _keep_graph_tensors(self, plan: StepPlan) -> None:
+        """Keep the tensors of captured launches for as long as the optimizer lives: their graphs may be replayed."""
+        for launch in plan.device_launches:
             if launch.newly_captured:
                 launch.newly_captured = False
                 counts = [group["step"] for group in self.param_groups if isinstance(group.get("step"), Tensor)]
-                for tensor in (*counts, *launch.kept_for_graphs()):
-                    self._captured[id(tensor)] = tensor
+                for tensor in (*counts, *launch.graph_tensors()):
+                    self._graph_tensors[id(tensor)] = tensor

@@ -1,4 +1,4 @@
-"""The values of options: what is in range, and how errors show what is not."""
+"""Check and convert the values of options."""
 
 from __future__ import annotations
 
@@ -8,39 +8,41 @@ from typing import Any
 
 from torch import Tensor
 
-#: The options of a group that are numbers, besides betas; those that are booleans; and those of them that may be None.
-NUMBERS = ("lr", "eps", "weight_decay")
-FLAGS = ("agr", "amsgrad", "no_prox", "maximize", "capturable", "differentiable", "foreach", "fused")
-UNDECIDED = ("foreach", "fused")
+#: The options of a group that are single numbers; `betas` is a tuple of them.
+NUMERIC_OPTIONS = ("lr", "eps", "weight_decay")
+#: The options that are booleans.
+BOOLEAN_OPTIONS = ("agr", "amsgrad", "no_prox", "maximize", "capturable", "differentiable", "foreach", "fused")
+#: The boolean options that may be None, to leave the choice to the optimizer.
+MAY_BE_NONE = ("foreach", "fused")
 
 
 def number(value: Any) -> float:
-    """Return an option's value, which may be a tensor of one element, as a number."""
+    """Return an option's value, a number or a tensor of one element, as a float."""
     if type(value) is float:
         return value
     return float(value.item() if isinstance(value, Tensor) else value)
 
 
 def number_or_tensor(value: Any) -> Any:
-    """Return a tensor as it is, and whatever else is a number (of NumPy, say) as Python's own type."""
+    """Return a tensor unchanged, and any other number (such as NumPy's) as a Python float or int."""
     return value if isinstance(value, Tensor) or type(value) in (float, int) else float(value)
 
 
 def scalar_or_number(value: Any, keeps_tensor: bool) -> Any:
-    """Return an option's value as a number, or if it `keeps_tensor` that is one, without dimensions."""
+    """Return an option's value as a float, or a tensor as a zero-dimensional tensor if `keeps_tensor`."""
     return value.reshape(()) if keeps_tensor and isinstance(value, Tensor) else number(value)
 
 
-def make_plain(options: dict[str, Any]) -> None:
-    """Make the checked options of a group Python's own numbers, booleans and tuples, and tensors.
+def convert_to_builtin(options: dict[str, Any]) -> None:
+    """Convert the checked options of a group in place to Python's numbers, booleans and tuples; tensors stay tensors.
 
-    They may come from a configuration (as OmegaConf's lists, or NumPy's numbers), and be saved in a checkpoint, which
-    torch.load takes only if it knows all of its types.
+    Options may come from a configuration file, for example as OmegaConf's lists or NumPy's numbers, and are saved in
+    checkpoints. torch.load (with weights_only=True) refuses a checkpoint with types that it does not know.
     """
-    for name in NUMBERS:
+    for name in NUMERIC_OPTIONS:
         options[name] = number_or_tensor(options[name])
     options["betas"] = tuple(map(number_or_tensor, options["betas"]))
-    for name in FLAGS:
+    for name in BOOLEAN_OPTIONS:
         if options.get(name) is not None:
             options[name] = bool(options[name])
 
@@ -55,31 +57,31 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Raise TypeError unless `value` is a boolean or, where the program may leave the choice open, None."""
-    if value is None and name in UNDECIDED:
+    """Raise TypeError unless `value` is a boolean, or None for an option that may be None."""
+    if value is None and name in MAY_BE_NONE:
         return
     if isinstance(value, Tensor) or value not in (False, True):  # NumPy's booleans are equal to Python's
-        allowed = "None, True or False" if name in UNDECIDED else "True or False"
+        allowed = "None, True or False" if name in MAY_BE_NONE else "True or False"
         raise TypeError(f"{name} is {value!r}; it must be {allowed}")
 
 
 def check_nonnegative(name: str, value: Any) -> None:
-    """Raise ValueError unless `value` is at least 0 (NaN is not)."""
+    """Raise ValueError unless `value` is at least 0. NaN is refused; inf is not."""
     check_number(name, value)
     if not value >= 0.0:
-        raise ValueError(f"{name} is {shown(value)}; it must be at least 0")
+        raise ValueError(f"{name} is {format_value(value)}; it must be at least 0")
 
 
 def check_betas(values: Any, count: int) -> None:
     """Raise ValueError unless `values` are `count` numbers in [0, 1)."""
     if not isinstance(values, Sequence) or len(values) != count:
-        raise ValueError(f"betas is {shown(values)}; it must be a tuple of {count} numbers")
+        raise ValueError(f"betas is {format_value(values)}; it must be a tuple of {count} numbers")
     for i, value in enumerate(values):
         check_number(f"betas[{i}]", value)
         if not 0.0 <= value < 1.0:
-            raise ValueError(f"betas[{i}] is {shown(value)}; it must be at least 0 and less than 1")
+            raise ValueError(f"betas[{i}] is {format_value(value)}; it must be at least 0 and less than 1")
 
 
-def shown(value: Any) -> str:
-    """Return `value` as a message shows it."""
+def format_value(value: Any) -> str:
+    """Return `value` as text for a message; a tensor of one element is shown as its number."""
     return str(value.item() if isinstance(value, Tensor) and value.numel() == 1 else value)

@@ -1,10 +1,10 @@
-"""AdamW and Adan with AGR in plain PyTorch: the definition that every other backend is compared with.
+"""AdamW and Adan with AGR in plain PyTorch: the definition with which every other backend is compared.
 
-`psi`, `adamw` and `adan` are the equations, for one tensor. `foreach_psi`, `foreach_adamw` and `foreach_adan` are the
-same with PyTorch's foreach operations, for lists of tensors. `ReferenceLaunch` applies them to an optimizer's
-parameters on any device, of any floating or complex type, and differentiably.
+`psi`, `adamw` and `adan` are the equations for one tensor. `foreach_psi`, `foreach_adamw` and `foreach_adan` are the
+same for lists of tensors, with PyTorch's foreach operations. `ReferenceLaunch` applies them to an optimizer's
+parameters, on any device and of any floating-point or complex dtype, differentiably if the group asks for that.
 
-Sources: AGR is arXiv 2407.16944, AdamW arXiv 1711.05101, Adan arXiv 2208.06677.
+Sources: AGR is from arXiv 2407.16944, AdamW from arXiv 1711.05101, Adan from arXiv 2208.06677.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .launch import Launch, Numbers
+from .launch import Hyperparameters, Launch
 from .scaling import Scaling
 from .tensors import Binding
 
@@ -27,15 +27,15 @@ Number = float | Tensor
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the type in which arithmetic on `dtype` is done: float32 for the 16-bit types, else the type itself."""
+    """Return the dtype of the arithmetic on `dtype`: float32 for the 16-bit types, or else `dtype` itself."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def psi(g: Tensor) -> Tensor:
     """Return the regularized gradient g (1 - |g| / S), where S is the sum of |g| over all elements.
 
-    Computed in float32 for the 16-bit types, in which 1 - |g| / S would round to 1; the result keeps that type. An
-    all-zero gradient gives zeros. For complex gradients |g| is the modulus.
+    A 16-bit gradient is computed and returned in float32, because 1 - |g| / S would round to 1 in its own type. An
+    all-zero gradient gives zeros. For complex gradients, |g| is the modulus.
     """
     g = g.to(compute_dtype(g.dtype))
     magnitude = g.abs()
@@ -44,35 +44,39 @@ def psi(g: Tensor) -> Tensor:
     return g * (1 - magnitude / total)
 
 
-#: Steps between two in which averages that have faded are swept away; as in csrc/cpu/executor.cpp.
-_SWEEP = 25
+#: Denormal averages are set to 0 in every step whose number is a multiple of this; as in csrc/cpu/executor.cpp.
+_SWEEP_INTERVAL = 25
 
 
 def _sweeps(average: Tensor, t: Number) -> bool:
-    """Return whether averages that have faded may be swept away in step `t`: on a CPU, in every 25th.
+    """Return whether denormal averages may be set to 0 in step `t`: on a CPU, in every 25th step.
 
-    CPUs are slow with denormal numbers, in which averages of an element whose gradient stays 0 end, and stay
-    (docs/design.md, "Averages that fade"). Where `t` is a tensor, `_faded` looks at it.
+    The averages of an element whose gradient stays 0 decay to denormal numbers and stay there, and CPUs compute slowly
+    with those; see docs/design.md on averages that decay. If `t` is a tensor, `_faded` checks the step number.
     """
-    return average.device.type == "cpu" and (isinstance(t, Tensor) or t % _SWEEP == 0)
+    return average.device.type == "cpu" and (isinstance(t, Tensor) or t % _SWEEP_INTERVAL == 0)
 
 
 def _faded(average: Tensor, g: Tensor, t: Number) -> Tensor:
-    """Return where an average of gradients takes in nothing in step `t`, and what it holds is denormal."""
-    return (g == 0) & (average.abs() < torch.finfo(average.dtype).tiny) & (t % _SWEEP == 0)
+    """Return a mask of the elements of an average of gradients to set to 0: it is denormal and the gradient is 0."""
+    return (g == 0) & (average.abs() < torch.finfo(average.dtype).tiny) & (t % _SWEEP_INTERVAL == 0)
 
 
 def _negligible(square: Tensor, eps: Number) -> Tensor:
-    """Return where an average of squares may go if those that it divides have: denormal, and of a root below eps."""
+    """Return a mask of the elements of an average of squares that may be set to 0 once the averages of gradients are.
+
+    Such an element is denormal, and its root is less than eps.
+    """
     return (square < torch.finfo(square.dtype).tiny) & (square.sqrt() < eps)
 
 
 def _scaled_quotient(average: Tensor, denominator: Tensor, scale: Number) -> Tensor:
-    """Return scale * average / denominator, divided by both at once.
+    """Return scale * average / denominator, computed as average / (denominator / scale).
 
-    The product may be denormal, and the quotient infinite, where the whole is neither; a scale of 0 gives 0.
+    Otherwise scale * average could be denormal, or average / denominator infinite, although the result is neither. A
+    scale of 0 gives 0.
     """
-    if isinstance(scale, Tensor) and scale.requires_grad:  # whose derivative is finite at 0 as well
+    if isinstance(scale, Tensor) and scale.requires_grad:  # This form has a finite derivative at a scale of 0 too.
         return scale * average / denominator
     return average / (denominator / scale)
 
@@ -81,11 +85,14 @@ def adamw(
     p: Tensor, g: Tensor, m: Tensor, v: Tensor, w: Tensor | None, t: Number,
     *, lr: Number, betas: tuple[Number, Number], eps: float, weight_decay: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return the parameter, exp_avg, exp_avg_sq and, given one, max_exp_avg_sq after AdamW's step `t` (from 1)."""
+    """Return the parameter `p`, exp_avg `m`, exp_avg_sq `v` and, if given, max_exp_avg_sq `w` after AdamW's step `t`.
+
+    Steps are counted from 1.
+    """
     b1, b2 = betas
-    # Exact at both ends, where m + (1 - b1) (g - m) loses a g that is small beside m.
+    # lerp computes m + (1 - b1) (g - m) from the nearer end; by itself that formula loses a g that is small beside m.
     m = torch.lerp(m, g, (1 - b1).to(m) if isinstance(b1, Tensor) else 1 - b1)
-    # In this order: g * g may be infinite where the product of all three is not.
+    # Multiplied in this order because g * g may be infinite although the whole product is finite.
     v = b2 * v + (1 - b2) * g * g
     largest = v if w is None else torch.maximum(w, v)
     denominator = largest.sqrt() / (1 - b2**t) ** 0.5 + eps
@@ -103,22 +110,23 @@ def adan(
     p: Tensor, g: Tensor, m: Tensor, u: Tensor, n: Tensor, neg_previous: Tensor, t: int, first: bool,
     *, lr: Number, betas: tuple[Number, Number, Number], eps: float, weight_decay: float, no_prox: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return the parameter, exp_avg, exp_avg_diff, exp_avg_sq and neg_pre_grad after Adan's step `t` (from 1).
+    """Return the parameter `p`, exp_avg `m`, exp_avg_diff `u`, exp_avg_sq `n` and neg_pre_grad after Adan's step `t`.
 
-    `neg_previous` is the previous gradient negated, or NaN before an element's first step: then the difference to it is
-    0, as in the group's `first` step. (After a gradient of NaN, `m` is NaN too.)
+    Steps are counted from 1. `neg_previous` is the negated previous gradient, or NaN before an element's first step;
+    the difference of gradients is then 0, as in the group's `first` step. After a gradient of NaN, `m` is NaN too, and
+    m - m keeps it.
     """
     b1, b2, b3 = betas
     d = torch.zeros_like(g) if first else torch.where(neg_previous.isnan(), m - m, g + neg_previous)
     m = b1 * m + (1 - b1) * g
     u = b2 * u + (1 - b2) * d
     look_ahead = g + b2 * d
-    # In this order: the square may be infinite where the product of all three is not.
+    # Multiplied in this order because the square may be infinite although the whole product is finite.
     n = b3 * n + (1 - b3) * look_ahead * look_ahead
     denominator = n.sqrt() / (1 - b3**t) ** 0.5 + eps
     step = _scaled_quotient(m, denominator, lr / (1 - b1**t))
     step = step + _scaled_quotient(u, denominator, lr * b2 / (1 - b2**t))
-    # Of (p - step) / (1 + lr wd), and of p (1 - lr wd) - step with no_prox, so that p is rounded once.
+    # The new p is (p - step) / (1 + lr wd), or p (1 - lr wd) - step with no_prox; as p - change it is rounded once.
     change = lr * weight_decay * p + step
     p = p - (change if no_prox else change / (1 + lr * weight_decay))
     if _sweeps(m, t):
@@ -130,7 +138,7 @@ def adan(
 
 
 def foreach_psi(grads: list[Tensor]) -> list[Tensor]:
-    """Return `psi` of each tensor of a list; real, and of one device and type."""
+    """Return `psi` of each tensor of a list. The tensors are real, and have one device and dtype."""
     totals = torch.stack(torch._foreach_norm(grads, 1))
     totals = torch.where(totals == 0, torch.ones_like(totals), totals)
     kept = torch._foreach_abs(grads)
@@ -144,11 +152,11 @@ def foreach_adamw(
     p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], w: list[Tensor] | None, t: float,
     *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
-    """Do `adamw` for lists of tensors, in place; sweeping, one tensor at a time."""
+    """Do `adamw` for lists of tensors, in place."""
     b1, b2 = betas
     torch._foreach_lerp_(m, g, 1 - b1)
     torch._foreach_mul_(v, b2)
-    # Not with 1 - b2 as a factor of addcmul's, which on a GPU multiplies g * g by it.
+    # 1 - b2 is not passed to addcmul as its value, because a GPU would then compute g * g first.
     torch._foreach_addcmul_(v, torch._foreach_mul(g, 1 - b2), g)
     if w is not None:
         torch._foreach_maximum_(w, v)
@@ -171,7 +179,7 @@ def foreach_adan(
     neg_previous: list[Tensor], t: int, first: bool,
     *, lr: float, betas: tuple[float, float, float], eps: float, weight_decay: float, no_prox: bool,
 ) -> None:  # fmt: skip
-    """Do `adan` for lists of tensors, in place; sweeping, one tensor at a time."""
+    """Do `adan` for lists of tensors, in place."""
     b1, b2, b3 = betas
     d = list(torch._foreach_add(neg_previous, g))
     if first:
@@ -203,36 +211,38 @@ def foreach_adan(
             n[i].masked_fill_(m_gone & u_gone & _negligible(n[i], eps), 0)
 
 
-def _options(numbers: tuple[Any, ...], betas: int) -> dict[str, Any]:
-    """Return what an equation takes of a group's numbers, which are Python's, or tensors as they are."""
+def _rule_options(hyperparameters: tuple[Any, ...], betas: int) -> dict[str, Any]:
+    """Return the keyword arguments that `adamw` and `adan` share, from a group's hyperparameters."""
     return {
-        "lr": numbers[0],
-        "betas": numbers[1 : 1 + betas],
-        "eps": numbers[1 + betas],
-        "weight_decay": numbers[2 + betas],
+        "lr": hyperparameters[0],
+        "betas": hyperparameters[1 : 1 + betas],
+        "eps": hyperparameters[1 + betas],
+        "weight_decay": hyperparameters[2 + betas],
     }
 
 
 class ReferenceLaunch(Launch):
-    """One step of all parameters that the reference backend updates."""
+    """The update of all parameters of the reference backend."""
 
     backend = "reference"
 
     def __init__(self, rule: str, bindings: Sequence[Binding]) -> None:
         super().__init__(bindings)
         self.rule = rule
-        self._betas = 3 if rule == "adan" else 2
+        self._num_betas = 3 if rule == "adan" else 2
         self._groups: Sequence[dict[str, Any]] = []
         self._options: list[dict[str, Any]] = []
         self._scaling = Scaling(None, None)
 
-    def prepare(self, groups: Sequence[dict[str, Any]], numbers: Sequence[Numbers], scaling: Scaling) -> None:
-        """Take the numbers as they are, tensors among them; see Launch.prepare."""
+    def prepare(
+        self, groups: Sequence[dict[str, Any]], hyperparameters: Sequence[Hyperparameters], scaling: Scaling
+    ) -> None:
+        """Keep the hyperparameters unchanged, tensors included; see Launch.prepare."""
         self._groups, self._scaling = groups, scaling
-        self._options = [_options(of_group, self._betas) for of_group in numbers]
+        self._options = [_rule_options(values, self._num_betas) for values in hyperparameters]
 
     def square_sum(self) -> Number:
-        """Return the sum of squares, as a tensor so that the host need not wait for it; see Launch.square_sum."""
+        """Return the sum of squares as a tensor, so that the host does not wait for it; see Launch.square_sum."""
         total: Number = 0.0
         for binding in self.bindings:
             grad = binding.parameter.grad
@@ -241,43 +251,43 @@ class ReferenceLaunch(Launch):
             differentiable = bool(self._groups[binding.group].get("differentiable", False))
             with torch.set_grad_enabled(differentiable):
                 magnitude = (grad if differentiable else grad.detach()).abs()
-                # In float64, where the device has it: squares of large gradients exceed float32.
+                # In float64 if the device supports it, because squares of large gradients exceed float32.
                 wide = compute_dtype(magnitude.dtype) if magnitude.device.type == "mps" else torch.float64
                 squares = magnitude.to(wide).square().sum()
-                # Of a DTensor it is one, of its mesh; with this it goes with plain tensors and DTensors of every mesh.
+                # The sum of a DTensor is a DTensor on the same mesh. As a full tensor it can be added to any other sum.
                 squares = squares.full_tensor() if hasattr(squares, "full_tensor") else squares
                 total = squares if isinstance(total, float) else total + squares.to(total.device)
         return total if self._scaling.grad_scale is None else total / self._scaling.factor() ** 2
 
     def update(self, clipping: Clipping, counted: Sequence[dict[str, Any]]) -> None:
-        """Make the step; see Launch.update."""
+        """Update the parameters; see Launch.update."""
         assert clipping.coefficient is not None
         clip = clipping.coefficient
         if self._scaling.grad_scale is not None:
             clip = clip / self._scaling.factor()
-        together: dict[tuple[Any, ...], list[Binding]] = defaultdict(list)
+        foreach_batches: dict[tuple[Any, ...], list[Binding]] = defaultdict(list)
         for binding in self.bindings:
             if binding.parameter.grad is None:
                 continue
             group = self._groups[binding.group]
-            if self._wants_foreach(binding, group):
+            if self._uses_foreach(binding, group):
                 t = self._step_count(binding, group)
-                together[binding.group, binding.parameter.device, binding.parameter.dtype, t].append(binding)
+                foreach_batches[binding.group, binding.parameter.device, binding.parameter.dtype, t].append(binding)
                 continue
             with torch.set_grad_enabled(bool(group.get("differentiable", False))):
                 self._update_one(binding, group, clip)
         with torch.no_grad():
-            for (_, _, _, t), bindings in together.items():
-                self._update_together(bindings, clip, t)
+            for (_, _, _, t), bindings in foreach_batches.items():
+                self._update_foreach(bindings, clip, t)
         for group in counted:
             group["step"] += 1
 
-    def _wants_foreach(self, binding: Binding, group: dict[str, Any]) -> bool:
+    def _uses_foreach(self, binding: Binding, group: dict[str, Any]) -> bool:
         if group.get("differentiable") or group["capturable"] or isinstance(group["lr"], Tensor):
             return False
         if binding.parameter.is_complex() or not binding.plain:
             return False
-        if group["foreach"] is None:  # as torch.optim decides
+        if group["foreach"] is None:  # torch.optim makes the same choice
             return binding.parameter.device.type != "cpu"
         return bool(group["foreach"])
 
@@ -288,7 +298,7 @@ class ReferenceLaunch(Launch):
         step = binding.count.reshape(())
         if not group["capturable"]:
             return float(step) + 1
-        # In float64, where the device has it, for the bias corrections' sake.
+        # In float64 if the device supports it, for the accuracy of the bias corrections.
         return (step if step.device.type == "mps" else step.double()) + 1
 
     def _update_one(self, binding: Binding, group: dict[str, Any], clip: Number) -> None:
@@ -305,12 +315,12 @@ class ReferenceLaunch(Launch):
         if p.is_complex():
             stored = [torch.view_as_real(x) for x in stored]
             g = torch.view_as_real(g)
-        # Copies, where autograd would otherwise see a tensor that it saved change below.
+        # Always copies, because autograd may save these tensors, and the originals are changed in place below.
         now = [x.to(g.dtype) if x.dtype != g.dtype else x.clone() for x in stored]
         t = self._step_count(binding, group)
         options = self._options[binding.group]
         lr = options["lr"]
-        if isinstance(lr, Tensor):  # of one element, of whatever shape
+        if isinstance(lr, Tensor):  # It has one element, but perhaps several dimensions.
             options = {**options, "lr": lr.reshape(()).to(torch.promote_types(lr.dtype, now[0].real.dtype))}
         if self.rule == "adan":
             after = adan(now[0], g, now[1], now[2], now[3], now[4], t, t == 1, **options, no_prox=group["no_prox"])
@@ -321,7 +331,7 @@ class ReferenceLaunch(Launch):
         if binding.count is not None:
             binding.count.add_(1)
 
-    def _update_together(self, bindings: Sequence[Binding], clip: Number, t: Any) -> None:
+    def _update_foreach(self, bindings: Sequence[Binding], clip: Number, t: Any) -> None:
         group, options = self._groups[bindings[0].group], self._options[bindings[0].group]
         parameters = [binding.parameter for binding in bindings]
         dtype = compute_dtype(parameters[0].dtype)
@@ -333,7 +343,7 @@ class ReferenceLaunch(Launch):
         if group["agr"]:
             g = foreach_psi(g)
         stored = [parameters, *(list(column) for column in zip(*(b.averages for b in bindings), strict=True))]
-        now = [[x.to(dtype) for x in column] for column in stored]  # the tensors themselves where the types agree
+        now = [[x.to(dtype) for x in column] for column in stored]  # the tensors themselves if the dtypes agree
         if self.rule == "adan":
             foreach_adan(now[0], g, now[1], now[2], now[3], now[4], t, t == 1, **options, no_prox=group["no_prox"])
         else:
@@ -347,7 +357,7 @@ class ReferenceLaunch(Launch):
 
 
 def regularize(gradients: Iterable[Tensor]) -> None:
-    """Make each gradient psi of itself, in place."""
+    """Replace each gradient by its psi, in place."""
     with torch.no_grad():
         for gradient in gradients:
             gradient.copy_(psi(gradient))

@@ -1,4 +1,4 @@
-"""AGR for any optimizer: regularizes gradients in place."""
+"""AGR for any optimizer: regularize gradients in place."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from torch import Tensor
 
 from . import backends, reference
 from .native import native
-from .state import check_apart
+from .state import check_no_overlap
 from .tensors import is_dense, is_plain
 
 
 def regularize_gradients_(parameters: Tensor | Iterable[Tensor]) -> None:
-    r"""Replace the gradient of each parameter by its regularized gradient, in place, one tensor at a time.
+    r"""Replace the gradient of each parameter by its regularized gradient (arXiv 2407.16944), in place.
 
     .. math:: g_i \leftarrow g_i \left(1 - |g_i| / \textstyle\sum_j |g_j|\right)
 
-    (arXiv 2407.16944.) Call it like torch.nn.utils.clip_grad_norm_, and after it, before any optimizer's step. The
-    optimizers of this package do it within their step. All-zero gradients stay zero; one of one element becomes 0.
+    The sum is over one tensor. Call it like torch.nn.utils.clip_grad_norm_, and after that, before another optimizer's
+    step; the optimizers of this package do this themselves. An all-zero gradient stays 0; one of one element becomes 0.
 
     Args:
-        parameters: a parameter or an iterable of them. Those without a gradient are passed over.
+        parameters: a parameter or an iterable of parameters of any shape. Those without a gradient are skipped.
 
     Raises:
-        RuntimeError: for sparse gradients, and for two dense ones that share memory, before any has changed.
+        RuntimeError: for sparse, expanded or overlapping gradients, before any gradient has changed.
     """
     if isinstance(parameters, Tensor):
         parameters = [parameters]
-    # Each gradient once, though parameters may be given twice.
+    # Each gradient is regularized once, even if its parameter is given twice.
     gradients = {
         id(p.grad): (p.grad, f"the gradient of parameter {i}") for i, p in enumerate(parameters) if p.grad is not None
     }
@@ -47,7 +47,7 @@ def regularize_gradients_(parameters: Tensor | Iterable[Tensor]) -> None:
         (on_cpu if taken and is_dense(gradient) else others).append(gradient)
         if is_plain(gradient) and is_dense(gradient):
             dense.append((gradient, "", name))
-    check_apart(dense)
+    check_no_overlap(dense)
     if on_cpu:
         native().regularize(on_cpu, torch.get_num_threads())
         torch.autograd.graph.increment_version(on_cpu)

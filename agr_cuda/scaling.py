@@ -1,4 +1,4 @@
-"""What mixed precision asks of a step."""
+"""The gradient scale and the overflow flag that torch.amp.GradScaler hands to a step."""
 
 from __future__ import annotations
 
@@ -13,37 +13,41 @@ from .options import number
 
 @dataclass
 class Scaling:
-    """What gradients are divided by, and whether to make no step at all: set by torch.amp.GradScaler."""
+    """The values that torch.amp.GradScaler has set for one step; None where it has not set them."""
 
+    #: The factor by which the gradients are multiplied; the step divides by it.
     grad_scale: Tensor | None
+    #: Nonzero if a gradient is inf or NaN; the step is skipped then.
     found_inf: Tensor | None
 
     @classmethod
-    def asked_of(cls, optimizer: torch.optim.Optimizer) -> Scaling:
-        """Return what the scaler has set on the optimizer, perhaps nothing."""
-        return cls(_tensor(getattr(optimizer, "grad_scale", None)), _tensor(getattr(optimizer, "found_inf", None)))
+    def from_optimizer(cls, optimizer: torch.optim.Optimizer) -> Scaling:
+        """Return the values that the scaler has set as attributes of the optimizer."""
+        return cls(
+            _as_tensor(getattr(optimizer, "grad_scale", None)), _as_tensor(getattr(optimizer, "found_inf", None))
+        )
 
-    def skips(self) -> bool:
-        """Whether the step is not to be made. Waits for the device that knows."""
+    def skips_step(self) -> bool:
+        """Whether the step must be skipped. Synchronizes with the device of `found_inf`."""
         return self.found_inf is not None and number(self.found_inf) != 0
 
     def factor(self) -> float:
-        """Return what the scale multiplied gradients by. Waits for the device that knows."""
+        """Return the gradient scale as a number, 1 without one. Synchronizes with the device of `grad_scale`."""
         return 1.0 if self.grad_scale is None else number(self.grad_scale)
 
-    def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """Return both as float32 tensors of one element on `device`, without waiting for them."""
-        return _single(self.grad_scale, device), _single(self.found_inf, device)
+    def to(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """Return `grad_scale` and `found_inf` as float32 tensors of one element on `device`, without synchronizing."""
+        return _move(self.grad_scale, device), _move(self.found_inf, device)
 
 
-def _tensor(value: Any) -> Tensor | None:
-    """Return an attribute that a scaler has set: a tensor, or a plain number where no gradient was looked at."""
+def _as_tensor(value: Any) -> Tensor | None:
+    """Return an attribute set by a scaler as a tensor; it is a plain number if the scaler inspected no gradient."""
     if value is None or isinstance(value, Tensor):
         return value
     return torch.tensor(float(value), dtype=torch.float32, device="cpu")
 
 
-def _single(value: Tensor | None, device: torch.device) -> Tensor | None:
+def _move(value: Tensor | None, device: torch.device) -> Tensor | None:
     if value is None or (value.device == device and value.dtype == torch.float32):
         return value
     return value.to(device=device, dtype=torch.float32, non_blocking=True)

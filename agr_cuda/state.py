@@ -1,4 +1,4 @@
-"""The state of a parameter: what is missing of it, and how it comes to be what a backend can use."""
+"""The optimizer state of a parameter: check it, create what is missing, and give it the layout its backend needs."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from .tensors import Binding, StateTensor, same_layout
 
 @dataclass
 class StateChange:
-    """What a parameter's state needs before its step. Nothing has changed before `make`."""
+    """The changes that a parameter's state needs before its step. Nothing changes until `apply` is called."""
 
-    #: Tensors that are missing, by key.
+    #: New tensors for the missing state, by key.
     added: dict[str, Tensor] = field(default_factory=dict)
-    #: Tensors that get other memory, and that. They stay the objects that they are, so that whoever holds one (the
-    #: program that made it, another optimizer) goes on seeing its values.
+    #: Existing tensors, each with the new memory that it gets. The tensor object stays the same, so that other holders
+    #: of it (the program that made it, another optimizer) still see its values.
     moved: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.added or self.moved)
 
-    def make(self, state: dict[str, Any]) -> None:
-        """Change `state`."""
+    def apply(self, state: dict[str, Any]) -> None:
+        """Apply the changes to `state`, the parameter's state dictionary."""
         for tensor, memory in self.moved:
             tensor.data = memory
         state.update(self.added)
 
 
-def check_whole(place: str, state: dict[str, Any], specs: Sequence[StateTensor]) -> None:
-    """Raise RuntimeError if some of a parameter's state is there and some that it needs is not.
+def check_complete(place: str, state: dict[str, Any], specs: Sequence[StateTensor]) -> None:
+    """Raise RuntimeError if a parameter has part of its required state but not all of it.
 
-    A part made anew beside averages of a long run would be wrong for as long as they remember; if all is missing, the
-    parameter begins anew.
+    A newly initialized tensor beside averages from a long run would bias the steps for as long as those averages
+    remember. If all state is missing, the parameter starts from its first step.
     """
-    missing = [spec.key for spec in specs if state.get(spec.key) is None and not spec.may_lack]
+    missing = [spec.key for spec in specs if state.get(spec.key) is None and not spec.optional]
     found = [spec.key for spec in specs if state.get(spec.key) is not None]
     if missing and found:
         raise RuntimeError(
@@ -49,27 +49,28 @@ def check_whole(place: str, state: dict[str, Any], specs: Sequence[StateTensor])
 
 
 def needed_change(binding: Binding, counts_on_device: bool) -> StateChange:
-    """Return what the state of a parameter lacks: tensors, or the memory that its backend can use them in.
+    """Return the changes that a parameter's state needs: missing tensors, and memory that its backend can use.
 
     Args:
-        binding: the parameter.
-        counts_on_device: whether its step count has to be on its device, for a graph or because a launch counts there
-            (as torch.optim.AdamW's fused operation does); else it is on the CPU.
+        binding: the parameter with its state.
+        counts_on_device: whether its step count must be on its device, because a graph may be captured or because the
+            launch increments it there (as torch.optim.AdamW's fused operation does). Otherwise the count is on the CPU.
 
-    Called within `made_for_later`.
+    Call it within `ordinary_mode`.
     """
     change = StateChange()
-    for spec in binding.states:
+    for spec in binding.specs:
         value = binding.state.get(spec.key)
         if spec.role == "count":
             device = binding.parameter.device if counts_on_device else torch.device("cpu")
             _change_count(change, binding, spec, value, device)
         elif value is None:
-            change.added[spec.key] = spec.made_for(binding.parameter, binding.parameter.device)
+            change.added[spec.key] = spec.create(binding.parameter, binding.parameter.device)
         elif binding.backend != "reference" and not same_layout(binding.parameter, value):
             memory = torch.empty_like(binding.parameter, dtype=value.dtype, memory_format=torch.preserve_format)
             memory.copy_(value)
-            if value.is_inference():  # whose memory cannot be changed, and which nothing else updates
+            # The memory of an inference tensor cannot be replaced, so the tensor is; no other code updates it.
+            if value.is_inference():
                 change.added[spec.key] = memory
             else:
                 change.moved.append((value, memory))
@@ -77,13 +78,13 @@ def needed_change(binding: Binding, counts_on_device: bool) -> StateChange:
 
 
 def _change_count(change: StateChange, binding: Binding, spec: StateTensor, value: Any, device: torch.device) -> None:
-    """Add to `change` what a step count needs to be a tensor of its type on `device`."""
+    """Add to `change` what makes a step count a tensor of the declared dtype on `device`."""
     dtype = spec.dtype_for(binding.parameter)
-    if not isinstance(value, Tensor):  # torch's older releases saved a plain number
-        made = spec.made_for(binding.parameter, device)
+    if not isinstance(value, Tensor):  # older releases of PyTorch saved a plain number
+        made = spec.create(binding.parameter, device)
         change.added[spec.key] = made if value is None else made.fill_(value)
     elif value.device != device or (value.dtype != dtype and binding.backend != "reference"):
-        if not is_alone(value):
+        if not owns_storage(value):
             raise RuntimeError(
                 f"{spec.key} of {binding.place}, in memory shared with others, is {value.dtype} on {value.device}; it "
                 f"must be {dtype} on {device}"
@@ -91,37 +92,48 @@ def _change_count(change: StateChange, binding: Binding, spec: StateTensor, valu
         change.moved.append((value, value.detach().to(dtype=dtype, device=device)))
 
 
-def is_alone(tensor: Tensor) -> bool:
-    """Whether a tensor may be given other memory: its own is not shared by processes, nor part of another tensor's."""
+def owns_storage(tensor: Tensor) -> bool:
+    """Whether a tensor is the only user of its memory, so that its memory may be replaced.
+
+    Memory that is shared between processes, and a view into a larger storage, must stay where they are.
+    """
     shared: Any = tensor.is_shared
-    if tensor.device.type == "cpu" and shared():  # of a GPU's memory it says so always
+    if tensor.device.type == "cpu" and shared():  # For a GPU's memory, is_shared() is always True.
         return False
     return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
-def why_fixed(parameter: Tensor, states: dict[str, Tensor]) -> str | None:
-    """Return why a kernel cannot use these states where they are, nor get them moved; or None."""
+def why_not_movable(parameter: Tensor, states: dict[str, Tensor]) -> str | None:
+    """Return why kernels can neither use these state tensors in place nor have them moved; or None if they can.
+
+    Args:
+        parameter: the parameter, whose memory layout the kernels require.
+        states: its state tensors, by key.
+    """
     for key, value in states.items():
-        if not same_layout(parameter, value) and not is_alone(value):
+        if not same_layout(parameter, value) and not owns_storage(value):
             return f"its {key}, in memory shared with others, has strides {value.stride()}, not {parameter.stride()}"
     return None
 
 
-def written(bindings: Sequence[Binding]) -> list[tuple[Tensor, str, str]]:
-    """Return what native backends write of parameters and state that is there: tensor, key, and whose it is."""
+def written_tensors(bindings: Sequence[Binding]) -> list[tuple[Tensor, str, str]]:
+    """Return the existing tensors that the native backends write, each as (tensor, state key, parameter's name).
+
+    The state key of a parameter itself is empty.
+    """
     return [
         (value, key, binding.place)
         for binding in bindings
         if binding.backend != "reference"
-        for key, value in (("", binding.parameter), *((s.key, binding.state.get(s.key)) for s in binding.states))
+        for key, value in (("", binding.parameter), *((s.key, binding.state.get(s.key)) for s in binding.specs))
         if isinstance(value, Tensor)
     ]
 
 
-def check_apart(tensors: Sequence[tuple[Tensor, str, str]]) -> None:
-    """Raise RuntimeError if two of these tensors, all of them dense, share memory.
+def check_no_overlap(tensors: Sequence[tuple[Tensor, str, str]]) -> None:
+    """Raise RuntimeError if any two of these dense tensors share memory.
 
-    Threads or blocks would update it at once: what is in it then would differ from run to run.
+    Several threads or blocks would update that memory at the same time, and the result would differ from run to run.
     """
     by_address = sorted(
         ((t.device.type, t.device.index or 0), t.data_ptr(), t.numel() * t.element_size(), i)

@@ -1,7 +1,7 @@
-"""What one tensor of a step consists of: a parameter, its gradients, and the state that its rule keeps for it.
+"""Describe the tensors of a step: a parameter, its gradient, and the optimizer state of its update rule.
 
-Everything else reads this description: checks, plans, the rows of native executors, Triton's tables, the reference and
-state dicts. State of another type or shape is added here.
+Every other module relies on this description: checks, plans, the rows of the native executors, Triton's tables, the
+reference backend and state dicts. State of a new type or shape is added here.
 """
 
 from __future__ import annotations
@@ -17,98 +17,101 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StateTensor:
-    """A tensor that a rule keeps for a parameter from step to step, as the rule declares it."""
+    """The declaration of one optimizer-state tensor that an update rule keeps for every parameter."""
 
-    #: In the parameter's state.
+    #: The key in the parameter's state dictionary.
     key: str
-    #: An average has an element for each of the parameter's, in the same order in memory; a count is one number.
+    #: An average has the parameter's shape and memory layout; a count is a scalar, the number of steps.
     role: Literal["average", "count"] = "average"
-    #: What it is filled with before the parameter's first step.
+    #: The value of every element before the parameter's first step.
     initial: float = 0.0
-    #: None is the parameter's type.
+    #: The dtype; None means the parameter's.
     dtype: torch.dtype | None = None
-    #: Whether a checkpoint that has the other tensors of a parameter may lack this one.
-    may_lack: bool = False
+    #: Whether a checkpoint that has the other state tensors of a parameter may omit this one.
+    optional: bool = False
 
     def dtype_for(self, parameter: Tensor) -> torch.dtype:
-        """Return the type of this tensor for `parameter`."""
+        """Return the dtype of this tensor for `parameter`."""
         return parameter.dtype if self.dtype is None else self.dtype
 
-    def made_for(self, parameter: Tensor, device: torch.device) -> Tensor:
-        """Return the tensor before the first step of `parameter`."""
+    def create(self, parameter: Tensor, device: torch.device) -> Tensor:
+        """Return a new tensor with the values from before the first step of `parameter`."""
         dtype = self.dtype_for(parameter)
         if self.role == "count":
             return torch.full((), self.initial, dtype=dtype, device=device)
-        return self.fill(torch.empty_like(parameter, dtype=dtype, memory_format=torch.preserve_format))
+        return self.fill_initial(torch.empty_like(parameter, dtype=dtype, memory_format=torch.preserve_format))
 
-    def fill(self, tensor: Tensor) -> Tensor:
-        """Make `tensor` what it is before the first step, in place."""
+    def fill_initial(self, tensor: Tensor) -> Tensor:
+        """Reset `tensor` in place to its value before the first step, and return it."""
         return tensor.fill_(complex(self.initial, self.initial) if tensor.is_complex() else self.initial)
 
 
 class GradientKind(NamedTuple):
-    """What a plan knows of a parameter's gradients, of which each step may bring another or none."""
+    """The properties that a plan requires of a parameter's gradient, which may be another tensor in every step."""
 
     class_: type
     dtype: torch.dtype
-    #: Whether they are tensors in a device's memory, not wrappers around others.
+    #: Whether it is an ordinary tensor in a device's memory; see `is_plain`.
     plain: bool
-    #: Whether their elements lie in memory as the parameter's do.
+    #: Whether its elements are in the same order in memory as the parameter's.
     same_layout: bool
 
     @classmethod
     def of(cls, parameter: Tensor, gradient: Tensor) -> GradientKind:
-        """Return the kind of a gradient that is there."""
+        """Return the kind of an existing gradient."""
         return cls(type(gradient), gradient.dtype, is_plain(gradient), same_layout(parameter, gradient))
 
 
 @dataclass(eq=False)
 class Binding:
-    """One parameter of an optimizer, and all that a step reads and writes for it."""
+    """One parameter of an optimizer, with everything that a step reads and writes for it."""
 
-    index: int  # counted over all groups
-    group: int  # the index of its group
-    place: str  # how messages name it: "group 0, parameter 3 ('lm_head.weight')"
+    index: int  # the parameter's index, counted over all groups
+    group: int  # the index of its parameter group
+    place: str  # the parameter's name in messages, such as "group 0, parameter 3 ('lm_head.weight')"
     parameter: Tensor
     gradient: GradientKind
     state: dict[str, Any]
-    states: tuple[StateTensor, ...]  # in the order of the rule
+    specs: tuple[StateTensor, ...]  # in the order in which the update rule takes them
     backend: str
-    regularize: bool  # with AGR
+    regularize: bool  # whether AGR applies
     amsgrad: bool
-    #: What a gradient of another memory layout is copied into before each step, in the parameter's.
+    #: A staging buffer in the parameter's memory layout. A gradient of another layout is copied into it in each step.
     staged: Tensor | None = None
 
     @property
     def averages(self) -> tuple[Tensor, ...]:
-        """The state tensors of the parameter's shape, in the order of the rule."""
-        return tuple(self.state[spec.key] for spec in self.states if spec.role == "average")
+        """The state tensors of the parameter's shape, in the order in which the update rule takes them."""
+        return tuple(self.state[spec.key] for spec in self.specs if spec.role == "average")
 
     @property
     def count(self) -> Tensor | None:
-        """The parameter's own step count; None where its group has it."""
-        return next((self.state[spec.key] for spec in self.states if spec.role == "count"), None)
+        """The parameter's own step count; None if its group holds the count, as for Adan."""
+        return next((self.state[spec.key] for spec in self.specs if spec.role == "count"), None)
 
     @property
     def plain(self) -> bool:
-        """Whether the parameter is a tensor in a device's memory, not a wrapper around others."""
+        """Whether the parameter is an ordinary tensor in a device's memory; see `is_plain`."""
         return is_plain(self.parameter)
 
 
 @contextmanager
-def made_for_later() -> Iterator[None]:
-    """Make tensors that later steps change, in whatever mode of autograd those and this are made."""
+def ordinary_mode() -> Iterator[None]:
+    """Turn off inference mode and gradient recording for the tensors made within.
+
+    Later steps change these tensors in place, and those steps may run in another mode than this one.
+    """
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
-def planned(bindings: Sequence[Binding]) -> list[tuple[int, int, bool]]:
-    """Return what native plans take of each tensor: elements, bytes of a gradient's element, whether AGR applies."""
+def plan_entries(bindings: Sequence[Binding]) -> list[tuple[int, int, bool]]:
+    """Return what a native Plan needs for each tensor: elements, bytes per gradient element, whether AGR applies."""
     return [(b.parameter.numel(), b.gradient.dtype.itemsize, b.regularize) for b in bindings]
 
 
-def rows(rule: str, bindings: Sequence[Binding]) -> list[tuple[Any, ...]]:
-    """Return what native executors take of each tensor: rule, group, index, parameter, gradient's type, state."""
+def executor_rows(rule: str, bindings: Sequence[Binding]) -> list[tuple[Any, ...]]:
+    """Return the native executors' row for each tensor: rule, group, index, parameter, gradient's dtype, state."""
     return [
         (
             f"{rule}_amsgrad" if b.amsgrad else rule,
@@ -124,20 +127,20 @@ def rows(rule: str, bindings: Sequence[Binding]) -> list[tuple[Any, ...]]:
 
 
 def is_wrapper(tensor: Tensor) -> bool:
-    """Whether `tensor` stands for others, as DTensor and its like do, which dispatch for themselves."""
+    """Whether `tensor` is a wrapper subclass such as DTensor, which has a `__torch_dispatch__` of its own."""
     return type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether `tensor` is one in a device's memory."""
+    """Whether `tensor` is an ordinary tensor, whose elements are in a device's memory with their own values."""
     if is_wrapper(tensor):
         return False
-    # Zeros without memory, and views that stand for their negative.
+    # A zero tensor (torch._efficientzerotensor) has no memory, and the memory of a negative view holds -x.
     return not tensor._is_zerotensor() and not tensor.is_neg()
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements of `tensor` fill a stretch of memory, in whatever order, each exactly once."""
+    """Whether the elements of `tensor` fill one contiguous range of memory without gaps or overlaps, in any order."""
     if tensor.layout != torch.strided:
         return False
     expected = 1
@@ -151,7 +154,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether `a` and `b`, of the same shape, have their elements in the same order in memory."""
+    """Whether `a` and `b`, which have the same shape, store their elements in the same order in memory."""
     if a.layout != b.layout:
         return False
     sizes = zip(a.shape, a.stride(), b.stride(), strict=True)

@@ -1,6 +1,6 @@
-"""The Triton backend: GPUs for which no CUDA kernels are built. Two launches a step, of kernels in triton_kernels/.
+"""The Triton backend, for GPUs without compiled CUDA kernels. It launches the two kernels of triton_kernels/ per step.
 
-Importing this imports no triton; the first launch does.
+Importing this module does not import triton; making the first launch does.
 """
 
 from __future__ import annotations
@@ -17,44 +17,47 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .launch import DeviceLaunch, Numbers
+from .launch import DeviceLaunch, Hyperparameters
 from .native import native
 from .scaling import Scaling
-from .tensors import Binding, planned
+from .tensors import Binding, plan_entries
 
 if TYPE_CHECKING:
     from .clipping import Clipping
 
 OLDEST_TRITON = (3, 2)
-OLDEST_CAPABILITY = (8, 0)  # of NVIDIA's GPUs, as Triton says
+OLDEST_CAPABILITY = (8, 0)  # the compute capability of NVIDIA's GPUs that Triton requires
 
-#: Elements that a program has of each tensor at a time, as many as registers suffice for: of 32 bits or fewer, and of
-#: 64. And sums of chunks that it adds at a time.
-BLOCK, WIDE_BLOCK, SUMS = 1024, 512, 512
-#: Elements that a program updates at a time where they cannot be loaded together.
+#: Elements of a tensor that a program processes at a time, for parameters of up to 32 bits and of 64 bits: as many as
+#: fit into registers.
+BLOCK, WIDE_BLOCK = 1024, 512
+#: Partial sums of chunks that a program adds at a time.
+SUMS = 512
+#: Elements that a program updates at a time in the masked loop, over elements that cannot be loaded as 16-byte vectors.
 REST = 512
-#: Graphs that can be captured one after the other with no ordinary step between them, by any release of PyTorch.
-SPARE = 4
-#: Tensors whose numbers a program makes.
+#: Tensors whose coefficients one program computes.
 TENSORS = 128
-#: A chunk has this many elements, or, where a tensor would have more than MOST_CHUNKS of them, as many more as that
-#: takes: every update adds up the sums of its tensor's chunks.
-CHUNK, MOST_CHUNKS = 16 * BLOCK, 2048
+#: The elements of a chunk, unless a tensor would have more than MAX_CHUNKS chunks; then chunks are larger. The number
+#: is limited because every program that updates a chunk adds up the partial sums of all chunks of the tensor.
+CHUNK, MAX_CHUNKS = 16 * BLOCK, 2048
+#: Pinned buffers kept ready for captures. So many graphs can be captured in succession, without an ordinary step in
+#: between, in PyTorch releases that cannot pin memory during a capture.
+SPARE_BUFFERS = 4
 
 
 def interpreting() -> bool:
-    """Whether Triton runs kernels in its interpreter, on the CPU; it asks the environment when it is imported."""
+    """Whether Triton runs kernels in its interpreter on the CPU, as TRITON_INTERPRET says when triton is imported."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def device_types() -> tuple[str, ...]:
-    """Return the types of the devices on which the backend's parameters are."""
+    """Return the device types whose parameters the backend takes."""
     return ("cpu",) if interpreting() else ("cuda", "xpu")
 
 
 @functools.cache
 def why_missing() -> str | None:
-    """Return why no kernel can be launched here and how to mend that, or None. The native core is there."""
+    """Return why no kernel can be launched here and how to fix that, or None. The native core must be loaded."""
     wanted = "'triton>=3.2'"
     if find_spec("triton") is None:
         return f"Triton is not installed: pip install {wanted}"
@@ -98,36 +101,36 @@ def why_not_on(device: torch.device) -> str | None:
 
 
 def compiler_options(dtype: torch.dtype, nvidia: bool) -> dict[str, Any]:
-    """Return what kernels are compiled with, for parameters of this type."""
-    # Products and sums are fused where the kernels say so and nowhere else, whatever Triton's default is.
+    """Return Triton's compilation options for parameters of this dtype."""
+    # Products and sums are fused only where the kernels use tl.fma, whatever Triton's default is.
     options: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
     if nvidia:
-        # Left to itself, ptxas spills a few registers wherever that lets one more program run beside others.
+        # Without a limit, ptxas spills a few registers if one more program then fits on a multiprocessor.
         options["maxnreg"] = 168 if dtype == torch.float64 else 128
     return options
 
 
 def block_elements(dtype: torch.dtype) -> int:
-    """Return how many elements a program has at a time of parameters of this type."""
+    """Return how many elements of parameters of this dtype a program processes at a time."""
     return WIDE_BLOCK if dtype == torch.float64 else BLOCK
 
 
 def chunk_elements(largest: int) -> int:
-    """Return how many elements a chunk has where the largest tensor has `largest`."""
-    return max(CHUNK, -(-largest // (MOST_CHUNKS * BLOCK)) * BLOCK)
+    """Return how many elements a chunk has if the largest tensor has `largest` elements."""
+    return max(CHUNK, -(-largest // (MAX_CHUNKS * BLOCK)) * BLOCK)
 
 
 class TritonLaunch(DeviceLaunch):
-    """Two launches of a step: all parameters on one device, of one combination of types."""
+    """The update, in two kernel launches, of all parameters on one device with one combination of dtypes."""
 
     backend = "triton"
-    kernel_reads = (torch.float32, torch.float64)
+    readable_dtypes = (torch.float32, torch.float64)
 
     def __init__(
         self, rule: str, bindings: Sequence[Binding], groups: int, sizes: Sequence[int], clip: bool, counts: bool
     ) -> None:
         super().__init__(bindings, counts)
-        from . import triton_kernels  # type: ignore[attr-defined]  # whose folder stands elsewhere in the repository
+        from . import triton_kernels  # type: ignore[attr-defined]  # its folder is elsewhere in the repository
 
         self._kernels = triton_kernels
         self._clips = clip
@@ -137,161 +140,167 @@ class TritonLaunch(DeviceLaunch):
         nvidia = self.device.type != "xpu" and torch.version.hip is None
         self._options = compiler_options(first.parameter.dtype, nvidia)
         self._make_tables(groups, sizes)
-        self._make_changing(triton_kernels.GROUP * groups)
+        self._make_step_buffer(triton_kernels.GROUP * groups)
         self._compile()
 
     def _make_tables(self, groups: int, sizes: Sequence[int]) -> None:
-        """Make what stays as it is while the plan lasts, and what launches leave for each other."""
+        """Make the tables that stay constant, and the buffers that the first kernel fills for the second."""
         bindings = self.bindings
-        # By what all parameters of the optimizer are, so that sums have the same bits whichever of them have gradients.
+        # Chunks depend on the sizes of all parameters of the optimizer, so that sums have the same bits whichever of
+        # the parameters have gradients.
         chunk = chunk_elements(max(sizes))
-        plan = native().Plan(planned(bindings), self._clips, chunk_elements=chunk, apart=True)
-        reduced = [task[1:] for task in plan.tasks[: plan.first_update]]
-        updated = [task[1:] for task in plan.tasks[plan.first_update :]]
-        # The step of an empty tensor is counted too.
-        updated += [(i, 0) for i, b in enumerate(bindings) if b.parameter.numel() == 0]
-        #: Programs of each launch. The first has some that make numbers before those that reduce.
-        self._reducers, self._updaters = -(-len(bindings) // TENSORS) + len(reduced), len(updated)
+        plan = native().Plan(plan_entries(bindings), self._clips, chunk_elements=chunk, apart=True)
+        reduce_tasks = [task[1:] for task in plan.tasks[: plan.first_update]]
+        update_tasks = [task[1:] for task in plan.tasks[plan.first_update :]]
+        # An empty tensor has no chunk, but its step is counted, so it gets a task.
+        update_tasks += [(i, 0) for i, b in enumerate(bindings) if b.parameter.numel() == 0]
+        #: The number of programs of each launch. The first launch begins with those that compute coefficients.
+        self._reduce_programs = -(-len(bindings) // TENSORS) + len(reduce_tasks)
+        self._update_programs = len(update_tasks)
         like: dict[str, Any] = {"device": self.device}
         self._limits = torch.tensor([len(bindings), chunk, groups], dtype=torch.int64, **like)
         first_chunks = [0, *accumulate(-(-size // chunk) for size in sizes)]
         rows = _rows(bindings, chunk, first_chunks, self._kernels.ROW)
         self._rows = torch.tensor(rows, dtype=torch.int64, **like)
-        self._reduced = torch.tensor(reduced, dtype=torch.int64, **like).reshape(-1, 2)
-        self._updated = torch.tensor(updated, dtype=torch.int64, **like).reshape(-1, 2)
-        #: Of every chunk of every parameter, the sum of its magnitudes and that of its squares.
+        self._reduce_tasks = torch.tensor(reduce_tasks, dtype=torch.int64, **like).reshape(-1, 2)
+        self._update_tasks = torch.tensor(update_tasks, dtype=torch.int64, **like).reshape(-1, 2)
+        #: The abs-sum and the sum of squares of every chunk of every parameter's gradient.
         chunks = first_chunks[-1]
         self._magnitudes, self._squares = torch.zeros(2, chunks + chunks % 2, dtype=torch.float64, **like)
-        self._numbers = torch.zeros(len(bindings), self._kernels.NUMBERS, dtype=torch.float64, **like)
-        #: What takes the place of a clipping coefficient, a scale and a verdict that there are not.
+        self._coefficients = torch.zeros(len(bindings), self._kernels.COEFFICIENTS, dtype=torch.float64, **like)
+        #: Neutral values, passed to the kernels in place of a clipping coefficient, gradient scale or overflow flag.
         self._no_clip = torch.ones((), dtype=torch.float64, **like)
         self._no_scale = torch.ones((), dtype=torch.float32, **like)
         self._no_inf = torch.zeros((), dtype=torch.float32, **like)
 
-    def _make_changing(self, words: int) -> None:
-        """Make what changes from step to step: `words` that groups say, then gradients' addresses."""
-        self._changing = torch.zeros(words + len(self.bindings), dtype=torch.int64, device=self.device)
-        self._of_groups, self._addresses = self._changing[:words], self._changing[words:]
-        self._of_groups_as_floats = self._of_groups.view(torch.float64)
-        #: What of it the device has.
-        self._copied = b""
-        # From where graphs copy that, each time they are replayed; and memory for those that are captured next, since
-        # most releases of PyTorch cannot pin any within a capture.
-        self._copied_by_graphs: list[Tensor] = []
-        self._through_pinned_memory = self.device.type != "cpu"
-        self._spare: list[Tensor] = []
+    def _make_step_buffer(self, words: int) -> None:
+        """Make the buffer of what changes between steps: `words` of the groups' table, then gradients' addresses."""
+        self._step_buffer = torch.zeros(words + len(self.bindings), dtype=torch.int64, device=self.device)
+        self._group_table, self._addresses = self._step_buffer[:words], self._step_buffer[words:]
+        self._group_table_float64 = self._group_table.view(torch.float64)
+        #: The contents that were last copied to the device.
+        self._last_copied = b""
+        self._uses_pinned_memory = self.device.type != "cpu"
+        #: The pinned buffers from which captured graphs copy, each time they are replayed.
+        self._graph_buffers: list[Tensor] = []
+        #: Pinned buffers for future captures, since most releases of PyTorch cannot pin memory during a capture.
+        self._spare_buffers: list[Tensor] = []
 
     def square_sum(self) -> Tensor:
-        """Return the sum of the squares of all gradients; see Launch.square_sum."""
-        self._follow_stream()
+        """Return the sum of the squares of all unscaled gradients; see Launch.square_sum."""
+        self._switch_stream()
         with self._current_device():
-            self._copy_changing()
+            self._copy_step_data()
             self._reduce(self.scaling)
             squares: Tensor = self._squares.sum()
-            grad_scale, _ = self.scaling.on(self.device)
+            grad_scale, _ = self.scaling.to(self.device)
             return squares if grad_scale is None else squares / grad_scale.double() ** 2
 
     def update(self, clipping: Clipping, counted: Sequence[dict[str, Any]]) -> None:
-        """Make the step; see Launch.update."""
-        self._follow_stream()
+        """Update the parameters; see Launch.update."""
+        self._switch_stream()
         with self._current_device():
             clip = None
             if clipping.max_grad_norm:
                 assert isinstance(clipping.coefficient, Tensor)
                 clip = clipping.coefficient.to(self.device, torch.float64)
             else:
-                self._copy_changing()
+                self._copy_step_data()
                 self._reduce(self.scaling)
             self._update(clip, self.scaling)
-        # In Python an interrupt may come between, after which Adan's count lacks this step.
+        # An interrupt may come between the launches and this call, since both are made from Python. Adan's step count
+        # then lacks this step.
         native().count_steps(counted)
 
     def _compile(self) -> None:
-        """Compile what launches need: that takes seconds, so it comes before anything has changed."""
+        """Compile the kernels now, since that takes seconds and may fail, and nothing has changed yet."""
         with self._current_device():
             unscaled = Scaling(None, None)
             self._reduce(unscaled, warmup=True)
             self._update(None, unscaled, warmup=True)
 
     def _reduce(self, scaling: Scaling, warmup: bool = False) -> None:
-        grad_scale, _ = scaling.on(self.device)
+        grad_scale, _ = scaling.to(self.device)
         constants = {key: value for key, value in self._constants.items() if key != "PARAMETER"}
         self._kernels.reduce_step.run(
-            self._limits, self._rows, self._reduced, self._addresses, self._of_groups, self._of_groups_as_floats,
-            self._magnitudes, self._squares, self._numbers,
+            self._limits, self._rows, self._reduce_tasks, self._addresses, self._group_table, self._group_table_float64,
+            self._magnitudes, self._squares, self._coefficients,
             self._no_scale if grad_scale is None else grad_scale,
             **constants, SQUARES=self._clips, BLOCK=self._block, TENSORS=TENSORS,
-            **self._options, grid=(self._reducers,), warmup=warmup,
+            **self._options, grid=(self._reduce_programs,), warmup=warmup,
         )  # fmt: skip
 
     def _update(self, clip: Tensor | None, scaling: Scaling, warmup: bool = False) -> None:
-        _, found_inf = scaling.on(self.device)
+        _, found_inf = scaling.to(self.device)
         self._kernels.update_step.run(
-            self._limits, self._rows, self._updated, self._addresses, self._of_groups, self._magnitudes, self._numbers,
+            self._limits, self._rows, self._update_tasks, self._addresses, self._group_table,
+            self._magnitudes, self._coefficients,
             self._no_clip if clip is None else clip, self._no_inf if found_inf is None else found_inf,
             **self._constants, BLOCK=self._block, REST=REST, SUMS=SUMS,
-            **self._options, grid=(self._updaters,), warmup=warmup,
+            **self._options, grid=(self._update_programs,), warmup=warmup,
         )  # fmt: skip
 
-    def _copy_changing(self) -> None:
-        """Bring what has changed since the last step to the device, without waiting for it."""
+    def _copy_step_data(self) -> None:
+        """Copy the groups' table and gradients' addresses to the device if they have changed, without waiting."""
         capturing = self.capturing()
         self.captured = self.captured or capturing
         self.newly_captured = self.newly_captured or capturing
-        changing = b"".join(self._group_words(group) for group in self.numbers) + bytes(self.gradients)
-        # A captured launch copies what it needs each time it is replayed, so that what the device has is not known from
-        # the first capture on.
-        if changing == self._copied and not self.captured:
+        step_data = b"".join(self._group_words(group) for group in self.hyperparameters) + bytes(self.gradients)
+        # A replayed graph copies the contents from its capture. From the first capture on, the host therefore does not
+        # know what is on the device, and always copies.
+        if step_data == self._last_copied and not self.captured:
             return
-        self._copied = changing
-        host = torch.frombuffer(bytearray(changing), dtype=torch.int64)
-        if self._through_pinned_memory:
-            pinned = self._spare.pop() if capturing and self._spare else self._pinned()
+        self._last_copied = step_data
+        host = torch.frombuffer(bytearray(step_data), dtype=torch.int64)
+        if self._uses_pinned_memory:
+            pinned = self._spare_buffers.pop() if capturing and self._spare_buffers else self._new_pinned_buffer()
             host = pinned.copy_(host)
             if capturing:
-                self._copied_by_graphs.append(host)
-            else:  # PyTorch uses this memory again only after the copy
-                self._spare += [self._pinned() for _ in range(SPARE - len(self._spare))]
-        self._changing.copy_(host, non_blocking=True)
+                self._graph_buffers.append(host)
+            else:  # PyTorch does not reuse this buffer's memory before the copy has finished.
+                self._spare_buffers += [
+                    self._new_pinned_buffer() for _ in range(SPARE_BUFFERS - len(self._spare_buffers))
+                ]
+        self._step_buffer.copy_(host, non_blocking=True)
 
-    def _pinned(self) -> Tensor:
-        return torch.empty(self._changing.shape, dtype=torch.int64, device="cpu", pin_memory=True)
+    def _new_pinned_buffer(self) -> Tensor:
+        return torch.empty(self._step_buffer.shape, dtype=torch.int64, device="cpu", pin_memory=True)
 
-    def _group_words(self, numbers: Numbers) -> bytes:
-        """Return what the kernels are told of a group; see triton_kernels/tables.py."""
+    def _group_words(self, hyperparameters: Hyperparameters) -> bytes:
+        """Return a group's row of the groups' table; see triton_kernels/tables.py."""
         if self._constants["ADAN"]:
-            lr, beta1, beta2, beta3, eps, weight_decay, no_prox, sign, steps = numbers
+            lr, beta1, beta2, beta3, eps, weight_decay, no_prox, sign, steps = hyperparameters
         else:
-            lr, beta1, beta2, eps, weight_decay, sign = numbers
+            lr, beta1, beta2, eps, weight_decay, sign = hyperparameters
             beta3, no_prox, steps = 0.0, 0.0, 0
         single, double, count = 0, 0, 0
         if isinstance(lr, Tensor):
-            single, double = (_address(lr) if lr.dtype == dtype else 0 for dtype in self.kernel_reads)
+            single, double = (_address(lr) if lr.dtype == dtype else 0 for dtype in self.readable_dtypes)
             lr = 0.0
         if isinstance(steps, Tensor):
             count = _address(steps)
             steps = 0
-        known = (lr, beta1, beta2, beta3, eps, weight_decay, no_prox, sign, steps + 1)
-        return struct.pack("=9d7q", *known, single, double, count, self.counts, 0, 0, 0)
+        numbers = (lr, beta1, beta2, beta3, eps, weight_decay, no_prox, sign, steps + 1)
+        return struct.pack("=9d7q", *numbers, single, double, count, self.counts, 0, 0, 0)
 
-    def tables(self) -> Iterator[Tensor]:
-        """Yield what launches read and write of the backend's own."""
-        yield from (self._limits, self._rows, self._reduced, self._updated, self._magnitudes, self._squares)
-        yield from (self._numbers, self._changing, self._no_clip, self._no_scale, self._no_inf)
+    def buffers(self) -> Iterator[Tensor]:
+        """Yield the backend's own device tensors; see DeviceLaunch.buffers."""
+        yield from (self._limits, self._rows, self._reduce_tasks, self._update_tasks, self._magnitudes, self._squares)
+        yield from (self._coefficients, self._step_buffer, self._no_clip, self._no_scale, self._no_inf)
 
-    def kept_for_graphs(self) -> Iterator[Tensor]:
-        """Yield what a captured launch reads and writes; see DeviceLaunch.kept_for_graphs."""
-        yield from super().kept_for_graphs()
-        yield from self._copied_by_graphs
+    def graph_tensors(self) -> Iterator[Tensor]:
+        """Yield every tensor that a captured launch reads or writes; see DeviceLaunch.graph_tensors."""
+        yield from super().graph_tensors()
+        yield from self._graph_buffers
 
 
 def _address(tensor: Tensor) -> int:
-    """Return where a tensor is, as a number with a sign: Intel's GPUs have addresses beyond 2^63."""
+    """Return the address of a tensor as a signed 64-bit integer; on Intel's GPUs, addresses exceed 2^63."""
     return (tensor.data_ptr() + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _rows(bindings: Sequence[Binding], chunk: int, first_chunks: Sequence[int], length: int) -> list[list[int]]:
-    """Return what the kernels are told of each tensor, `length` words; see triton_kernels/tables.py."""
+    """Return each tensor's row of the tensor table, `length` words long; see triton_kernels/tables.py."""
     rows = []
     for b in bindings:
         states = [_address(average) for average in b.averages]

@@ -1,8 +1,8 @@
 """Train a small convolutional network on handwritten digits with AdamW, AGR-AdamW, Adan and AGR-Adan.
 
-The images come with scikit-learn: 1,797 digits of 8x8 pixels. For each of several seeds a fifth of them is set
-aside for the test, and all optimizers start from the same weights and see the same batches, one step each in
-turn. The spread over the seeds tells whether a difference between optimizers means anything.
+The images come with scikit-learn: 1,797 digits of 8x8 pixels. For each of several seeds, a fifth of them is set
+aside for testing. All optimizers start from the same weights, see the same batches, and make one step each in turn.
+The spread over the seeds shows whether a difference between optimizers is significant.
 
 Needs: pip install "agr-cuda[examples]"
 """
@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the options; exits on a bad one."""
+    """Return the parsed options, or exit with a message if one is invalid."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]",
         description=(__doc__ or "").split("\n\n")[0],
@@ -59,7 +59,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Digits:
-    """Images (n, 1, 8, 8) in [0, 1] and their digits (n): some to train on, others for the test."""
+    """Images of shape (n, 1, 8, 8) in [0, 1] and their digits of shape (n), split into a training and a test set."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -68,7 +68,7 @@ class Digits:
 
 
 def split_digits(seed: int, on: torch.device) -> Digits:
-    """Return the digits with a fifth set aside, the same share of each digit."""
+    """Return the digits with a fifth set aside for testing, the same share of each digit."""
     data = load_digits()
     parts = train_test_split(data.images, data.target, test_size=0.2, random_state=seed, stratify=data.target)
     train_images, test_images = (torch.tensor(p, dtype=torch.float32, device=on)[:, None] / 16 for p in parts[:2])
@@ -100,7 +100,7 @@ def test(run: Run, digits: Digits) -> None:
 def train_one_seed(
     options: argparse.Namespace, seed: int, runs: list[Run], progress: Progress, bars: Sequence[TaskID]
 ) -> None:
-    """Train with every optimizer from one seed. The new runs join `runs` before their first step."""
+    """Train with every optimizer from one seed. The new runs are appended to `runs` before their first step."""
     digits = split_digits(seed, options.device)
     torch.manual_seed(seed)
     model = make_network(options.channels).to(options.device)
@@ -117,7 +117,7 @@ def train_one_seed(
         for chosen in torch.split(shuffled, options.batch_size):
             images, labels = digits.train_images[chosen], digits.train_labels[chosen]
             for run in in_turn(own, step):
-                # mypy infers no type for a lambda with defaults, which bind this round's batch.
+                # The defaults bind this iteration's batch. mypy infers no type for a lambda with defaults.
                 run.advance(lambda m, x=images, y=labels: F.cross_entropy(m(x), y), now)  # type: ignore[misc]
             step += 1
         for run, bar in zip(own, bars, strict=True):
@@ -127,7 +127,7 @@ def train_one_seed(
 
 
 def mean_and_spread(group: Sequence[Run], measure: str, scale: float, form: str) -> str:
-    """Return the mean over seeds and, where there are several, the standard deviation."""
+    """Return the mean over seeds and, if there are several, the standard deviation, as text."""
     values = [scale * run.last(measure) for run in group if run.evaluated_at]
     if not values:
         return "-"
@@ -138,7 +138,7 @@ def mean_and_spread(group: Sequence[Run], measure: str, scale: float, form: str)
 def report(
     options: argparse.Namespace, runs: Sequence[Run], console: Console, seconds: float, interrupted: bool
 ) -> None:
-    """Print the table, save the picture and results.json."""
+    """Print the table, and save the picture and results.json."""
     seeds = len({run.seed for run in runs})
     columns: dict[str, Callable[[list[Run]], str]] = {
         "Test\naccuracy (%)": lambda group: mean_and_spread(group, "test_accuracy", 100, ".2f"),
@@ -161,11 +161,11 @@ def report(
 
 
 def draw(panel: Axes, curves: Sequence[Sequence[float]], line: dict[str, Any]) -> None:
-    """Draw the mean of curves over epochs, on a logarithmic scale, in a band of their spread."""
+    """Draw the mean of several curves over epochs with a band of ± 1 standard deviation, on a logarithmic scale."""
     lowest = 1e-2
     means, spreads = [], []
     for epoch in range(max(map(len, curves))):
-        values = [curve[epoch] for curve in curves if epoch < len(curve)]  # a seed that was stopped has fewer
+        values = [curve[epoch] for curve in curves if epoch < len(curve)]  # an interrupted run has fewer epochs
         means.append(max(lowest, statistics.fmean(values)))
         spreads.append(statistics.stdev(values) if len(values) > 1 else 0.0)
     epochs = range(len(means))
@@ -178,7 +178,7 @@ def draw(panel: Axes, curves: Sequence[Sequence[float]], line: dict[str, Any]) -
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the example; returns the exit status, 130 where Ctrl-C ended the training."""
+    """Run the example and return the exit status, which is 130 if Ctrl-C ended the training."""
     options = parse_options(arguments)
     console = Console()
     runs: list[Run] = []

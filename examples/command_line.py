@@ -29,7 +29,7 @@ def whole(minimum: int) -> Callable[[str], int]:
 
 
 def number(*, minimum: float = 0.0, maximum: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    """Return a parser of finite numbers from `minimum` (or only above it) to `maximum`."""
+    """Return a parser of finite numbers from `minimum` (excluded if `above`) to `maximum`."""
     allowed = f"{'above' if above else 'of at least'} {minimum:g}"
     if maximum < math.inf:
         allowed += f" and at most {maximum:g}"
@@ -48,10 +48,10 @@ def number(*, minimum: float = 0.0, maximum: float = math.inf, above: bool = Fal
 
 
 def device(text: str) -> torch.device:
-    """Parse the name of a device that is there."""
+    """Parse the name of an available device."""
     try:
         chosen = torch.device(text)
-        torch.zeros(1, device=chosen).item()  # a device known to PyTorch need not be in this machine
+        torch.zeros(1, device=chosen).item()  # A device that PyTorch knows may be missing in this machine.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text!r} is no device that is there ({reason})") from None
@@ -59,7 +59,7 @@ def device(text: str) -> torch.device:
 
 
 def device_option(description: str | None = None) -> argparse.ArgumentParser:
-    """Return a parser of --device alone, to be read before the options whose defaults depend on it."""
+    """Return a parser of --device only. It is parsed first if the defaults of other options depend on it."""
     parser = argparse.ArgumentParser(description=description, add_help=False, allow_abbrev=False)
     found = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument(
@@ -127,8 +127,8 @@ def add_optimizer_options(
 def add_machine_options(parser: argparse.ArgumentParser, *, output: str, seed_help: str) -> None:
     """Add the options on seed, threads and output folder."""
     parser.add_argument("--seed", metavar="N", type=whole(0), default=0, help=seed_help)
-    # One: models this small gain little from a second thread on an idle machine, and lose much on a busy one, where
-    # a thread that waits for the other, spinning, can hold the very core that the other needs.
+    # The default is one thread. Models this small gain little from a second thread on an idle machine and lose much on
+    # a busy one, where a thread that spins while it waits may occupy the core that the other thread needs.
     parser.add_argument(
         "--threads", metavar="N", type=whole(1), default=1, help="CPU threads of PyTorch; more suit larger models"
     )
@@ -142,8 +142,8 @@ def add_machine_options(parser: argparse.ArgumentParser, *, output: str, seed_he
 
 
 def prepare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Check what argparse cannot, set the threads and make the output folder; exits on a bad option."""
-    options.optimizers = list(dict.fromkeys(options.optimizers))  # each once
+    """Check what argparse cannot, set the number of threads and make the output folder; exit on an invalid option."""
+    options.optimizers = list(dict.fromkeys(options.optimizers))  # without duplicates
     probe = torch.zeros(2, device=options.device, requires_grad=True)
     probe.grad = torch.zeros_like(probe)
     try:

@@ -1,4 +1,4 @@
-"""What the examples share: the optimizers compared, their parameter groups, and timed training steps."""
+"""Code shared by the examples: the compared optimizers, their parameter groups, and timed training steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import agr_cuda
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the optimizers compared, and how its curves are drawn."""
+    """One of the compared optimizers, and the style of its curves."""
 
     label: str
     rule: str
@@ -28,7 +28,7 @@ class Variant:
 
     @property
     def line(self) -> dict[str, Any]:
-        """The matplotlib properties of its curves: AGR thin on top of plain, so that both show where they agree."""
+        """The matplotlib properties of its curves: thin for AGR, on top of thick ones, so that both stay visible."""
         return {
             "label": self.label,
             "color": self.colour,
@@ -56,12 +56,12 @@ def backend_name(options: argparse.Namespace) -> str | None:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, agr: bool) -> list[dict[str, Any]]:
-    """Sort parameters by what weight decay and AGR should do to them.
+    """Return parameter groups according to whether weight decay and AGR should apply.
 
     - Matrices and convolution kernels: decayed and regularized.
-    - Biases, and the gains of norms: not decayed, since decay would pull gains to 0. AGR stays on, as in the
-      paper, which applies it to every tensor: of an n-element vector's gradient it takes about 1/n.
-    - Tensors of one element: AGR makes their gradient exactly 0, so that they would never train. It is off.
+    - Biases, and the weights of normalization layers: not decayed, since decay would pull the latter to 0. AGR stays
+      on, as in the paper, which applies it to every tensor; it reduces an n-element vector's gradient by about 1/n.
+    - Tensors of one element: without AGR, which would make their gradient exactly 0, so that they would never train.
     """
     matrices: dict[str, Any] = {"params": [], "weight_decay": weight_decay, "agr": agr}
     vectors: dict[str, Any] = {"params": [], "weight_decay": 0.0, "agr": agr}
@@ -82,7 +82,7 @@ def make_optimizer(variant: Variant, model: nn.Module, options: argparse.Namespa
 
 
 def warmup_cosine(steps: int, warmup: float, floor: float = 0.1) -> Callable[[int], float]:
-    """Return the learning rate's factor at a step: a linear rise, then a cosine from 1 down to `floor`."""
+    """Return a function from the step to the learning rate's factor: a linear rise, then a cosine from 1 to `floor`."""
     rise = round(warmup * steps)
 
     def factor(step: int) -> float:
@@ -96,7 +96,7 @@ def warmup_cosine(steps: int, warmup: float, floor: float = 0.1) -> Callable[[in
 
 @dataclass(eq=False)
 class Run:
-    """A model in training under one optimizer, and everything measured on the way."""
+    """A model that is trained with one optimizer, and all measurements made during training. Times are in seconds."""
 
     variant: Variant
     seed: int
@@ -110,7 +110,7 @@ class Run:
     measures: dict[str, list[float]] = field(default_factory=dict)
 
     def advance(self, compute_loss: Callable[[nn.Module], Tensor], now: Callable[[], float]) -> None:
-        """Make one training step: forward, backward, and the optimizer, which also clips."""
+        """Make one training step: forward pass, backward pass, and optimizer step, which includes clipping."""
         begin = now()
         loss = compute_loss(self.model)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -124,22 +124,22 @@ class Run:
         self.optimizer_seconds.append(after - before)
 
     def record(self, **measures: float) -> None:
-        """Note what an evaluation of the model found, after the steps made so far."""
+        """Record the results of an evaluation after the steps made so far."""
         self.evaluated_at.append(len(self.train_loss))
         for name, value in measures.items():
             self.measures.setdefault(name, []).append(value)
 
     def optimizer_shares(self) -> list[float]:
-        """Return the share of the optimizer in the time of each step."""
+        """Return the optimizer's share of the time of each step."""
         return [own / all for own, all in zip(self.optimizer_seconds, self.step_seconds, strict=True)]
 
     def last(self, measure: str) -> float:
-        """Return what the last evaluation found, NaN before the first."""
+        """Return the result of the last evaluation, or NaN before the first."""
         return self.measures.get(measure, [math.nan])[-1]
 
 
 def start_runs(model: nn.Module, options: argparse.Namespace, steps: int, seed: int) -> list[Run]:
-    """Return a run for each optimizer asked for, all starting from the weights of `model`."""
+    """Return a run for each selected optimizer, all starting from the weights of `model`."""
     runs = []
     for name in options.optimizers:
         variant, own = VARIANTS[name], copy.deepcopy(model)
@@ -150,14 +150,14 @@ def start_runs(model: nn.Module, options: argparse.Namespace, steps: int, seed: 
 
 
 def in_turn(runs: Sequence[Run], step: int) -> Iterable[Run]:
-    """Yield the runs, another one first at each step, so that none always runs on another's caches."""
+    """Yield the runs in rotating order, so that no run always finds the caches left by the same other run."""
     first = step % len(runs)
     yield from runs[first:]
     yield from runs[:first]
 
 
 def clock(on: torch.device) -> Callable[[], float]:
-    """Return a clock that waits for the device's pending work before it reads the time, in seconds."""
+    """Return a clock that synchronizes with the device before it reads the time in seconds."""
 
     def now() -> float:
         if on.type != "cpu":
@@ -168,7 +168,7 @@ def clock(on: torch.device) -> Callable[[], float]:
 
 
 def by_variant(runs: Iterable[Run]) -> dict[Variant, list[Run]]:
-    """Group runs (of several seeds) by optimizer."""
+    """Group runs, which may be of several seeds, by optimizer."""
     groups: dict[Variant, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.variant, []).append(run)

@@ -1,4 +1,4 @@
-"""A small GPT in plain PyTorch: pre-norm blocks of causal attention and a GELU MLP, learned positions."""
+"""A small GPT in plain PyTorch: pre-norm blocks of causal attention and a GELU MLP, with learned positions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Block(nn.Module):
         self.query_key_value = linear(width, 3 * width)
         self.mlp_norm = nn.LayerNorm(width)
         self.expand = linear(width, 4 * width)
-        # Two outputs a layer add up on the residual stream; scaled so, their sum starts at a variance near 1.
+        # Each layer adds two outputs to the residual stream. With this scale, the variance of their sum starts near 1.
         self.attention_out = linear(width, width, scale=(2 * layers) ** -0.5)
         self.contract = linear(4 * width, width, scale=(2 * layers) ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, length, width) to the same shape."""
+        """Map activations of shape (batch, length, width) to the same shape."""
         batch, length, width = x.shape
         projected = self.query_key_value(self.attention_norm(x))
         by_head = projected.view(batch, length, 3, self.heads, width // self.heads)
@@ -37,8 +37,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Predicts each next token of a sequence no longer than `context`.
 
-    The head is not tied to the embedding: with 256 tokens its own weights cost next to nothing, and either
-    matrix can start at the scale that suits it.
+    The head is not tied to the embedding: with 256 tokens its weights are few, and each of the two matrices can start
+    at a suitable scale.
     """
 
     def __init__(self, *, vocabulary: int, context: int, width: int, heads: int, layers: int) -> None:
@@ -53,7 +53,7 @@ class GPT(nn.Module):
             nn.init.normal_(embedding.weight, std=0.3)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens (batch, length) to logits (batch, length, vocabulary)."""
+        """Map tokens of shape (batch, length) to logits of shape (batch, length, vocabulary)."""
         x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
@@ -62,7 +62,7 @@ class GPT(nn.Module):
 
 
 def linear(inputs: int, outputs: int, scale: float = 1.0) -> nn.Linear:
-    """Return a linear layer whose weights have variance `scale`^2 / inputs, and whose bias starts at 0."""
+    """Return a linear layer whose weights have variance `scale`^2 / inputs and whose bias is 0."""
     layer = nn.Linear(inputs, outputs)
     nn.init.normal_(layer.weight, std=scale * inputs**-0.5)
     nn.init.zeros_(layer.bias)
@@ -71,9 +71,9 @@ def linear(inputs: int, outputs: int, scale: float = 1.0) -> nn.Linear:
 
 @torch.no_grad()
 def generate(model: GPT, prompt: Tensor, length: int, *, temperature: float, generator: torch.Generator) -> Tensor:
-    """Return `prompt`, a vector of tokens, and `length` tokens more, sampled one by one.
+    """Return `prompt`, a vector of tokens, followed by `length` tokens, sampled one by one.
 
-    `generator` is on the CPU whatever the model's device, so that a seed means the same everywhere.
+    `generator` is on the CPU for every device of the model, so that a seed gives the same random numbers everywhere.
     """
     tokens = prompt
     for _ in range(length):

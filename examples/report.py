@@ -1,4 +1,4 @@
-"""What the examples show: progress bars, a table, a picture, and results.json with every figure."""
+"""The output of the examples: progress bars, a table, a picture, and results.json with all results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import agr_cuda
 
 
 def progress_bar(console: Console) -> Progress:
-    """Return a bar for each optimizer, with a note (the task's field `note`)."""
+    """Return a progress display with a bar for each optimizer, beside which it shows the task's field `note`."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -41,7 +41,7 @@ def print_table(
     columns: Mapping[str, Callable[[list[Run]], str]],
     runs: Sequence[Run],
 ) -> None:
-    """Print a row for each optimizer: the example's own columns, then time and backend."""
+    """Print a table with a row for each optimizer: the example's own columns, then times and the backend."""
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
     table.add_column("Optimizer", no_wrap=True)
     for header in (*columns, "Step", "Optimizer's\nshare of it"):
@@ -62,7 +62,7 @@ def print_table(
 
 
 def start_picture(title: str, *panels: tuple[str, str, str]) -> tuple[Figure, list[Axes]]:
-    """Return a figure with a panel for each (title, label of x, label of y)."""
+    """Return a figure with a panel for each tuple of title, label of the x axis and label of the y axis."""
     figure = Figure(figsize=(5.2 * len(panels), 4.6), dpi=140, layout="constrained")
     figure.suptitle(title, fontweight="bold")
     axes = list(figure.subplots(1, len(panels), squeeze=False)[0])
@@ -76,7 +76,7 @@ def start_picture(title: str, *panels: tuple[str, str, str]) -> tuple[Figure, li
 def save_report(
     console: Console, figure: Figure, options: argparse.Namespace, runs: Sequence[Run], **summary: Any
 ) -> None:
-    """Save the picture and results.json, and say where they are."""
+    """Save the picture and results.json, and print their paths."""
     picture, results = options.output / "curves.png", options.output / "results.json"
     figure.savefig(picture)
     content = {
@@ -117,7 +117,7 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def _finite(values: Iterable[float]) -> list[float | None]:
-    """Return the values with None, JSON's null, for what JSON cannot hold: a diverged run's NaN and inf."""
+    """Replace the NaN and inf of a diverged run, which JSON cannot represent, by None, which becomes null."""
     return [value if math.isfinite(value) else None for value in values]
 
 
@@ -130,7 +130,7 @@ def _device_name(on: torch.device) -> str:
 
 
 def smoothed(values: Sequence[float], window: int) -> tuple[list[int], list[float]]:
-    """Return steps, and at each the mean of the last `window` values (of 1 where there are fewer)."""
+    """Return steps and, for each, the mean of the last `window` values. With fewer values, the window is 1."""
     if len(values) < window:
         window = 1
     means = [statistics.fmean(values[end - window : end]) for end in range(window, len(values) + 1)]

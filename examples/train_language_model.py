@@ -1,9 +1,9 @@
 """Train a small GPT on Python source with AdamW, AGR-AdamW, Adan and AGR-Adan side by side.
 
-The text is on every machine: the source of Python's own standard library, bytes as tokens. All optimizers
-start from the same weights and see the same batches, and each makes one step per batch in turn, so that
-whatever else the machine does slows them all alike. Every tenth file is held out: the loss reported is on
-files never trained on.
+The text is available on every machine: the source of Python's standard library, with bytes as tokens. All
+optimizers start from the same weights and see the same batches. Each makes one step per batch in turn, so that
+other load on the machine slows them all alike. Every tenth file is held out, and the reported loss is on those
+files.
 
 Needs: pip install "agr-cuda[examples]"
 """
@@ -30,17 +30,17 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# What one core of a CPU, and what a GPU, can train in a few minutes with all four optimizers.
+# Sizes that one CPU core, or a GPU, can train in a few minutes with all four optimizers.
 ON_CPU = {"steps": 1000, "batch_size": 8, "context": 64, "layers": 3, "width": 128, "heads": 4}
 ON_GPU = {"steps": 600, "batch_size": 64, "context": 256, "layers": 6, "width": 384, "heads": 6}
-# Learning rates that suit these models: of a few tried, those with the lowest held-out loss of the plain optimizer
-# on a CPU, and lower ones for the wider model. Adan's is larger, as its authors advise.
+# Learning rates for these models. On a CPU: of a few that were tried, those with the lowest held-out loss without AGR.
+# On a GPU: lower ones, for the wider model. Adan's are larger, as its authors advise.
 RATES_ON_CPU = {"adamw_lr": 3e-3, "adan_lr": 1e-2}
 RATES_ON_GPU = {"adamw_lr": 1.5e-3, "adan_lr": 5e-3}
 
 
 def parse_options(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """Return the parser, for further complaints, and the options; the size's defaults depend on --device."""
+    """Return the parser, for later error messages, and the options. Defaults of sizes depend on --device."""
     early = device_option()
     on = early.parse_known_args(arguments)[0].device
     on_gpu = on.type == "cuda"
@@ -102,7 +102,7 @@ def parse_options(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentPar
 
 
 def train(options: argparse.Namespace, corpus: Corpus, runs: Sequence[Run], console: Console) -> None:
-    """Advance every run by one step for each batch, and evaluate all of them now and then."""
+    """Train every run by one step for each batch, and evaluate all runs at regular intervals."""
     on = options.device
     now = clock(on)
     batches = corpus.batches(options.batch_size, options.context, options.seed)
@@ -128,7 +128,7 @@ def train(options: argparse.Namespace, corpus: Corpus, runs: Sequence[Run], cons
                 break
             batch = next(batches).to(on)
             for run in in_turn(runs, step):
-                # mypy infers no type for a lambda with a default, which binds this round's batch.
+                # The default binds this iteration's batch. mypy infers no type for a lambda with a default.
                 run.advance(lambda model, batch=batch: loss(model, batch), now)  # type: ignore[misc]
                 progress.update(bars[run], advance=1, note=f"loss {run.train_loss[-1]:.2f}")
 
@@ -136,7 +136,7 @@ def train(options: argparse.Namespace, corpus: Corpus, runs: Sequence[Run], cons
 def report(
     options: argparse.Namespace, runs: Sequence[Run], console: Console, seconds: float, interrupted: bool
 ) -> None:
-    """Print the table, save the picture and results.json."""
+    """Print the table, and save the picture and results.json."""
     best = min(runs, key=final_loss)
 
     def cell(group: list[Run], unit: float, form: str) -> str:
@@ -167,7 +167,7 @@ def report(
 
 
 def draw_curves(options: argparse.Namespace, runs: Sequence[Run]) -> Figure:
-    """Draw training and held-out loss, and what AGR adds to or takes from the held-out loss of each rule."""
+    """Draw training loss, held-out loss, and the change of the held-out loss of each rule by AGR."""
     size = sum(p.numel() for p in runs[0].model.parameters()) / 1e6
     figure, (training, held_out, difference) = start_picture(
         f"A GPT of {size:.1f} million parameters learns {options.pattern} files, byte by byte",
@@ -182,25 +182,27 @@ def draw_curves(options: argparse.Namespace, runs: Sequence[Run]) -> Figure:
         held_out.plot(run.evaluated_at, losses, **run.variant.line)
         plain = next((other for other in runs if other.variant == run.variant.without_agr), None)
         if run.variant.agr and plain is not None:
-            pairs = zip(losses, plain.measures.get("held_out_loss", []), strict=False)  # Ctrl-C can come between
+            pairs = zip(
+                losses, plain.measures.get("held_out_loss", []), strict=False
+            )  # Ctrl-C may leave different lengths
             changes = [with_agr - without for with_agr, without in pairs]
             line = {**run.variant.line, "label": f"{run.variant.label} minus {plain.variant.label}"}
             difference.plot(run.evaluated_at[: len(changes)], changes, **line)
             difference.legend()
     if runs[0].train_loss:
-        held_out.set_ylim(top=training.get_ylim()[1])  # the first, untrained loss would flatten all others
+        held_out.set_ylim(top=training.get_ylim()[1])  # the initial loss would flatten the curves
     held_out.legend()
     return figure
 
 
 def final_loss(run: Run) -> float:
-    """Return the last held-out loss, infinite for a run without one or a diverged one."""
+    """Return the last held-out loss, or infinity for a diverged run or one without an evaluation."""
     loss = run.last("held_out_loss")
     return loss if math.isfinite(loss) else math.inf
 
 
 def print_sample(options: argparse.Namespace, run: Run, console: Console) -> None:
-    """Let the run's model go on after `import`."""
+    """Print text that the run's model generates after the prompt `import `."""
     assert isinstance(run.model, GPT)
     generator = torch.Generator().manual_seed(options.seed)
     prompt = torch.tensor(list(b"import "), device=options.device)
@@ -210,7 +212,7 @@ def print_sample(options: argparse.Namespace, run: Run, console: Console) -> Non
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the example; returns the exit status, 130 where Ctrl-C ended the training."""
+    """Run the example and return the exit status, which is 130 if Ctrl-C ended the training."""
     parser, options = parse_options(arguments)
     console = Console()
     try:

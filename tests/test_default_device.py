@@ -121,5 +121,5 @@ def test_memory_for_graphs_is_the_hosts(generator, monkeypatch) -> None:
     run(optimizer, 1)
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(torch, "empty", lambda *size, **kwargs: asked.append(kwargs))
-    optimizer._plan.launches[0]._pinned()
+    optimizer._plan.launches[0]._new_pinned_buffer()
     assert [(kwargs["device"], kwargs["dtype"]) for kwargs in asked] == [("cpu", torch.int64)]

@@ -112,4 +112,4 @@ def test_an_optimizer_is_not_kept_alive_for_it(method: Method, generator) -> Non
     del optimizer
     gc.collect()
     assert there() is None
-    assert agr_cuda.fork._living is not None
+    assert agr_cuda.fork._live_optimizers is not None

@@ -92,7 +92,7 @@ def test_an_interrupt_after_the_update_does_not_make_the_next_step_a_first_one(m
         optimizer = agr_cuda.Adan([p])
         with monkeypatch.context() as patch:
             if interrupted:
-                patch.setattr(StepPlan, "count_changes", interrupt)
+                patch.setattr(StepPlan, "increment_versions", interrupt)
                 with pytest.raises(KeyboardInterrupt):
                     optimizer.step()
             else:

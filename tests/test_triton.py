@@ -183,7 +183,7 @@ def test_a_step_is_two_launches(counted) -> None:
 @pytest.mark.parametrize("sums", [8, 1024])
 def test_sums_of_many_chunks(chunk: int, sums: int, method: Method, monkeypatch, generator) -> None:
     """A tensor's sum is that of its chunks, however many, and however many of those are added at once."""
-    limits = {"BLOCK": 16, "REST": 8, "CHUNK": chunk, "MOST_CHUNKS": 1 << 20, "SUMS": sums, "TENSORS": 2}
+    limits = {"BLOCK": 16, "REST": 8, "CHUNK": chunk, "MAX_CHUNKS": 1 << 20, "SUMS": sums, "TENSORS": 2}
     for name, value in limits.items():
         monkeypatch.setattr(agr_cuda.triton, name, value)
     params = parameters(generator, [(7,), (401,), (0,), (16, 5), (64,)], device=DEVICE)
@@ -220,18 +220,18 @@ def test_graphs_send_from_memory_of_their_own(monkeypatch, generator) -> None:
     made: list[weakref.ref] = []
 
     def pinned(self):
-        memory = torch.empty(self._changing.shape, dtype=torch.int64)
+        memory = torch.empty(self._step_buffer.shape, dtype=torch.int64)
         made.append(weakref.ref(memory))
         return memory
 
-    monkeypatch.setattr(launch_class, "_pinned", pinned)
+    monkeypatch.setattr(launch_class, "_new_pinned_buffer", pinned)
     optimizer = agr_cuda.AdamW(parameters(generator, [(5,), (31,)], device=DEVICE), backend="triton", capturable=True)
     run(optimizer, 1)
     (launch,) = optimizer._plan.launches
-    launch._through_pinned_memory = True
+    launch._uses_pinned_memory = True
     run(optimizer, 1)
-    spare = len(launch._spare)
-    assert spare == agr_cuda.triton.SPARE
+    spare = len(launch._spare_buffers)
+    assert spare == agr_cuda.triton.SPARE_BUFFERS
     for captures in (1, 2):
         monkeypatch.setattr(launch_class, "capturing", lambda self: True)
         before = len(made)
@@ -239,12 +239,12 @@ def test_graphs_send_from_memory_of_their_own(monkeypatch, generator) -> None:
         assert len(made) == before, "memory is pinned within a capture"
         monkeypatch.setattr(launch_class, "capturing", lambda self: False)
         run(optimizer, 3)
-        assert len(launch._spare) == spare
-        sent = {id(memory): memory.clone() for memory in launch._copied_by_graphs}
+        assert len(launch._spare_buffers) == spare
+        sent = {id(memory): memory.clone() for memory in launch._graph_buffers}
         assert len(sent) == captures
-        assert sent.keys() <= optimizer._captured.keys()
+        assert sent.keys() <= optimizer._graph_tensors.keys()
         run(optimizer, 1)
-        assert all(torch.equal(memory, sent[id(memory)]) for memory in launch._copied_by_graphs)
+        assert all(torch.equal(memory, sent[id(memory)]) for memory in launch._graph_buffers)
     assert sum(reference() is not None for reference in made) == spare + 2
 
 

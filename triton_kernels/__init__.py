@@ -1,6 +1,6 @@
 """The Triton executor of a plan, installed as agr_cuda.triton_kernels. Imports triton.
 
-Two launches make a step of all tensors of all groups: `reduce_step`, then `update_step`.
+Two launches update all tensors of all groups in a step: `reduce_step`, then `update_step`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from .update import update_step
 
 __all__ = ["GROUP", "NUMBERS", "ROW", "constants", "reduce_step", "update_step"]
 
-#: Words that a tensor takes in its table and in that of numbers, and a group in its own.
-ROW, NUMBERS, GROUP = tables.ROW.value, tables.NUMBERS.value, tables.GROUP.value
+#: The 64-bit words of a row: in the tensor table, in the table of coefficients, and in the groups' table.
+ROW, COEFFICIENTS, GROUP = tables.ROW.value, tables.COEFFICIENTS.value, tables.GROUP.value
 
 _TYPES = {
     torch.float32: tl.float32,
@@ -28,7 +28,7 @@ _TYPES = {
 
 
 def constants(rule: str, parameter: torch.dtype, gradient: torch.dtype) -> dict[str, Any]:
-    """Return what the kernels are compiled for: a rule, and types of parameters (and their state) and gradients."""
+    """Return the kernels' compile-time constants for a rule and the dtypes of parameters (and state) and gradients."""
     return {
         "ADAN": rule == "adan",
         "PARAMETER": _TYPES[parameter],

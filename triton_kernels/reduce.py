@@ -1,6 +1,6 @@
-"""The first launch of a step: the abs-sum of every chunk, and for every tensor the numbers that its rule multiplies by.
+"""The first launch of a step: the abs-sum of every chunk, and the coefficients of every tensor's update rule.
 
-Programs from 0 on make numbers, for a block of tensors each. Those after them reduce a chunk each.
+The first programs compute coefficients, each for a block of tensors. Each of the programs after them reduces a chunk.
 """
 
 import triton
@@ -15,23 +15,23 @@ def _sums(
     gradient, begin, end, magnitudes, lost, squares,
     TYPE: tl.constexpr, BLOCK: tl.constexpr, SQUARES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add elements from `begin` to `end` to blocks of sums, and what rounding takes from `magnitudes` to `lost`."""
+    """Add the elements from `begin` to `end` to blocks of partial sums, and the rounding errors to `lost`."""
     lanes = tl.arange(0, BLOCK)
     for start in range(begin, end, BLOCK):
-        # The second launch reads them again.
+        # The second launch reads the gradient again, so it should stay in the cache.
         if MASKED:
             g = tl.load(gradient + start + lanes, mask=start + lanes < end, other=0.0, eviction_policy="evict_last")
         else:
             g = tl.load(gradient + start + lanes, eviction_policy="evict_last")
         x = tl.abs(g.to(TYPE))
-        # Knuth's two-sum: as good as float64 where there are next to no float64 units. An abs-sum must be that good
-        # where one element outweighs all others: psi of it is their small sum.
+        # Knuth's two-sum is as accurate as float64, of which many GPUs have very few units. The abs-sum must be that
+        # accurate if one element outweighs all others, because psi of that element depends on the others' small sum.
         after = magnitudes + x
         taken = after - magnitudes
         lost += (magnitudes - (after - taken)) + (x - taken)
         magnitudes = after
         if SQUARES:
-            # In float64: a gradient may be larger than the root of float32's largest number.
+            # In float64, because the square of a large gradient exceeds float32.
             wide = g.to(tl.float64)
             squares += wide * wide
     return magnitudes, lost, squares
@@ -48,21 +48,21 @@ def _reduce(
     elements = tl.load(row + t.ELEMENTS)
     first = chunk * chunk_elements
     address = tl.load(gradients + tensor)
-    # At most 2^31 elements, as the plan has seen to. A tensor without a gradient in this step has sums of 0.
+    # The plan limits a chunk to 2^31 elements. A tensor without a gradient in this step has sums of 0.
     count = tl.where(address != 0, tl.minimum(elements - first, chunk_elements), 0).to(tl.int32)
     gradient = address.to(tl.pointer_type(GRADIENT)) + first
     magnitudes = tl.zeros((BLOCK,), TYPE)
     lost = tl.zeros((BLOCK,), TYPE)
     squares = tl.zeros((BLOCK,), tl.float64)
     full = count // BLOCK * BLOCK
-    # The same elements in the same lanes, however they are aligned.
+    # Both branches add the same elements in the same lanes, so that sums do not depend on the alignment.
     if gradient.to(tl.int64) % 16 == 0:
         g = aligned(gradient)
         magnitudes, lost, squares = _sums(g, 0, full, magnitudes, lost, squares, TYPE, BLOCK, SQUARES, False)
     else:
         magnitudes, lost, squares = _sums(gradient, 0, full, magnitudes, lost, squares, TYPE, BLOCK, SQUARES, False)
     magnitudes, lost, squares = _sums(gradient, full, count, magnitudes, lost, squares, TYPE, BLOCK, SQUARES, True)
-    # What an infinite sum lost is NaN, and nothing to it.
+    # The rounding error of an infinite sum is NaN; it is dropped so that the sum stays infinite.
     lost = tl.where(magnitudes - magnitudes == 0, lost, 0.0)
     total = tl.sum(magnitudes.to(tl.float64) + lost.to(tl.float64), 0)
     place = tl.load(row + t.FIRST_CHUNK) + chunk
@@ -73,9 +73,10 @@ def _reduce(
 
 @triton.jit
 def _divisor(correction, eps, scale):
-    """Return what the root of an average of squares is multiplied by, and what is added to that, to divide by.
+    """Return a and b such that a sqrt(v) + b = (sqrt(v) correction + eps) / scale.
 
-    That is (sqrt(v) correction + eps) / scale, so that the quotient is the step; for a scale of 0 it is infinite.
+    The average of gradients is divided by that, so that the quotient is the step. For a scale of 0, b is infinite and
+    the step is 0.
     """
     inverse = 1.0 / scale
     root = correction * inverse
@@ -85,18 +86,18 @@ def _divisor(correction, eps, scale):
 
 @triton.jit
 def _decide(
-    block, rows, gradients, groups, groups_float, numbers, grad_scale, tensors,
+    block, rows, gradients, groups, groups_float, coefficients, grad_scale, tensors,
     ADAN: tl.constexpr, TENSORS: tl.constexpr,
 ):  # fmt: skip
-    """Write down what the rules of some tensors multiply by in this step; in float64, to be rounded once."""
+    """Compute the coefficients of a block of tensors in float64, so that they are rounded only once, and store them."""
     tensor = block * TENSORS + tl.arange(0, TENSORS)
-    # The state of a tensor without a gradient may be anywhere by now.
+    # The state of a tensor without a gradient may have been moved or freed, so it is not read.
     there = tl.load(gradients + tensor, mask=tensor < tensors, other=0) != 0
     row = rows + tensor * t.ROW
     group = tl.load(row + t.GROUP_INDEX, mask=there, other=0) * t.GROUP
     words, options = groups + group, groups_float + group
 
-    # The step count, from 1: the tensor's own, its group's on the device, or its group's as the host knows it.
+    # The step number, from 1, comes from the tensor's own count, its group's count on the device, or the host.
     step = tl.load(row + t.STEP, mask=there, other=0)
     count = tl.load(words + t.COUNT, mask=there, other=0)
     counter = tl.where(step != 0, step, count)
@@ -116,7 +117,7 @@ def _decide(
     decay = lr * tl.load(options + t.WEIGHT_DECAY, mask=there, other=0.0)
     correction1 = 1.0 - power(beta1, n)
     correction2 = 1.0 - power(beta2, n)
-    out = numbers + tensor * t.NUMBERS
+    out = coefficients + tensor * t.COEFFICIENTS
     if ADAN:
         beta3 = tl.load(options + t.BETA3, mask=there, other=0.0)
         no_prox = tl.load(options + t.NO_PROX, mask=there, other=0.0) != 0.0
@@ -142,22 +143,22 @@ def _decide(
         tl.store(out + 4, root, mask=there)
         tl.store(out + 5, eps, mask=there)
     scale = tl.load(options + t.SIGN, mask=there, other=1.0) / tl.load(grad_scale).to(tl.float64)
-    tl.store(out + t.NUMBERS_SCALE, scale, mask=there)
-    tl.store(out + t.NUMBERS_T, n, mask=there)
+    tl.store(out + t.GRADIENT_SCALE, scale, mask=there)
+    tl.store(out + t.STEP_NUMBER, n, mask=there)
 
 
 @triton.jit
 def reduce_step(
-    limits, rows, tasks, gradients, groups, groups_float, magnitude_sums, square_sums, numbers, grad_scale,
+    limits, rows, tasks, gradients, groups, groups_float, magnitude_sums, square_sums, coefficients, grad_scale,
     ADAN: tl.constexpr, GRADIENT: tl.constexpr, TYPE: tl.constexpr, SQUARES: tl.constexpr,
     BLOCK: tl.constexpr, TENSORS: tl.constexpr,
 ):  # fmt: skip
-    """Do the first launch of a step."""
+    """Reduce every chunk of every gradient, and compute the coefficients of every tensor."""
     program = tl.program_id(0)
     tensors = tl.load(limits)
     deciding = (tensors + TENSORS - 1) // TENSORS
     if program < deciding:
-        _decide(program, rows, gradients, groups, groups_float, numbers, grad_scale, tensors, ADAN, TENSORS)
+        _decide(program, rows, gradients, groups, groups_float, coefficients, grad_scale, tensors, ADAN, TENSORS)
     else:
         chunk_elements = tl.load(limits + 1)
         task = program - deciding

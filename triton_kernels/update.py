@@ -1,4 +1,4 @@
-"""The second launch of a step: psi and the update rule, a chunk for each program."""
+"""The second launch of a step: psi and the update rule. Each program updates a chunk."""
 
 import triton
 import triton.language as tl
@@ -8,16 +8,19 @@ from .rules import adamw, adan, aligned, regularized
 
 
 @triton.jit
-def _count_step(row, numbers):
-    """Count the step of a tensor that has a count of its own."""
+def _count_step(row, coefficients):
+    """Store the new step count of a tensor, if it has its own."""
     step = tl.load(row + t.STEP)
     if step != 0:
-        tl.store(step.to(tl.pointer_type(tl.float32)), tl.load(numbers + t.NUMBERS_T).to(tl.float32))
+        tl.store(step.to(tl.pointer_type(tl.float32)), tl.load(coefficients + t.STEP_NUMBER).to(tl.float32))
 
 
 @triton.jit
 def _count_steps_of_groups(groups, count):
-    """Count the step of groups, whether they have tensors here or not. Nothing else in this launch reads the counts."""
+    """Increment the step counts of all groups, including those without tensors in this launch.
+
+    No other program of this launch reads the counts.
+    """
     for i in range(0, count):
         group = groups + i * t.GROUP
         counter = tl.load(group + t.COUNT)
@@ -28,10 +31,11 @@ def _count_steps_of_groups(groups, count):
 
 @triton.jit
 def _abs_sum(row, sums, scale, TYPE: tl.constexpr, SUMS: tl.constexpr):
-    """Return a tensor's abs-sum as `regularized` takes it, added up in an order that sizes alone decide.
+    """Return a tensor's abs-sum in the form that `regularized` takes, added up in an order that depends only on sizes.
 
-    `scale` is what the gradient is multiplied by afterwards: psi(c g) = c psi(g). The one thing that scaling first
-    would have changed: 0 times an infinite sum is NaN, and shall be.
+    `scale` is the factor by which the gradient is multiplied afterwards, which is valid because psi(c g) = c psi(g).
+    There is one exception: for a scale of 0 and an infinite sum, scaling first would give NaN, so the sum returned is
+    NaN then.
     """
     first = tl.load(row + t.FIRST_CHUNK)
     chunks = tl.load(row + t.CHUNKS).to(tl.int32)
@@ -47,7 +51,7 @@ def _abs_sum(row, sums, scale, TYPE: tl.constexpr, SUMS: tl.constexpr):
         lift = tl.where(total < 2.0**-100, 2.0**60, tl.where(total > 2.0**100, 2.0**-60, 1.0))
     lifted = total * lift
     rounded = lifted.to(TYPE)
-    # With an inverse of 1, S = 0 gives psi = 0, and an infinite S a share of infinity, which `regularized` clamps to 1.
+    # With an inverse of 1, S = 0 gives psi = 0, and an infinite S an infinite factor, which `regularized` limits to 1.
     ordinary = (rounded - rounded == 0.0) & (rounded != 0.0) & (scaled == scaled)
     rest = tl.where(ordinary, lifted - rounded.to(tl.float64), 0.0).to(TYPE)
     inverse = 1.0 / tl.where(ordinary, rounded, 1.0).to(TYPE)
@@ -57,7 +61,7 @@ def _abs_sum(row, sums, scale, TYPE: tl.constexpr, SUMS: tl.constexpr):
 
 @triton.jit
 def _load(address, offsets, mask, TYPE: tl.constexpr):
-    # Nothing is wanted again after this.
+    # The elements are not read again in this step, so they are the first to leave the cache.
     return tl.load(address + offsets, mask=mask, eviction_policy="evict_first").to(TYPE)
 
 
@@ -88,7 +92,7 @@ def _update_elements(
             _store(s2_at, at, s2, mask)
             _store(s3_at, at, s3, mask)
         else:
-            # A tensor without AMSGrad has no third state: none of its elements are loaded or stored.
+            # A tensor without AMSGrad has no third state tensor; the mask then excludes all elements.
             third = at < amsgrad * end if MASKED else tl.broadcast_to(amsgrad, (BLOCK,)) != 0
             s2 = tl.load(s2_at + at, mask=third, other=0.0, eviction_policy="evict_first").to(TYPE)
             p, s0, s1, s2 = adamw(p, g, s0, s1, s2, amsgrad != 0, c0, c1, c2, c3, c4, c5)
@@ -100,11 +104,11 @@ def _update_elements(
 
 @triton.jit
 def update_step(
-    limits, rows, tasks, gradients, groups, sums, numbers, clip, found_inf,
+    limits, rows, tasks, gradients, groups, sums, coefficients, clip, found_inf,
     ADAN: tl.constexpr, PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, TYPE: tl.constexpr,
     BLOCK: tl.constexpr, REST: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Do the second launch of a step: nothing if `found_inf`."""
+    """Update every chunk and count the step, or do nothing if `found_inf` is nonzero."""
     skipped = (tl.load(found_inf) != 0.0).to(tl.int32)
     tensor = tl.load(tasks + 2 * tl.program_id(0))
     chunk = tl.load(tasks + 2 * tl.program_id(0) + 1)
@@ -113,26 +117,26 @@ def update_step(
     first = chunk * chunk_elements
     count = tl.minimum(tl.load(row + t.ELEMENTS) - first, chunk_elements).to(tl.int32)
     address = tl.load(gradients + tensor)
-    # A tensor without a gradient in this step stays as it is.
+    # A tensor without a gradient in this step stays unchanged.
     count = tl.where((skipped != 0) | (address == 0), 0, count)
 
-    numbers += tensor * t.NUMBERS
-    scale = tl.load(numbers + t.NUMBERS_SCALE) * tl.load(clip)
+    coefficients += tensor * t.COEFFICIENTS
+    scale = tl.load(coefficients + t.GRADIENT_SCALE) * tl.load(clip)
     regularize = tl.load(row + t.REGULARIZE) != 0
     amsgrad = tl.load(row + t.AMSGRAD).to(tl.int32)
     total, rest, inverse, lift = _abs_sum(row, sums, scale, TYPE, SUMS)
     scale = scale.to(TYPE)
-    c0 = tl.load(numbers + 0).to(TYPE)
-    c1 = tl.load(numbers + 1).to(TYPE)
-    c2 = tl.load(numbers + 2).to(TYPE)
-    c3 = tl.load(numbers + 3).to(TYPE)
-    c4 = tl.load(numbers + 4).to(TYPE)
-    c5 = tl.load(numbers + 5).to(TYPE)
-    c6 = tl.load(numbers + 6).to(TYPE) if ADAN else c5
-    c7 = tl.load(numbers + 7).to(TYPE) if ADAN else c5
-    c8 = tl.load(numbers + 8).to(TYPE) if ADAN else c5
-    c9 = tl.load(numbers + 9).to(TYPE) if ADAN else c5
-    c10 = tl.load(numbers + 10).to(TYPE) if ADAN else c5
+    c0 = tl.load(coefficients + 0).to(TYPE)
+    c1 = tl.load(coefficients + 1).to(TYPE)
+    c2 = tl.load(coefficients + 2).to(TYPE)
+    c3 = tl.load(coefficients + 3).to(TYPE)
+    c4 = tl.load(coefficients + 4).to(TYPE)
+    c5 = tl.load(coefficients + 5).to(TYPE)
+    c6 = tl.load(coefficients + 6).to(TYPE) if ADAN else c5
+    c7 = tl.load(coefficients + 7).to(TYPE) if ADAN else c5
+    c8 = tl.load(coefficients + 8).to(TYPE) if ADAN else c5
+    c9 = tl.load(coefficients + 9).to(TYPE) if ADAN else c5
+    c10 = tl.load(coefficients + 10).to(TYPE) if ADAN else c5
 
     p = tl.load(row + t.PARAMETER).to(tl.pointer_type(PARAMETER)) + first
     g = address.to(tl.pointer_type(GRADIENT)) + first
@@ -140,8 +144,9 @@ def update_step(
     s1 = tl.load(row + t.STATE + 1).to(tl.pointer_type(PARAMETER)) + first
     s2 = tl.load(row + t.STATE + 2).to(tl.pointer_type(PARAMETER)) + first
     s3 = tl.load(row + t.STATE + 3).to(tl.pointer_type(PARAMETER)) + first
-    # What can be loaded together, and then the rest: elements of a tensor that is not aligned, and what is left over.
-    # That has fewer at a time, since each takes an address of its own.
+    # The first loop updates full blocks of aligned tensors with 16-byte accesses. The second, masked loop updates the
+    # rest: unaligned tensors and remainders. Its blocks are smaller because every element needs its own address in
+    # registers.
     together = p.to(tl.int64) | g.to(tl.int64) | s0.to(tl.int64) | s1.to(tl.int64) | s2.to(tl.int64) | s3.to(tl.int64)
     full = tl.where(together % 16 == 0, count // BLOCK * BLOCK, 0)
     _update_elements(
@@ -155,6 +160,6 @@ def update_step(
     )  # fmt: skip
     if skipped == 0:
         if (chunk == 0) & (address != 0):
-            _count_step(row, numbers)
+            _count_step(row, coefficients)
         if tl.program_id(0) == 0:
             _count_steps_of_groups(groups, tl.load(limits + 2).to(tl.int32))

@@ -29,7 +29,7 @@ TYPES = [
 ]
 # What pointers point to: all others to words of 64 bits.
 POINTERS = {"grad_scale": "*fp32", "found_inf": "*fp32"}
-FLOATS = ("groups_float", "magnitude_sums", "square_sums", "sums", "numbers", "clip")
+FLOATS = ("groups_float", "magnitude_sums", "square_sums", "sums", "coefficients", "clip")
 
 
 def source(kernel, constants):
