@@ -119,8 +119,7 @@ class CudaLaunch(DeviceLaunch):
         )
         blocks = _limit("BLOCKS", resident) * multiprocessors
         self._executor = _C.CudaExecutor(plan, executor_rows(rule, bindings), groups, self._device_index, blocks)
-        table = torch.empty(self._executor.table_bytes, dtype=torch.uint8, device="cpu")
-        self._executor.write_table(table)
+        table = torch.frombuffer(bytearray(self._executor.table()), dtype=torch.uint8)
         #: The plan's rows and tasks and the blocks' synchronization state, in device memory.
         self.table = table.to(self.device)
         self._executor.attach(self.table)

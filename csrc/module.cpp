@@ -9,7 +9,6 @@
 
 #include "cpu/executor.h"
 #include "plan.h"
-#include "python/bindings.h"
 #include "python/rows.h"
 #include "python/tensor_reader.h"
 #include "python/watch.h"
@@ -17,6 +16,10 @@
 namespace py = pybind11;
 
 namespace agr::python {
+
+void bind_cpu(py::module_& module);
+void bind_cuda(py::module_& module);
+
 namespace {
 
 // `tensors`: (elements, bytes of a gradient's element, regularize) of each.

@@ -6,7 +6,6 @@
 #include <memory>
 #include <stdexcept>
 
-#include "bindings.h"
 #include "rows.h"
 #include "watch.h"
 
@@ -33,7 +32,6 @@ public:
                 const py::sequence& counted) {
         if (groups.size() < groups_) throw std::invalid_argument("numbers are missing for some groups");
         std::vector<Group> numbers;
-        numbers.reserve(groups.size());
         for (py::handle item : groups) {
             const GroupNumbers group = group_of(item, adan_);
             if (group.lr != nullptr || group.steps != nullptr)
@@ -81,10 +79,9 @@ void bind_cpu(py::module_& m) {
     m.def("regularize", &regularize, py::arg("gradients"), py::arg("threads"));
 
     py::class_<CpuExecutor>(m, "CpuExecutor")
-        .def(py::init<const Plan&, const py::list&>(), py::arg("plan"), py::arg("tensors"))
-        .def("reduce", &CpuExecutor::reduce, py::arg("gradients"), py::arg("threads"))
-        .def("update", &CpuExecutor::update, py::arg("gradients"), py::arg("groups"), py::arg("clip"),
-             py::arg("threads"), py::arg("counted"));
+        .def(py::init<const Plan&, const py::list&>())
+        .def("reduce", &CpuExecutor::reduce)
+        .def("update", &CpuExecutor::update);
 }
 
 }  // namespace agr::python

@@ -10,7 +10,6 @@
 #include <tuple>
 #include <vector>
 
-#include "bindings.h"
 #include "rows.h"
 #include "watch.h"
 
@@ -60,20 +59,16 @@ public:
         if (rows.groups > groups_) throw std::invalid_argument("a tensor's group is not among the groups");
         adan_ = rows.adan;
         executor_ = std::make_unique<cuda::Executor>(plan, std::move(rows.tensors), groups, device, blocks, launcher());
-        table_ = executor_->table();
     }
-
-    std::size_t table_bytes() const { return table_.size(); }
 
     // How many steps were launched and uploads made: a test's proof of how few they are.
     std::tuple<std::int64_t, std::int64_t> launches() const { return {executor_->steps(), executor_->uploads()}; }
 
-    // Into the memory of a tensor on the CPU; once, since it is not kept.
-    void write_table(const py::handle& tensor) {
-        std::memcpy(in_memory(tensor, table_.size()).data(), table_.data(), table_.size());
-        table_ = {};
+    // The table as it is to lie in the memory of a tensor, which is then attached.
+    py::bytes table() const {
+        const std::vector<unsigned char> bytes = executor_->table();
+        return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
     }
-
     void attach(const py::handle& tensor) { executor_->attach(reader().read_or_throw(tensor, "table").data()); }
 
     // Whether the stream's work is being captured. `phase`: "all", "reduce" or "update".
@@ -82,26 +77,23 @@ public:
                 const py::object& found_inf, const std::string& phase, std::uintptr_t stream,
                 const py::sequence& counted) {
         std::vector<cuda::DeviceGroup> numbers;
-        numbers.reserve(groups.size());
         for (py::handle item : groups) {
             const GroupNumbers group = group_of(item, adan_);
-            cuda::DeviceGroup on_device_too{group.group, nullptr, Type::float32, nullptr, counts};
+            numbers.push_back({group.group, nullptr, Type::float32, nullptr, counts});
             if (group.lr != nullptr) {
                 const TensorView lr = one(group.lr, "lr");
-                on_device_too.lr = lr.data();
-                on_device_too.lr_type = *lr.type();
+                numbers.back().lr = lr.data();
+                numbers.back().lr_type = *lr.type();
             }
             if (group.steps != nullptr)
-                on_device_too.count = static_cast<float*>(one(group.steps, "step", Type::float32).data());
-            numbers.push_back(on_device_too);
+                numbers.back().count = static_cast<float*>(one(group.steps, "step", Type::float32).data());
         }
-        cuda::Settings settings;
-        settings.max_grad_norm = max_grad_norm;
-        settings.clip_eps = clip_eps;
-        settings.clip = static_cast<const double*>(address(clip, "clip", Type::float64));
-        settings.squares = static_cast<double*>(address(squares, "squares", Type::float64));
-        settings.grad_scale = static_cast<const float*>(address(grad_scale, "grad_scale", Type::float32));
-        settings.found_inf = static_cast<const float*>(address(found_inf, "found_inf", Type::float32));
+        const cuda::Settings settings{max_grad_norm,
+                                      clip_eps,
+                                      static_cast<const double*>(address(clip, "clip", Type::float64)),
+                                      static_cast<double*>(address(squares, "squares", Type::float64)),
+                                      static_cast<const float*>(address(grad_scale, "grad_scale", Type::float32)),
+                                      static_cast<const float*>(address(found_inf, "found_inf", Type::float32))};
         const auto which = phase == "reduce"   ? cuda::Phase::reduce
                            : phase == "update" ? cuda::Phase::update
                                                : cuda::Phase::all;
@@ -115,17 +107,9 @@ public:
 
 private:
     std::unique_ptr<cuda::Executor> executor_;
-    std::vector<unsigned char> table_;
     int device_;
     std::size_t groups_;
     bool adan_ = false;
-
-    static TensorView in_memory(const py::handle& tensor, std::size_t bytes) {
-        const TensorView view = reader().read_or_throw(tensor, "table");
-        if (view.kind.device_type != cpu_device || static_cast<std::size_t>(view.elements()) < bytes)
-            throw std::invalid_argument("a table is read and written in memory that is large enough");
-        return view;
-    }
 
     TensorView one(py::handle tensor, const char* role, std::optional<Type> type = std::nullopt) const {
         const TensorView view = on_device(tensor, role, device_type(), device_);
@@ -167,15 +151,11 @@ void bind_cuda(py::module_& m) {
     m.def("cuda_limits", &cuda_limits, py::arg("rule"), py::arg("parameter"), py::arg("gradient"), py::arg("device"));
 
     py::class_<CudaExecutor>(m, "CudaExecutor")
-        .def(py::init<const Plan&, const py::list&, int, int, int>(), py::arg("plan"), py::arg("tensors"),
-             py::arg("groups"), py::arg("device"), py::arg("blocks"))
-        .def_property_readonly("table_bytes", &CudaExecutor::table_bytes)
+        .def(py::init<const Plan&, const py::list&, int, int, int>())
         .def_property_readonly("launches", &CudaExecutor::launches)
-        .def("write_table", &CudaExecutor::write_table, py::arg("tensor"))
+        .def("table", &CudaExecutor::table)
         .def("attach", &CudaExecutor::attach, py::arg("tensor"))
-        .def("launch", &CudaExecutor::launch, py::arg("gradients"), py::arg("groups"), py::arg("counts"),
-             py::arg("max_grad_norm"), py::arg("clip_eps"), py::arg("clip"), py::arg("squares"), py::arg("grad_scale"),
-             py::arg("found_inf"), py::arg("phase"), py::arg("stream"), py::arg("counted"));
+        .def("launch", &CudaExecutor::launch);
 }
 
 }  // namespace agr::python
