@@ -1,13 +1,15 @@
 """The Triton backend without a GPU: its kernels in Triton's interpreter, on parameters in the host's memory.
 
-What is mended here of the interpreter is not so on a GPU: it cuts float32 off to bfloat16 instead of rounding it. And
-it prepares Triton's language anew for each call of a function, which takes most of its time.
+What is mended here of the interpreter is not so on a GPU: it cuts float32 off to bfloat16 instead of rounding it, and
+keeps the program that it interprets in one place for all threads. And it prepares Triton's language anew for each call
+of a function, which takes most of its time.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import threading
 from typing import Any
 
 import numpy as np
@@ -68,3 +70,12 @@ def mend() -> None:
         return Nothing()
 
     interpreter._patch_lang = prepare_once
+
+    execute = interpreter.GridExecutor.__call__
+    one_at_a_time = threading.RLock()
+
+    def execute_alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with one_at_a_time:
+            return execute(self, *args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = execute_alone
