@@ -11,7 +11,7 @@ from torch import Tensor
 from . import backends
 from .backends import choose, why_not
 from .state import StateChange, check_complete, check_no_overlap, needed_change, why_not_movable, written_tensors
-from .tensors import Binding, GradientKind, StateTensor, is_plain, is_wrapper, ordinary_mode
+from .tensors import Binding, GradientKind, StateTensor, has_memory, is_plain, is_wrapper, ordinary_mode
 
 if TYPE_CHECKING:
     from .optimizer import AGROptimizer
@@ -102,9 +102,12 @@ def _bind_without_gradient(location: _Location, previous: Binding) -> Binding | 
         binding = _bind(location, previous.parameter, previous.gradient)
         with ordinary_mode():
             change = state_change(location.optimizer, binding)
-    except RuntimeError:
+    except (RuntimeError, TypeError, AttributeError):
         return None
-    return None if change or binding.backend != previous.backend else binding
+    if change or binding.backend != previous.backend:
+        return None
+    tensors = (binding.parameter, *binding.averages, *([] if binding.count is None else [binding.count]))
+    return binding if all(map(has_memory, tensors)) else None
 
 
 def _merge(present: list[Binding], absent: list[Binding]) -> list[Binding]:

@@ -63,7 +63,8 @@ def global_norm(launches: Sequence[Launch]) -> float | Tensor:
         if isinstance(launch_squares, Tensor) and isinstance(squares, Tensor):
             squares = squares.to(launch_squares.device)
         squares = launch_squares + squares
-    norm: float | Tensor = squares**0.5
+    # Not squares**0.5 of a tensor, which is not rounded as kernels round a square root.
+    norm: float | Tensor = squares.sqrt() if isinstance(squares, Tensor) else squares**0.5
     return norm
 
 
@@ -71,6 +72,8 @@ def clip_coefficient(norm: float | Tensor, max_grad_norm: float, eps: float) -> 
     """Return min(1, max_grad_norm / (norm + eps)): a tensor if `norm` is one, and NaN if `norm` is NaN."""
     divisor = norm + eps
     if isinstance(divisor, Tensor):
-        return torch.where(divisor == 0, 1.0, max_grad_norm / divisor).clamp(max=1.0)
+        # A number divided by a tensor would be multiplied by its reciprocal, which rounds otherwise than kernels do.
+        quotients = torch.full_like(divisor, max_grad_norm).div(divisor)
+        return torch.where(divisor == 0, 1.0, quotients).clamp(max=1.0)
     quotient = max_grad_norm / divisor if divisor != 0 else 1.0
     return 1.0 if quotient > 1.0 else quotient

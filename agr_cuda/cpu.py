@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 class CpuLaunch(Launch):
     """The update of all parameters of the CPU backend, of all dtypes, in one plan."""
 
-    backend = "cpu"
-
     def __init__(self, rule: str, bindings: Sequence[Binding], clip: bool) -> None:
         super().__init__(bindings)
         _C = native()

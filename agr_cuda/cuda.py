@@ -98,7 +98,6 @@ def _limit(name: str, default: int) -> int:
 class CudaLaunch(DeviceLaunch):
     """The update, in one kernel launch, of all parameters on one device with one combination of dtypes."""
 
-    backend = "cuda"
     readable_dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
     def __init__(

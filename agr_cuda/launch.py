@@ -26,7 +26,6 @@ Hyperparameters = tuple[Any, ...]
 class Launch(ABC):
     """The update of all parameters that one backend updates together. Parameters without a gradient stay unchanged."""
 
-    backend: str
     #: A tensor in which a launch that computes the norm for clipping itself leaves the sum of the squares of all
     #: unscaled gradients; it can do so only if it has all gradients. None for a launch that does not.
     squares: Tensor | None = None

@@ -22,7 +22,7 @@ from .hooks import caller_stacklevel, exclude_from_compile, with_step_hooks
 from .options import BOOLEAN_OPTIONS, check_betas, check_flag, check_nonnegative, convert_to_builtin, number
 from .plan import StepPlan
 from .scaling import Scaling
-from .tensors import Binding, StateTensor
+from .tensors import Binding, StateTensor, is_plain
 
 #: The options that hold for the whole optimizer. They are in its `defaults` and in no parameter group.
 OPTIMIZER_OPTIONS = ("max_grad_norm", "backend")
@@ -277,7 +277,7 @@ class AGROptimizer(torch.optim.Optimizer):
 
     @property
     def backends(self) -> list[str]:
-        """The names of the backends that the last step used; empty before the first step."""
+        """The names of the backends of all parameters that steps update so far; empty before the first step."""
         return [] if self._plan is None else self._plan.backends
 
     # The step.
@@ -387,6 +387,9 @@ class AGROptimizer(torch.optim.Optimizer):
         for b in present:
             check_tensors(b.place, b.parameter, b.state, b.specs)
             check_writable(b.place, b.parameter, b.state)
+            # A parameter whose gradient no other backend took goes back to another when its gradients are plain again.
+            if not b.gradient.plain and b.parameter.grad is not None and is_plain(b.parameter.grad):
+                return False
         return not any(state_change(self, b) for b in present)
 
     def _warn_about_single_elements(self, bindings: list[Binding]) -> None:

@@ -111,11 +111,16 @@ def _second_owners(bindings: Sequence[Binding]) -> list[Tensor]:
     In PyTorch 2.13, when C code reads a tensor that has a single owner, ownership of its Python object passes from
     Python to C++ and back, which takes twice as long as the read itself. A view of the tensor is a second owner and
     avoids that. Parameters get no view: if a parameter refers to the optimizer, the garbage collector could free
-    neither of them.
+    neither of them. The views give up their memory, so that a program that moves a state tensor elsewhere frees it.
     """
-    native_bindings = [b for b in bindings if b.backend != "reference"]
+    views = []
     with ordinary_mode():
-        return [x.view_as(x) for b in native_bindings for x in (*b.averages, b.count) if x is not None]
+        for b in bindings:
+            for tensor in (*b.averages, b.count) if b.backend != "reference" else ():
+                if tensor is not None and not tensor.is_inference():
+                    views.append(tensor.view_as(tensor))
+                    views[-1].data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return views
 
 
 def _device_launches(

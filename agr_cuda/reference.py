@@ -224,8 +224,6 @@ def _rule_options(hyperparameters: tuple[Any, ...], betas: int) -> dict[str, Any
 class ReferenceLaunch(Launch):
     """The update of all parameters of the reference backend."""
 
-    backend = "reference"
-
     def __init__(self, rule: str, bindings: Sequence[Binding]) -> None:
         super().__init__(bindings)
         self.rule = rule

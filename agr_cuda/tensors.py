@@ -51,15 +51,17 @@ class GradientKind(NamedTuple):
 
     class_: type
     dtype: torch.dtype
-    #: Whether it is an ordinary tensor in a device's memory; see `is_plain`.
+    #: Whether it is a tensor in a device's memory, from which it can be copied.
     plain: bool
-    #: Whether its elements are in the same order in memory as the parameter's.
+    #: Whether its elements are in that memory with their own values, in the same order as the parameter's.
     same_layout: bool
 
     @classmethod
     def of(cls, parameter: Tensor, gradient: Tensor) -> GradientKind:
         """Return the kind of an existing gradient."""
-        return cls(type(gradient), gradient.dtype, is_plain(gradient), same_layout(parameter, gradient))
+        plain = not is_wrapper(gradient) and not gradient._is_zerotensor()
+        same = plain and not gradient.is_neg() and same_layout(parameter, gradient)
+        return cls(type(gradient), gradient.dtype, plain, same)
 
 
 @dataclass(eq=False)
@@ -137,6 +139,11 @@ def is_plain(tensor: Tensor) -> bool:
         return False
     # A zero tensor (torch._efficientzerotensor) has no memory, and the memory of a negative view holds -x.
     return not tensor._is_zerotensor() and not tensor.is_neg()
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the memory of `tensor` is there, and was not taken away to make room."""
+    return is_wrapper(tensor) or tensor.numel() == 0 or tensor.untyped_storage().nbytes() > 0
 
 
 def is_dense(tensor: Tensor) -> bool:

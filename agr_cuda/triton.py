@@ -123,7 +123,6 @@ def chunk_elements(largest: int) -> int:
 class TritonLaunch(DeviceLaunch):
     """The update, in two kernel launches, of all parameters on one device with one combination of dtypes."""
 
-    backend = "triton"
     readable_dtypes = (torch.float32, torch.float64)
 
     def __init__(

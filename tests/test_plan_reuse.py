@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import agr_cuda
 from agr_cuda.native import native
@@ -394,3 +395,118 @@ def test_a_copy_on_write_clone_of_a_parameter_keeps_its_values(make):
     for p, clone, was in zip(made, clones, before, strict=True):
         assert torch.equal(clone, was)
         assert not torch.equal(p, was)
+
+
+@pytest.mark.parametrize("freed", ["parameter", "exp_avg", "exp_avg_sq"])
+def test_a_parameter_without_gradient_may_have_lost_its_memory(make, freed):
+    given = parameters((5, 7), (11,), (3,))
+    later = given[2].grad
+    given[2].grad = None
+    optimizer = make(given)
+    optimizer.step()
+    given[0].grad = None
+    tensor = given[0] if freed == "parameter" else optimizer.state[given[0]][freed]
+    tensor.untyped_storage().resize_(0)
+    optimizer.step()
+    given[2].grad = later
+    assert replanned(optimizer)
+    assert optimizer.state[given[2]]["exp_avg"].any()
+
+
+def test_state_that_was_replaced_while_its_parameter_has_no_gradient_is_freed(make):
+    given = parameters((5, 7), (11,))
+    optimizer = make(given)
+    optimizer.step()
+    given[0].grad = None
+    replaced = weakref.ref(optimizer.state[given[0]]["exp_avg"])
+    optimizer.state[given[0]]["exp_avg"] = optimizer.state[given[0]]["exp_avg"].clone()
+    optimizer.step()
+    gc.collect()
+    assert replaced() is None
+
+
+def test_state_that_is_moved_frees_its_memory_at_once(make):
+    given = parameters((5, 7), (11,))
+    optimizer = make(given)
+    optimizer.step()
+    state = optimizer.state[given[0]]["exp_avg"]
+    memory = StorageWeakRef(state.untyped_storage())
+    state.data = state.data.clone()
+    assert memory.expired()
+
+
+def test_models_may_swap_their_tensors_between_steps(make):
+    model = torch.nn.Linear(4, 4)
+    optimizer = make(model.parameters())
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for _ in range(4):
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+        model.to(torch.float64)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
+    assert model.weight.dtype == model.weight.grad.dtype == torch.float64
+
+
+def test_a_kept_gradient_that_becomes_the_negative_of_itself_is_noticed(make):
+    results = []
+    for stands_for_its_negative in (False, True):
+        given = parameters((5, 7), (11,))
+        optimizer = make(given, lr=1e-2)
+        for _ in range(3):
+            optimizer.step()
+        for p in given:
+            p.grad.data = torch._neg_view(p.grad.data) if stands_for_its_negative else -p.grad.data
+        for _ in range(3):
+            optimizer.step()
+        assert optimizer.backends == ["cpu"]
+        results.append(given)
+    for p, q in zip(*results, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_gradient_that_no_kernel_takes_does_not_keep_kernels_away(make):
+    given = parameters((4,))
+    optimizer = make(given)
+    given[0].grad = torch._efficientzerotensor(4)
+    optimizer.step()
+    assert optimizer.backends == ["reference"]
+    given[0].grad = torch.ones(4)
+    optimizer.step()
+    assert optimizer.backends == ["cpu"]
+
+
+class WithGradientThatMayFail(torch.nn.Parameter):
+    fails = False
+
+    @property
+    def grad(self):
+        if type(self).fails:
+            raise KeyboardInterrupt
+        return self.other_grad
+
+    @grad.setter
+    def grad(self, value):
+        self.other_grad = value
+
+
+def test_a_step_after_an_interrupted_one_counts_as_a_change_of_every_parameter(make):
+    one, other = torch.nn.Parameter(torch.ones(4)), WithGradientThatMayFail(torch.ones(3))
+    one.grad, other.grad = torch.ones(4), torch.ones(3)
+    optimizer = make([one, other])
+    optimizer.step()
+    one.grad = None
+    optimizer.step()
+    one.grad = torch.ones(4)
+    WithGradientThatMayFail.fails = True
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    finally:
+        WithGradientThatMayFail.fails = False
+    before = one._version
+    optimizer.step()
+    assert one._version == before + 1

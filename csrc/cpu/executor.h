@@ -35,8 +35,6 @@ public:
     // maximize.
     void update(const void* const* gradients, const std::vector<Group>& groups, double clip, int threads);
 
-    const Plan& plan() const { return plan_; }
-
 private:
     // The synchronization between the REDUCE and UPDATE tasks of one tensor. Each has its own cache line, to avoid
     // false sharing.

@@ -117,7 +117,6 @@ bool Watch::all_fit(py::handle groups, py::handle state) {
     static PyObject* const params = interned("params");
     if (groups.ptr() != groups_ || state.ptr() != state_) return false;
     if (static_cast<std::size_t>(PyList_GET_SIZE(groups_)) != group_.size()) return false;
-    bool other_gradients = false;
     auto entry = entries_.begin();
     for (std::size_t i = 0; i < group_.size(); ++i) {
         const Group& group = group_[i];
@@ -130,28 +129,28 @@ bool Watch::all_fit(py::handle groups, py::handle state) {
         }
         if (static_cast<std::size_t>(PyList_GET_SIZE(parameters)) != group.size) return false;
         for (std::size_t j = 0; j < group.size; ++j, ++entry)
-            if (PyList_GET_ITEM(parameters, j) != entry->parameter || !parameter_fits(*entry, other_gradients))
-                return false;
+            if (PyList_GET_ITEM(parameters, j) != entry->parameter || !parameter_fits(*entry)) return false;
     }
     if (!has_items(state_, state_items_)) return false;
-    if (other_gradients) list_updated();
+    if (!updated_is_current_) list_updated();
     return true;
 }
 
-bool Watch::parameter_fits(Entry& entry, bool& other_gradients) {
+bool Watch::parameter_fits(Entry& entry) {
     static PyObject* const grad = interned("grad");
     if (entry.update == Update::by_reference) return true;
     py::object gradient = py::reinterpret_steal<py::object>(PyObject_GetAttr(entry.parameter, grad));
     if (!gradient) throw py::error_already_set();
     const bool present = !gradient.is_none();
     if (entry.update == Update::none) return !present;
-    other_gradients |= present != entry.present;
+    if (present != entry.present) updated_is_current_ = false;
     entry.present = present;
+    // Of a parameter without a gradient too, so that state that was replaced is not kept alive here.
+    if (!states_fit(entry)) return false;
     if (!present) {
         entry.table->addresses[entry.slot] = nullptr;
         return true;
     }
-    if (!states_fit(entry)) return false;
     for (std::size_t i = entry.first; i < entry.end; ++i)
         if (!fits(tensors_[i])) return false;
     if (!gradient_fits(entry, gradient.ptr())) return false;
@@ -197,34 +196,17 @@ bool Watch::gradient_fits(Entry& entry, PyObject* gradient) {
         same_layout &= sizes[i] == 1 || view.strides[i] == strides[i];
     }
     if (!same_layout && entry.staged == nullptr && view.elements() > 0) return false;
-    if (!entry.known.is(gradient, view.data())) {
-        if (is_negative_view(gradient)) return false;
-        entry.known.becomes(gradient, view.data());
-    }
+    // What is copied before the step is taken for what it stands for.
+    if (entry.staged == nullptr && is_negative_view(gradient)) return false;
     entry.table->addresses[entry.slot] = entry.staged != nullptr ? entry.staged : not_null(view.data());
     return true;
-}
-
-bool Watch::Known::is(PyObject* other, const void* at) {
-    if (other != gradient || at != data || !weak) return false;
-    if (py::reinterpret_steal<py::object>(PyObject_CallNoArgs(weak.ptr())).ptr() == other) return true;
-    replaced = true;
-    weak = py::object();
-    return false;
-}
-
-void Watch::Known::becomes(PyObject* other, const void* at) {
-    weak = py::object();
-    if (other == gradient && at == data && !replaced)
-        weak = py::reinterpret_steal<py::object>(PyWeakref_NewRef(other, nullptr));
-    gradient = other;
-    data = at;
 }
 
 void Watch::list_updated() {
     updated_ = py::list();
     for (const Entry& entry : entries_)
         if (entry.present) updated_.append(py::handle(entry.parameter));
+    updated_is_current_ = true;
 }
 
 int Watch::traverse(visitproc visit, void* arg) const {

@@ -21,7 +21,7 @@ struct GradientTable {
 // made. Whatever a program can do to them between two steps is noticed: groups or parameters added, replaced or
 // reordered; state loaded, replaced or moved; parameters moved, resized or given other memory; gradients of another
 // layout or type, and a gradient of a parameter that the plan does not update. A gradient that is missing fits the
-// plan: its address is null, and its parameter and state are not looked at.
+// plan: its address is null, and its parameter and state tensors are not read.
 //
 // Everything is read through Python's C API, DLPack's exchange interface and PyTorch's Python methods.
 class Watch {
@@ -73,18 +73,6 @@ private:
 
     enum class Update : std::uint8_t { none, by_reference, native };
 
-    // A gradient that was found not to stand for its negative, which takes longer to ask than all else. It does not
-    // become such a view while it lives and stays where it is.
-    struct Known {
-        PyObject* gradient = nullptr;  // perhaps freed by now, and another object in its place
-        const void* data = nullptr;
-        pybind11::object weak;  // a weak reference to it, made when it was seen a second time
-        bool replaced = false;  // a new gradient had the same address: weak references cost more than they save here
-
-        bool is(PyObject* other, const void* at);
-        void becomes(PyObject* other, const void* at);
-    };
-
     // A parameter of the optimizer, in the order of its groups.
     struct Entry {
         PyObject* parameter = nullptr;
@@ -98,7 +86,6 @@ private:
         PyTypeObject* gradient_class = nullptr;
         TensorView::Kind gradient_kind{};
         const void* staged = nullptr;
-        Known known;
         std::shared_ptr<GradientTable> table;
         std::size_t slot = 0;
     };
@@ -120,6 +107,7 @@ private:
     // to the optimizer.
     pybind11::list kept_;
     pybind11::list updated_;
+    bool updated_is_current_ = true;           // not where a parameter has gained or lost its gradient since
     std::vector<pybind11::object> gradients_;  // this step's, kept alive
 
     static std::vector<Item> items_of(PyObject* dictionary);
@@ -130,7 +118,7 @@ private:
     void expect(PyObject* tensor, const char* role);
     bool all_fit(pybind11::handle groups, pybind11::handle state);
     bool fits(const Expected& expected) const;
-    bool parameter_fits(Entry& entry, bool& other_gradients);
+    bool parameter_fits(Entry& entry);
     bool states_fit(Entry& entry);
     bool gradient_fits(Entry& entry, PyObject* gradient);
     void list_updated();
