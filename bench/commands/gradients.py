@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import inf
 
 import torch
@@ -129,14 +129,7 @@ def run(args: argparse.Namespace) -> int:
     judged = judge(rows) if stated_for(args.tensors, args.elements, args.dtype) else []
     if judged:
         console.print(tables.targets_table(judged))
-    document = {
-        "format": 1,
-        "machine": description,
-        "settings": {key: getattr(args, key) for key in ("tensors", "elements", "steps", "seconds", "dtype", "tag")},
-        "rows": [asdict(row) for row in rows],
-        "targets": [target.record() for target in judged],
-    }
-    path = args.out / f"gradients-{args.device.type}-{args.tag}.json"
-    documents.write(path, document)
+    settings = ("tensors", "elements", "steps", "seconds", "dtype", "tag")
+    path = documents.write_run("gradients", args, {"format": 1, "machine": description}, settings, rows, judged)
     console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
     return 0

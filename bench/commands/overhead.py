@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
 from statistics import median
 from typing import Any
@@ -245,15 +245,8 @@ def run(args: argparse.Namespace) -> int:
     judged = judge(rows, on_gpu) if stated_for(args.tensors, args.elements, args.dtype) else []
     if judged:
         console.print(tables.targets_table(judged))
-    document = {
-        "format": 3,
-        "machine": description,
-        "settings": {key: getattr(args, key) for key in ("tensors", "elements", "steps", "block", "dtype", "tag")},
-        "rehearsed": not on_gpu,
-        "rows": [asdict(row) for row in rows],
-        "targets": [target.record() for target in judged],
-    }
-    path = args.out / f"overhead-{args.device.type}-{args.tag}.json"
-    documents.write(path, document)
+    about = {"format": 3, "machine": description, "rehearsed": not on_gpu}
+    settings = ("tensors", "elements", "steps", "block", "dtype", "tag")
+    path = documents.write_run("overhead", args, about, settings, rows, judged)
     console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
     return 0

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from bench.reporting.targets import Target
 
 DIGITS = 6  # significant ones; timings repeat to two or three
 
@@ -46,3 +50,32 @@ def write(path: Path, document: Mapping[str, Any]) -> None:
     """Write a document, into a folder that is made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_laid_out(rounded(document)) + "\n")
+
+
+def write_run(
+    command: str,
+    args: argparse.Namespace,
+    about: Mapping[str, Any],
+    settings: Sequence[str],
+    rows: Sequence[Any],
+    targets: Sequence[Target],
+) -> Path:
+    """Write what a command measured into COMMAND-DEVICE-TAG.json of the output folder, and return that path.
+
+    Args:
+        command: the command's name.
+        args: its options.
+        about: the document's format, the machine, and whatever else the command says of the run.
+        settings: the names of the options to write down.
+        rows: dataclasses, one a measurement.
+        targets: what was judged.
+    """
+    document = {
+        **about,
+        "settings": {name: getattr(args, name) for name in settings},
+        "rows": [asdict(row) for row in rows],
+        "targets": [target.record() for target in targets],
+    }
+    path: Path = args.out / f"{command}-{args.device.type}-{args.tag}.json"
+    write(path, document)
+    return path
