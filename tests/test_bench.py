@@ -637,10 +637,10 @@ def tiny(folder: Path, *more: str) -> list[str]:
     return [*always, "--out", str(folder), "--tag", "tiny", *more]
 
 
-def written(folder: Path) -> dict[str, object]:
+def written(folder: Path) -> dict[str, Any]:
     """The JSON of a tiny run, having checked that a chart lies beside it."""
     assert (folder / "step-cpu-float32-tiny.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    document: dict[str, object] = json.loads((folder / "step-cpu-float32-tiny.json").read_text())
+    document: dict[str, Any] = json.loads((folder / "step-cpu-float32-tiny.json").read_text())
     return document
 
 
@@ -650,10 +650,10 @@ def test_step_writes_every_contender_and_a_chart(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Targets" in done.stdout
     document = written(tmp_path)
-    assert document["machine"]["versions"]["torch"] == torch.__version__  # type: ignore[index]
-    assert document["machine"]["threads"] == 1  # type: ignore[index]
-    assert [entry["name"] for entry in document["sets"]] == ["3x16", "2x100"]  # type: ignore[attr-defined]
-    for entry in document["sets"]:  # type: ignore[attr-defined]
+    assert document["machine"]["versions"]["torch"] == torch.__version__
+    assert document["machine"]["threads"] == 1
+    assert [entry["name"] for entry in document["sets"]] == ["3x16", "2x100"]
+    for entry in document["sets"]:
         assert entry["parameters_finite"]
         assert entry["copy"]["median"] > 0
         on_cpu = [contender.name for contender in ALL if "cpu" in contender.devices]
@@ -677,7 +677,7 @@ def test_step_writes_every_contender_and_a_chart(tmp_path: Path) -> None:
 def test_samples_that_are_asked_for_lie_beside_the_summary_and_say_the_same(tmp_path: Path) -> None:
     name = "torch-adamw-foreach"
     assert main(tiny(tmp_path, "--sets", "3x16", "--contenders", name, "--samples")) == 0
-    (rows,) = ({row["name"]: row["figures"] for row in entry["rows"]} for entry in written(tmp_path)["sets"])  # type: ignore[attr-defined]
+    (rows,) = ({row["name"]: row["figures"] for row in entry["rows"]} for entry in written(tmp_path)["sets"])
     (found,) = json.loads((tmp_path / "step-cpu-float32-tiny.samples.json").read_text())["sets"]
     (batch,) = found["batches"]
     steps = {entry["contender"]: [step for step, _ in entry["samples"]] for entry in batch}
@@ -720,7 +720,7 @@ def test_a_missing_peer_gets_a_row_that_names_its_package(
 ) -> None:
     monkeypatch.setitem(sys.modules, "optimi", None)
     assert main(tiny(tmp_path, "--sets", "3x16", "--contenders", "optimi-adan", "torch-adamw-foreach")) == 0
-    rows = {row["name"]: row for row in written(tmp_path)["sets"][0]["rows"]}  # type: ignore[index]
+    rows = {row["name"]: row for row in written(tmp_path)["sets"][0]["rows"]}
     assert rows["optimi-adan"]["status"] == "not installed"
     assert "pip install torch-optimi" in rows["optimi-adan"]["reason"]
     assert rows["torch-adamw-foreach"]["status"] == rows[YARDSTICK]["status"] == "measured"
@@ -736,7 +736,7 @@ def test_a_missing_backend_gets_a_row_that_says_why_and_fails_nothing(
     here = dataclasses.replace(BY_NAME[name], devices=("cpu",))
     monkeypatch.setattr(contenders, "ALL", (BY_NAME[YARDSTICK], here))
     assert main(tiny(tmp_path, "--sets", "3x16", "--contenders", name)) == 0
-    rows = {row["name"]: row for row in written(tmp_path)["sets"][0]["rows"]}  # type: ignore[index]
+    rows = {row["name"]: row for row in written(tmp_path)["sets"][0]["rows"]}
     assert (rows[name]["status"], rows[name]["reason"]) == ("not available", "no triton backend: triton is elsewhere")
     assert "agr_cuda AdamW, Triton: no triton backend: triton is elsewhere" in capsys.readouterr().out
 
@@ -752,7 +752,7 @@ def test_a_failing_contender_gets_a_row_with_its_error_and_exit_code_1(
     broken = dataclasses.replace(BY_NAME[name], build=fail)
     monkeypatch.setattr(contenders, "ALL", (BY_NAME[YARDSTICK], broken))
     assert main(tiny(tmp_path, "--sets", "3x16", "--contenders", name)) == 1
-    rows = {row["name"]: row for row in written(tmp_path)["sets"][0]["rows"]}  # type: ignore[index]
+    rows = {row["name"]: row for row in written(tmp_path)["sets"][0]["rows"]}
     assert rows[name]["status"] == "failed"
     assert rows[name]["reason"] == "RuntimeError: out of order"
     assert rows[YARDSTICK]["status"] == "measured"
