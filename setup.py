@@ -35,7 +35,7 @@ CSRC = ROOT / "csrc"
 CORE = ["plan.cpp", "cpu/executor.cpp", "cpu/pool.cpp", "cpu/instruction_set.cpp", "cuda/executor.cpp"]
 PYTHON = [
     "module.cpp",
-    *("python/tensor_reader.cpp", "python/watch.cpp", "python/rows.cpp"),
+    *("python/tensor_reader.cpp", "python/watch.cpp", "python/gradient_watch.cpp", "python/rows.cpp"),
     *("python/cpu_executor.cpp", "python/cuda_executor.cpp"),
 ]
 

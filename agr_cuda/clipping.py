@@ -28,9 +28,9 @@ class Clipping:
     squares: Tensor | None = None
 
     @property
-    def in_launch(self) -> bool:
-        """Whether the step's only launch computes the norm itself."""
-        return self.coefficient is None
+    def reduced(self) -> bool:
+        """Whether every launch has reduced its gradients, so that only updates are left."""
+        return self.norm is not None
 
     def measured_norm(self) -> Tensor | None:
         """Return the norm as a float64 tensor, or None if clipping is off."""
@@ -43,9 +43,15 @@ class Clipping:
 
 
 def prepare_clipping(launches: Sequence[Launch], max_grad_norm: float, eps: float) -> Clipping:
-    """Return how a step clips. Unless its only launch computes the norm itself, this first reduces all gradients."""
-    if not max_grad_norm:
-        return Clipping()
+    """Return how a step clips, which it does unless `max_grad_norm` is 0; see `clip_by_norm`."""
+    return clip_by_norm(launches, max_grad_norm, eps) if max_grad_norm else Clipping()
+
+
+def clip_by_norm(launches: Sequence[Launch], max_grad_norm: float, eps: float) -> Clipping:
+    """Return how to clip to a norm of `max_grad_norm`.
+
+    Unless a single launch computes the norm itself, this first reduces all gradients.
+    """
     if len(launches) == 1 and launches[0].squares is not None:
         return Clipping(max_grad_norm, eps, None, squares=launches[0].squares)
     norm = global_norm(launches)

@@ -131,12 +131,12 @@ class CudaLaunch(DeviceLaunch):
 
     def update(self, clipping: Clipping, counted: Sequence[dict[str, Any]]) -> None:
         """Update and count the step in one native call, which no signal handler can interrupt; see Launch.update."""
-        if clipping.in_launch or not clipping.max_grad_norm:
-            self._launch("all", self.counts, clipping.max_grad_norm, clipping.eps, counted=counted)
-        else:
+        if clipping.reduced:
             assert isinstance(clipping.coefficient, Tensor)
             clip = clipping.coefficient.to(self.device, torch.float64)
             self._launch("update", self.counts, clip=clip, counted=counted)
+        else:
+            self._launch("all", self.counts, clipping.max_grad_norm, clipping.eps, counted=counted)
 
     def _launch(
         self,

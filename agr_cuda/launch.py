@@ -79,6 +79,15 @@ def move_hyperparameter(value: Any, device: torch.device, readable_dtypes: Seque
     return value.detach().to(device=device, dtype=dtype, non_blocking=True)
 
 
+def capturing_on(device: torch.device) -> bool:
+    """Whether the current stream of a device is being captured into a graph."""
+    module: Any = None if device.type == "cpu" else torch.get_device_module(device)
+    if not hasattr(module, "is_current_stream_capturing"):
+        return False
+    with module.device(device):
+        return bool(module.is_current_stream_capturing())
+
+
 _NULL_CONTEXT = nullcontext()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,8 @@ class StepPlan:
         self.staged = [b for b in bindings if b.staged is not None]
         reference = [ReferenceLaunch(rule, self.reference_bindings)] if self.reference_bindings else []
         #: The launches on GPUs: one for each combination of dtypes on each device.
-        self.device_launches = _device_launches(rule, bindings, groups, clip)
+        sizes = [parameter.numel() for group in groups for parameter in group["params"]]
+        self.device_launches = device_launches(DEVICE_LAUNCH_CLASSES, rule, bindings, len(groups), sizes, clip)
         on_cpu = [b for b in bindings if b.backend == "cpu"]
         cpu = [CpuLaunch(rule, on_cpu, clip)] if on_cpu else []
         #: All launches, in the order of a step. The last one counts the step; a native launch does so in the same call
@@ -123,20 +124,33 @@ def _second_owners(bindings: Sequence[Binding]) -> list[Tensor]:
     return views
 
 
-def _device_launches(
-    rule: str, bindings: Sequence[Binding], groups: list[dict[str, Any]], clip: bool
+def device_launches(
+    classes: Mapping[str, Callable[..., DeviceLaunch]],
+    rule: str,
+    bindings: Sequence[Binding],
+    groups: int,
+    sizes: Sequence[int],
+    clip: bool,
 ) -> list[DeviceLaunch]:
+    """Return a launch for each GPU backend, device and combination of dtypes among the bindings.
+
+    Args:
+        classes: the launch class of each GPU backend.
+        rule: the update rule's name in the native core.
+        bindings: the bindings, of all backends.
+        groups: the number of parameter groups.
+        sizes: the numbers of elements of all parameters, bound or not, by their indices.
+        clip: whether to clip by the global norm.
+    """
     by_types = defaultdict(list)
     for b in bindings:
-        if b.backend in DEVICE_LAUNCH_CLASSES:
+        if b.backend in classes:
             by_types[b.backend, b.parameter.device, b.parameter.dtype, b.gradient.dtype].append(b)
     # This order does not depend on which parameters have gradients, so the partial norms are always added up in it.
     keys = sorted(by_types, key=str)
     # The last launch on each device increments the groups' step counts there.
     last_key = {key[1]: key for key in keys}
-    sizes = [parameter.numel() for group in groups for parameter in group["params"]]
     with ordinary_mode():
         return [
-            DEVICE_LAUNCH_CLASSES[key[0]](rule, by_types[key], len(groups), sizes, clip, counts=last_key[key[1]] == key)
-            for key in keys
+            classes[key[0]](rule, by_types[key], groups, sizes, clip, counts=last_key[key[1]] == key) for key in keys
         ]

@@ -10,7 +10,7 @@ Sources: AGR is from arXiv 2407.16944, AdamW from arXiv 1711.05101, Adan from ar
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +42,19 @@ def psi(g: Tensor) -> Tensor:
     total = magnitude.sum()
     total = torch.where(total == 0, torch.ones_like(total), total)
     return g * (1 - magnitude / total)
+
+
+def sum_of_squares(g: Tensor) -> Tensor:
+    """Return the sum of |g|^2 over all elements, of shape (), in float64 if the device supports it.
+
+    Squares of large gradients exceed float32.
+    """
+    magnitude = g.abs()
+    wide = compute_dtype(magnitude.dtype) if magnitude.device.type == "mps" else torch.float64
+    squares = magnitude.to(wide).square().sum()
+    # The sum of a DTensor is a DTensor on the same mesh. As a full tensor it can be added to any other sum.
+    full: Tensor = squares.full_tensor() if hasattr(squares, "full_tensor") else squares
+    return full
 
 
 #: Denormal averages are set to 0 in every step whose number is a multiple of this; as in csrc/cpu/executor.cpp.
@@ -248,12 +261,7 @@ class ReferenceLaunch(Launch):
                 continue
             differentiable = bool(self._groups[binding.group].get("differentiable", False))
             with torch.set_grad_enabled(differentiable):
-                magnitude = (grad if differentiable else grad.detach()).abs()
-                # In float64 if the device supports it, because squares of large gradients exceed float32.
-                wide = compute_dtype(magnitude.dtype) if magnitude.device.type == "mps" else torch.float64
-                squares = magnitude.to(wide).square().sum()
-                # The sum of a DTensor is a DTensor on the same mesh. As a full tensor it can be added to any other sum.
-                squares = squares.full_tensor() if hasattr(squares, "full_tensor") else squares
+                squares = sum_of_squares(grad if differentiable else grad.detach())
                 total = squares if isinstance(total, float) else total + squares.to(total.device)
         return total if self._scaling.grad_scale is None else total / self._scaling.factor() ** 2
 
@@ -354,8 +362,45 @@ class ReferenceLaunch(Launch):
                 torch._foreach_copy_(column, values)
 
 
-def regularize(gradients: Iterable[Tensor]) -> None:
-    """Replace each gradient by its psi, in place."""
-    with torch.no_grad():
-        for gradient in gradients:
-            gradient.copy_(psi(gradient))
+class ReferenceGradientLaunch(Launch):
+    """The regularization, in place, of gradients that no other backend takes; see agr_cuda/gradient_plan.py."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        #: The gradients of this call.
+        self.given: Sequence[Tensor] = ()
+        self._scaling = Scaling(None, None)
+
+    def prepare(
+        self, groups: Sequence[dict[str, Any]], hyperparameters: Sequence[Hyperparameters], scaling: Scaling
+    ) -> None:
+        """Take the scale and the overflow flag; see Launch.prepare."""
+        self._scaling = scaling
+
+    @torch.no_grad()
+    def square_sum(self) -> Number:
+        """Return the sum of squares as a tensor, so that the host does not wait for it; see Launch.square_sum."""
+        total: Number = 0.0
+        for gradient in self.given:
+            squares = sum_of_squares(gradient)
+            total = squares if isinstance(total, float) else total + squares.to(total.device)
+        if isinstance(total, float):
+            return total
+        grad_scale, _ = self._scaling.to(total.device)
+        return total if grad_scale is None else total / grad_scale.reshape(()).to(total.dtype) ** 2
+
+    @torch.no_grad()
+    def update(self, clipping: Clipping, counted: Sequence[dict[str, Any]]) -> None:
+        """Replace every gradient; see Launch.update. The host waits for nothing."""
+        assert clipping.coefficient is not None
+        for gradient in self.given:
+            clip = clipping.coefficient
+            clip = clip.to(gradient.device) if isinstance(clip, Tensor) else clip
+            grad_scale, found_inf = self._scaling.to(gradient.device)
+            g = gradient.to(compute_dtype(gradient.dtype)) * clip
+            if grad_scale is not None:
+                g = g / grad_scale.reshape(())
+            g = psi(g)
+            if found_inf is not None:
+                g = torch.where(found_inf.reshape(()) != 0, gradient.to(g.dtype), g)
+            gradient.copy_(g)

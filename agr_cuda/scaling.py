@@ -16,7 +16,7 @@ class Scaling:
     """The values that torch.amp.GradScaler has set for one step; None where it has not set them."""
 
     #: The factor by which the gradients are multiplied; the step divides by it.
-    grad_scale: Tensor | None
+    grad_scale: Tensor | float | None
     #: Nonzero if a gradient is inf or NaN; the step is skipped then.
     found_inf: Tensor | None
 
@@ -47,7 +47,9 @@ def _as_tensor(value: Any) -> Tensor | None:
     return torch.tensor(float(value), dtype=torch.float32, device="cpu")
 
 
-def _move(value: Tensor | None, device: torch.device) -> Tensor | None:
+def _move(value: Tensor | float | None, device: torch.device) -> Tensor | None:
+    if isinstance(value, float):  # filled in on the device, which needs no copy from the host
+        return torch.full((), value, dtype=torch.float32, device=device)
     if value is None or (value.device == device and value.dtype == torch.float32):
         return value
     return value.to(device=device, dtype=torch.float32, non_blocking=True)

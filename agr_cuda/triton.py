@@ -124,6 +124,8 @@ class TritonLaunch(DeviceLaunch):
     """The update, in two kernel launches, of all parameters on one device with one combination of dtypes."""
 
     readable_dtypes = (torch.float32, torch.float64)
+    #: Whether the first launch computes coefficients of an update rule, from the numbers of groups.
+    computes_coefficients = True
 
     def __init__(
         self, rule: str, bindings: Sequence[Binding], groups: int, sizes: Sequence[int], clip: bool, counts: bool
@@ -139,7 +141,7 @@ class TritonLaunch(DeviceLaunch):
         nvidia = self.device.type != "xpu" and torch.version.hip is None
         self._options = compiler_options(first.parameter.dtype, nvidia)
         self._make_tables(groups, sizes)
-        self._make_step_buffer(triton_kernels.GROUP * groups)
+        self._make_step_buffer(triton_kernels.GROUP * groups if self.computes_coefficients else 0)
         self._compile()
 
     def _make_tables(self, groups: int, sizes: Sequence[int]) -> None:
@@ -154,10 +156,11 @@ class TritonLaunch(DeviceLaunch):
         # An empty tensor has no chunk, but its step is counted, so it gets a task.
         update_tasks += [(i, 0) for i, b in enumerate(bindings) if b.parameter.numel() == 0]
         #: The number of programs of each launch. The first launch begins with those that compute coefficients.
-        self._reduce_programs = -(-len(bindings) // TENSORS) + len(reduce_tasks)
+        computed = len(bindings) if self.computes_coefficients else 0
+        self._reduce_programs = -(-computed // TENSORS) + len(reduce_tasks)
         self._update_programs = len(update_tasks)
         like: dict[str, Any] = {"device": self.device}
-        self._limits = torch.tensor([len(bindings), chunk, groups], dtype=torch.int64, **like)
+        self._limits = torch.tensor([computed, chunk, groups], dtype=torch.int64, **like)
         first_chunks = [0, *accumulate(-(-size // chunk) for size in sizes)]
         rows = _rows(bindings, chunk, first_chunks, self._kernels.ROW)
         self._rows = torch.tensor(rows, dtype=torch.int64, **like)
@@ -166,7 +169,7 @@ class TritonLaunch(DeviceLaunch):
         #: The abs-sum and the sum of squares of every chunk of every parameter's gradient.
         chunks = first_chunks[-1]
         self._magnitudes, self._squares = torch.zeros(2, chunks + chunks % 2, dtype=torch.float64, **like)
-        self._coefficients = torch.zeros(len(bindings), self._kernels.COEFFICIENTS, dtype=torch.float64, **like)
+        self._coefficients = torch.zeros(computed, self._kernels.COEFFICIENTS, dtype=torch.float64, **like)
         #: Neutral values, passed to the kernels in place of a clipping coefficient, gradient scale or overflow flag.
         self._no_clip = torch.ones((), dtype=torch.float64, **like)
         self._no_scale = torch.ones((), dtype=torch.float32, **like)
@@ -200,7 +203,7 @@ class TritonLaunch(DeviceLaunch):
         self._switch_stream()
         with self._current_device():
             clip = None
-            if clipping.max_grad_norm:
+            if clipping.reduced:
                 assert isinstance(clipping.coefficient, Tensor)
                 clip = clipping.coefficient.to(self.device, torch.float64)
             else:

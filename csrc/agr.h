@@ -49,8 +49,8 @@ AGR_INLINE V regularized(V g, const AbsSum<T>& s) {
     return g * (factor > T(1) ? V{} + T(1) : factor);
 }
 
-// An update rule that stores the regularized gradient in the parameter and has no state. With the gradient itself as
-// the "parameter", it regularizes the gradient in place.
+// An update rule that stores the regularized gradient in the parameter and has no state. Executors take the gradient
+// itself for its parameter, so that it regularizes the gradient in place.
 struct Regularize {
     template <class T>
     struct Coefficients {};

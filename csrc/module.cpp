@@ -9,6 +9,7 @@
 
 #include "cpu/executor.h"
 #include "plan.h"
+#include "python/gradient_watch.h"
 #include "python/rows.h"
 #include "python/tensor_reader.h"
 #include "python/watch.h"
@@ -107,6 +108,15 @@ PYBIND11_MODULE(_C, m) {
         .def("unchanged", &Watch::unchanged, py::arg("groups"), py::arg("state"))
         .def_property_readonly("updated", &Watch::updated)
         .def("release", &Watch::release);
+
+    py::class_<GradientWatch>(m, "GradientWatch")
+        .def(py::init<std::size_t>(), py::arg("parameters"))
+        .def("add", &GradientWatch::add, py::arg("index"), py::arg("table"), py::arg("slot"), py::arg("gradient"))
+        .def("add_as_in", &GradientWatch::add_as_in, py::arg("other"), py::arg("index"), py::arg("table"),
+             py::arg("slot"))
+        .def("add_shared", &GradientWatch::add_shared, py::arg("index"), py::arg("first"))
+        .def("add_by_reference", &GradientWatch::add_by_reference, py::arg("index"))
+        .def("read", &GradientWatch::read, py::arg("parameters"));
 
     bind_cpu(m);
     bind_cuda(m);

@@ -1,6 +1,7 @@
 """The Triton executor of a plan, installed as agr_cuda.triton_kernels. Imports triton.
 
-Two launches update all tensors of all groups in a step: `reduce_step`, then `update_step`.
+Two launches update all tensors of all groups in a step: `reduce_step`, then `update_step`. To regularize gradients in
+place, `regularize_step` takes the place of the second.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import triton.language as tl
 
 from . import tables
 from .reduce import reduce_step
+from .regularize import regularize_step
 from .update import update_step
 
-__all__ = ["GROUP", "NUMBERS", "ROW", "constants", "reduce_step", "update_step"]
+__all__ = ["COEFFICIENTS", "GROUP", "ROW", "constants", "reduce_step", "regularize_step", "update_step"]
 
 #: The 64-bit words of a row: in the tensor table, in the table of coefficients, and in the groups' table.
 ROW, COEFFICIENTS, GROUP = tables.ROW.value, tables.COEFFICIENTS.value, tables.GROUP.value

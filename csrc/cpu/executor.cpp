@@ -99,7 +99,7 @@ void Executor::compute_coefficients(const void* const* gradients, const std::vec
             if (tensor.rule == Rule::adan)
                 coefficients.adan = {AdanCoefficients<float>::of(group.adan, t),
                                      AdanCoefficients<double>::of(group.adan, t)};
-            else
+            else if (tensor.rule != Rule::regularize)
                 coefficients.adamw = {AdamWCoefficients<float>::of(group.adamw, t),
                                       AdamWCoefficients<double>::of(group.adamw, t)};
             coefficients_.push_back(coefficients);
@@ -136,6 +136,7 @@ void Executor::run_task(const Task& task, const void* gradient) {
     if (missing && task.kind != TaskKind::reduce) return;
     Span whole = tensor.span;
     whole.gradient = gradient;
+    if (tensor.rule == Rule::regularize) whole.parameter = const_cast<void*>(gradient);  // changed in place
     const std::int64_t elements = missing ? 0 : task.elements;
     const Span chunk =
         whole.part(tensor.types, states_of(tensor.rule), task.chunk * plan_.limits.chunk_elements, elements);

@@ -19,7 +19,7 @@ public:
     CpuExecutor(const Plan& plan, const py::list& tensors) {
         Rows rows = rows_of(tensors, cpu_device);
         groups_ = rows.groups;
-        adan_ = rows.adan;
+        rule_ = rows.rule;
         executor_ = std::make_unique<cpu::Executor>(plan, std::move(rows.tensors));
     }
 
@@ -33,7 +33,7 @@ public:
         if (groups.size() < groups_) throw std::invalid_argument("numbers are missing for some groups");
         std::vector<Group> numbers;
         for (py::handle item : groups) {
-            const GroupNumbers group = group_of(item, adan_);
+            const GroupNumbers group = group_of(item, rule_);
             if (group.lr != nullptr || group.steps != nullptr)
                 throw std::invalid_argument("a group has numbers, not tensors, on a CPU");
             numbers.push_back(group.group);
@@ -48,35 +48,13 @@ public:
 private:
     std::unique_ptr<cpu::Executor> executor_;
     std::size_t groups_ = 0;  // that tensors refer to
-    bool adan_ = false;
+    Rule rule_ = Rule::adamw;
 };
-
-// psi of each gradient, in place. Each is dense: its elements fill the memory that they lie in.
-void regularize(const py::list& gradients, int threads) {
-    std::vector<Tensor> tensors;
-    std::vector<Plan::Tensor> planned;
-    std::vector<const void*> addresses;
-    for (py::handle item : gradients) {
-        const TensorView gradient = on_device(item, "gradient", cpu_device);
-        Tensor tensor{};
-        tensor.rule = Rule::regularize;
-        tensor.types = {*gradient.type(), *gradient.type(), *gradient.type()};
-        tensor.span.parameter = gradient.data();
-        tensor.span.elements = gradient.elements();
-        tensors.push_back(tensor);
-        planned.push_back({tensor.span.elements, bytes_of(*gradient.type()), true});
-        addresses.push_back(gradient.data());
-    }
-    py::gil_scoped_release unlocked;
-    cpu::Executor executor(Plan(std::move(planned), cpu::default_limits(false)), std::move(tensors));
-    executor.update(addresses.data(), {{{}, {}, 0, 1}}, 1, threads);
-}
 
 }  // namespace
 
 void bind_cpu(py::module_& m) {
     m.def("instruction_set", [] { return std::string(cpu::instruction_set().name); });
-    m.def("regularize", &regularize, py::arg("gradients"), py::arg("threads"));
 
     py::class_<CpuExecutor>(m, "CpuExecutor")
         .def(py::init<const Plan&, const py::list&>())

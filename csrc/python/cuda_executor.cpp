@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "rows.h"
@@ -57,7 +58,7 @@ public:
         : device_(device), groups_(static_cast<std::size_t>(groups)) {
         Rows rows = rows_of(tensors, device_type(), device);
         if (rows.groups > groups_) throw std::invalid_argument("a tensor's group is not among the groups");
-        adan_ = rows.adan;
+        rule_ = rows.rule;
         executor_ = std::make_unique<cuda::Executor>(plan, std::move(rows.tensors), groups, device, blocks, launcher());
     }
 
@@ -78,7 +79,7 @@ public:
                 const py::sequence& counted) {
         std::vector<cuda::DeviceGroup> numbers;
         for (py::handle item : groups) {
-            const GroupNumbers group = group_of(item, adan_);
+            const GroupNumbers group = group_of(item, rule_);
             numbers.push_back({group.group, nullptr, Type::float32, nullptr, counts});
             if (group.lr != nullptr) {
                 const TensorView lr = one(group.lr, "lr");
@@ -109,7 +110,7 @@ private:
     std::unique_ptr<cuda::Executor> executor_;
     int device_;
     std::size_t groups_;
-    bool adan_ = false;
+    Rule rule_ = Rule::adamw;
 
     TensorView one(py::handle tensor, const char* role, std::optional<Type> type = std::nullopt) const {
         const TensorView view = on_device(tensor, role, device_type(), device_);
@@ -123,6 +124,12 @@ private:
     }
 };
 
+// Whether there are kernels of a family "regularize".
+template <class Family, class = void>
+struct Regularizes : std::false_type {};
+template <class Family>
+struct Regularizes<Family, std::void_t<decltype(Family::regularize)>> : std::true_type {};
+
 // (chunk_elements, window_bytes, lead_bytes, blocks of a multiprocessor, multiprocessors) of a launch for tensors of
 // types that are called so.
 std::tuple<std::int64_t, std::int64_t, std::int64_t, int, int> cuda_limits(const std::string& rule,
@@ -130,7 +137,7 @@ std::tuple<std::int64_t, std::int64_t, std::int64_t, int, int> cuda_limits(const
                                                                            const std::string& gradient, int device) {
     const Type type = type_named(parameter);
     const Types types{type, type_named(gradient), type};
-    const cuda::Kernel kernel{rule == "adan" ? cuda::Family::adan : cuda::Family::adamw, types};
+    const cuda::Kernel kernel{cuda::family_of(rule_named(rule)), types};
     const cuda::Launcher::Device properties = launcher().device(device);
     const int resident = launcher().resident_blocks(kernel, device);
     const Plan::Limits limits = cuda::default_limits(types, properties, resident, false);
@@ -147,6 +154,7 @@ void bind_cuda(py::module_& m) {
 #endif
     m.attr("left_out") = AGR_LEFT_OUT;
     use_launcher(py::none());
+    m.attr("cuda_regularizes") = Regularizes<cuda::Family>::value;
     m.def("use_launcher", &use_launcher, py::arg("which"));
     m.def("cuda_limits", &cuda_limits, py::arg("rule"), py::arg("parameter"), py::arg("gradient"), py::arg("device"));
 

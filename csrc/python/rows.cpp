@@ -6,16 +6,15 @@
 namespace py = pybind11;
 
 namespace agr::python {
-namespace {
 
 Rule rule_named(const std::string& name) {
     if (name == "adamw") return Rule::adamw;
     if (name == "adamw_amsgrad") return Rule::adamw_amsgrad;
     if (name == "adan") return Rule::adan;
-    throw std::invalid_argument("no rule is called '" + name + "'; there are adamw, adamw_amsgrad and adan");
+    if (name == "regularize") return Rule::regularize;
+    throw std::invalid_argument("no rule is called '" + name +
+                                "'; there are adamw, adamw_amsgrad, adan and regularize");
 }
-
-}  // namespace
 
 TensorView on_device(py::handle tensor, const char* role, DeviceType type, std::int32_t index) {
     const TensorView view = reader().read_or_throw(tensor, role);
@@ -40,6 +39,7 @@ Rows rows_of(const py::list& tensors, DeviceType type, std::int32_t index) {
         tensor.span.elements = parameter.elements();
         tensor.types.parameter = *parameter.type();
         tensor.types.gradient = type_named(py::cast<std::string>(row[4]));
+        tensor.types.state = tensor.types.parameter;  // for a rule without state
         const auto states = py::cast<py::tuple>(row[5]);
         if (static_cast<int>(states.size()) != states_of(tensor.rule))
             throw std::invalid_argument("a rule was given the wrong number of state tensors");
@@ -56,28 +56,30 @@ Rows rows_of(const py::list& tensors, DeviceType type, std::int32_t index) {
                 throw std::invalid_argument("a step count is one float32");
             tensor.step = static_cast<float*>(step.data());
         }
-        rows.adan = tensor.rule == Rule::adan;
+        rows.rule = tensor.rule;
         rows.tensors.push_back(tensor);
     }
     return rows;
 }
 
-GroupNumbers group_of(py::handle item, bool adan) {
+GroupNumbers group_of(py::handle item, Rule rule) {
     const auto tuple = py::cast<py::tuple>(item);
-    const std::size_t size = adan ? 9 : 6;
+    const std::size_t size = rule == Rule::adan ? 9 : rule == Rule::regularize ? 1 : 6;
     if (tuple.size() != size) throw std::invalid_argument("a group has " + std::to_string(size) + " numbers");
     GroupNumbers numbers;
     double x[9] = {};
     for (std::size_t i = 0; i < size; ++i) {
         PyObject* value = PyTuple_GET_ITEM(tuple.ptr(), i);
-        if (!PyFloat_Check(value) && !PyLong_Check(value) && (i == 0 || i == 8)) {
+        if (!PyFloat_Check(value) && !PyLong_Check(value) && rule != Rule::regularize && (i == 0 || i == 8)) {
             (i == 0 ? numbers.lr : numbers.steps) = value;
             continue;
         }
         x[i] = PyFloat_AsDouble(value);
         if (x[i] == -1 && PyErr_Occurred()) throw py::error_already_set();
     }
-    if (adan)
+    if (rule == Rule::regularize)
+        numbers.group = {{}, {}, 0, x[0]};
+    else if (rule == Rule::adan)
         numbers.group = {{}, {x[0], x[1], x[2], x[3], x[4], x[5], x[6]}, x[8] + 1, x[7]};
     else
         numbers.group = {{x[0], x[1], x[2], x[3], x[4]}, {}, 0, x[5]};

@@ -18,22 +18,26 @@ TensorView on_device(pybind11::handle tensor, const char* role, DeviceType type,
 struct Rows {
     std::vector<Tensor> tensors;
     std::size_t groups = 0;  // that tensors refer to
-    bool adan = false;
+    Rule rule = Rule::adamw;  // with or without AMSGrad where it is AdamW's: its groups have the same numbers
 };
 
+// The rule that Python calls so ("adamw", ...). Throws std::invalid_argument for any other name.
+Rule rule_named(const std::string& name);
+
 // `tensors`: (rule, group, index, parameter, name of the gradient's type, states, step or None) of each. Python keeps
-// them alive, and the Watch notices when they move.
+// them alive, and the Watch notices when they move. Of "regularize" the parameter's address is not used: it is the
+// gradient that is changed.
 Rows rows_of(const pybind11::list& tensors, DeviceType type, std::int32_t index = 0);
 
 // `groups`: for AdamW (lr, beta1, beta2, eps, weight_decay, sign), for Adan (lr, beta1, beta2, beta3, eps,
-// weight_decay, no_prox, sign, steps made). Where a tensor stands for lr or the steps, its place is given back instead
+// weight_decay, no_prox, sign, steps made), for "regularize" (sign). Where a tensor stands for lr or the steps, its place is given back instead
 // of a number.
 struct GroupNumbers {
     Group group{};
     PyObject* lr = nullptr;
     PyObject* steps = nullptr;
 };
-GroupNumbers group_of(pybind11::handle tuple, bool adan);
+GroupNumbers group_of(pybind11::handle tuple, Rule rule);
 
 // Raises "step" of each of these dictionaries, which are Adan's groups whose step count is a number. The native call
 // that makes a step does this too, since no signal handler can come between the two there.

@@ -134,6 +134,18 @@ bool TensorReader::read_by_methods(PyObject* tensor, TensorView& view) {
     return PyErr_Occurred() == nullptr;
 }
 
+bool is_negative_view(PyObject* tensor) {
+    static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+    py::object answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, is_neg));
+    if (!answer) throw py::error_already_set();
+    return answer.ptr() == Py_True;
+}
+
+const void* not_null(const void* data) {
+    static const char nothing = 0;
+    return data != nullptr ? data : &nothing;
+}
+
 TensorReader& reader() {
     static TensorReader* only = new TensorReader;
     return *only;

@@ -79,6 +79,12 @@ private:
     bool read_by_methods(PyObject* tensor, TensorView& view);
 };
 
+// Whether a tensor is a view that stands for its negative, which no description tells.
+bool is_negative_view(PyObject* tensor);
+
+// The address of a tensor without elements may be null, which in a GradientTable stands for a missing gradient.
+const void* not_null(const void* data);
+
 // The one reader; made when it is first asked for, since that imports torch. Needs the GIL.
 TensorReader& reader();
 

@@ -10,20 +10,6 @@ namespace {
 
 PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
 
-// Whether a tensor is a view that stands for its negative, which no description tells.
-bool is_negative_view(PyObject* tensor) {
-    static PyObject* const is_neg = interned("is_neg");
-    py::object answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, is_neg));
-    if (!answer) throw py::error_already_set();
-    return answer.ptr() == Py_True;
-}
-
-// The address of a tensor without elements may be null, which in a table stands for a missing gradient.
-const void* not_null(const void* data) {
-    static const char nothing = 0;
-    return data != nullptr ? data : &nothing;
-}
-
 }  // namespace
 
 std::vector<Watch::Item> Watch::items_of(PyObject* dictionary) {

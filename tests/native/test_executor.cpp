@@ -146,7 +146,6 @@ void test_regularize() {
         agr::Tensor row{};
         row.rule = Rule::regularize;
         row.types = {type, type, type};
-        row.span.parameter = gradient.data();
         row.span.elements = 1003;
         cpu::Executor executor(Plan({{1003, bytes_of(type), true}}, {100, 1000, 0, false}), {row});
         const void* address = gradient.data();

@@ -1,0 +1,35 @@
+"""The launch by which the Triton backend regularizes gradients in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .launch import Hyperparameters
+from .scaling import Scaling
+from .triton import REST, SUMS, TritonLaunch
+
+
+class TritonGradientLaunch(TritonLaunch):
+    """The regularization, in two kernel launches, of all gradients on one device with one dtype.
+
+    The first launch is that of AdamW, without the programs that compute coefficients for update rules: there are none.
+    """
+
+    computes_coefficients = False
+
+    def _update(self, clip: Tensor | None, scaling: Scaling, warmup: bool = False) -> None:
+        grad_scale, found_inf = scaling.to(self.device)
+        constants = {key: self._constants[key] for key in ("GRADIENT", "TYPE")}
+        self._kernels.regularize_step.run(
+            self._limits, self._rows, self._update_tasks, self._addresses, self._magnitudes,
+            self._no_clip if clip is None else clip,
+            self._no_scale if grad_scale is None else grad_scale, self._no_inf if found_inf is None else found_inf,
+            **constants, BLOCK=self._block, REST=REST, SUMS=SUMS,
+            **self._options, grid=(self._update_programs,), warmup=warmup,
+        )  # fmt: skip
+
+    def _group_words(self, hyperparameters: Hyperparameters) -> bytes:
+        """Return nothing: the kernels need no numbers of groups."""
+        return b""
