@@ -74,7 +74,7 @@ class GradientPlan:
         bound = _bindings(new, chosen)
         if previous is not None:
             bound |= {b.index: b for b in previous._bindings if gradients[b.index] is None}
-        self._bindings = [bound[i] for i in sorted(bound)]
+        self._bindings: list[Binding] = [bound[i] for i in sorted(bound)]
         _check_capture(self._bindings)
 
         bound_sizes = {b.index: b.parameter.numel() for b in self._bindings}
@@ -90,12 +90,13 @@ class GradientPlan:
         #: The memory that launches occupy on GPUs.
         self.device_bytes = sum(tensor.nbytes for launch in self._device_launches for tensor in launch.buffers())
         #: The parameters whose gradients are regularized by PyTorch's operations, by their indices.
-        self._by_reference: Sequence[int] = [i for i, backend in chosen.items() if backend == "reference"]
+        chosen |= {i: chosen[first] for i, first in shared}
+        self._by_reference: list[int] = [i for i, backend in chosen.items() if backend == "reference"]
         if previous is not None:
             self._by_reference += [i for i in previous._by_reference if gradients[i] is None]
         self._watch: Any = None
         if backends.why_missing("cpu") is not None:  # without the native core there is nothing but operations
-            self._by_reference = range(len(parameters))
+            self._by_reference = list(range(len(parameters)))
             return
         self._watch = native().GradientWatch(len(parameters))
         for launch in self._native_launches:
@@ -108,14 +109,12 @@ class GradientPlan:
         for i in self._by_reference:
             self._watch.add_by_reference(i)
         for i, first in shared:
-            if chosen[first] == "reference":
-                self._watch.add_by_reference(i)
-            else:
+            if chosen[first] != "reference":
                 self._watch.add_shared(i, first)
 
     def capturing(self) -> bool:
         """Whether launches would now be captured into a graph."""
-        return any([launch.capturing() for launch in self._device_launches])
+        return any(launch.capturing() for launch in self._device_launches)
 
     def read(self, parameters: list[Tensor]) -> list[Tensor] | None:
         """Read this call's gradients. The lock must be held from here on, until `run` returns.
@@ -127,6 +126,8 @@ class GradientPlan:
             RuntimeError: for a gradient that cannot be changed in place, or that the backend asked for does not take.
         """
         found: list[Tensor] | None = [] if self._watch is None else self._watch.read(parameters)
+        if found is None or not self._by_reference:
+            return found
         given: dict[int, Tensor] = {}
         for i in self._by_reference:
             gradient = parameters[i].grad
@@ -135,6 +136,11 @@ class GradientPlan:
                 if choose(i, gradient, self._requested) != "reference":
                     return None
                 given[id(gradient)] = gradient
+        together = [(g, "", "") for g in (*found, *given.values()) if is_plain(g) and is_dense(g)]
+        try:
+            check_no_overlap(together)
+        except RuntimeError:
+            return None  # A new plan raises the error with the parameters' names.
         self._reference.given = list(given.values())
         return found
 
@@ -217,7 +223,7 @@ def _bindings(gradients: Mapping[int, Tensor], chosen: Mapping[int, str]) -> dic
 
 def _check_capture(bindings: Sequence[Binding]) -> None:
     devices = {b.parameter.device for b in bindings if b.backend in DEVICE_LAUNCH_CLASSES}
-    if any([capturing_on(device) for device in devices]):
+    if any(capturing_on(device) for device in devices):
         raise RuntimeError(
             "regularize_gradients_ is being captured in a graph, and needs memory that it cannot prepare during a "
             "capture: call it once before, outside of the capture, with the same parameters and options"

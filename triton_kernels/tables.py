@@ -14,7 +14,8 @@ REGULARIZE = tl.constexpr(10)
 AMSGRAD = tl.constexpr(11)
 ROW = tl.constexpr(16)
 
-# The table of limits has one row: the number of tensors for which coefficients are computed, the elements of a chunk, the number of groups.
+# The table of limits has one row: the number of tensors that get coefficients, the elements of a chunk, the number of
+# groups.
 
 # The groups' table of one step: float64 numbers, and then addresses and a flag.
 LR = tl.constexpr(0)

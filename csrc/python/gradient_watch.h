@@ -48,7 +48,7 @@ private:
         std::int64_t elements = 0;
         std::shared_ptr<GradientTable> table;
         std::size_t slot = 0;
-        std::size_t first = 0;          // of a shared gradient: the parameter that it was added with
+        std::size_t first = 0;         // of a shared gradient: the parameter that it was added with
         PyObject* gradient = nullptr;  // only during a call
     };
 

@@ -17,7 +17,7 @@ TensorView on_device(pybind11::handle tensor, const char* role, DeviceType type,
 
 struct Rows {
     std::vector<Tensor> tensors;
-    std::size_t groups = 0;  // that tensors refer to
+    std::size_t groups = 0;   // that tensors refer to
     Rule rule = Rule::adamw;  // with or without AMSGrad where it is AdamW's: its groups have the same numbers
 };
 
@@ -30,8 +30,8 @@ Rule rule_named(const std::string& name);
 Rows rows_of(const pybind11::list& tensors, DeviceType type, std::int32_t index = 0);
 
 // `groups`: for AdamW (lr, beta1, beta2, eps, weight_decay, sign), for Adan (lr, beta1, beta2, beta3, eps,
-// weight_decay, no_prox, sign, steps made), for "regularize" (sign). Where a tensor stands for lr or the steps, its place is given back instead
-// of a number.
+// weight_decay, no_prox, sign, steps made), for "regularize" (sign). Where a tensor stands for lr or the steps, its
+// place is given back instead of a number.
 struct GroupNumbers {
     Group group{};
     PyObject* lr = nullptr;
