@@ -8,6 +8,10 @@ from .launch import Hyperparameters
 from .scaling import Scaling
 from .triton import REST, SUMS, TritonLaunch
 
+#: The blocks of elements that a program regularizes at a time: with one tensor to load and store instead of an
+#: optimizer's four, more of it has to be in flight.
+BLOCKS = 2
+
 
 class TritonGradientLaunch(TritonLaunch):
     """The regularization, in two kernel launches, of all gradients on one device with one dtype.
@@ -24,7 +28,7 @@ class TritonGradientLaunch(TritonLaunch):
             self._limits, self._rows, self._update_tasks, self._addresses, self._magnitudes,
             self._no_clip if clip is None else clip,
             self._no_scale if grad_scale is None else grad_scale, self._no_inf if found_inf is None else found_inf,
-            **constants, BLOCK=self._block, REST=REST, SUMS=SUMS,
+            **constants, BLOCK=BLOCKS * self._block, REST=REST, SUMS=SUMS,
             **self._options, grid=(self._update_programs,), warmup=warmup,
         )  # fmt: skip
 

@@ -19,6 +19,7 @@ from test_device_code import tool
 
 import agr_cuda
 import agr_cuda.triton
+import agr_cuda.triton_gradients
 
 ROOT = Path(__file__).parent.parent
 DEVICE = device_of("triton")
@@ -111,7 +112,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 def test_every_variant_compiles_for_every_target(compiled) -> None:
     _, index = compiled
     rules, types, targets = 2, 6, 4
-    assert len(index) == rules * types * 3 * targets  # an update, and reductions with and without squares
+    # An update, and reductions with and without squares; and the update that regularizes gradients of each type.
+    assert len(index) == (rules * types * 3 + 4) * targets
 
 
 def test_nvidia_code_spills_nothing(compiled) -> None:
@@ -132,10 +134,12 @@ def test_nvidia_code_has_wide_accesses_where_addresses_are_aligned_and_only_ther
             continue
         sizes = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
         parameter, gradient = (sizes[t] for t in entry["types"].split("-"))
-        of_update = [parameter] * {"adamw": 4, "adan": 5}[entry["rule"]]
+        of_update = [parameter] * {"adamw": 4, "adan": 5, "regularize": 0}[entry["rule"]]
         tensors = {"ld": [gradient, *(of_update if entry["kernel"] == "update" else [])]}
-        tensors["st"] = tensors["ld"][1:]
+        tensors["st"] = [gradient] if entry["rule"] == "regularize" else tensors["ld"][1:]
         elements = 4 if parameter == 8 else 8  # of a thread at a time
+        if entry["rule"] == "regularize":
+            elements *= agr_cuda.triton_gradients.BLOCKS
         assembly = (folder / f"{name}.s").read_text()
         assert not re.search(r"(atom|red)\.\S*\.f(16|32|64)", assembly), name
         for kind, sizes_there in tensors.items():
@@ -166,14 +170,24 @@ def counted() -> dict:
 
 
 def test_numbers_never_compile_anything_again(counted) -> None:
-    """50 steps of a schedule, for models of any size: two kernels for each rule and types."""
+    """50 steps of a schedule, for models of any size: two kernels for each rule and types.
+
+    Those that regularize gradients in place share the first with AdamW.
+    """
     assert counted["compilations"] == [2, 2, 2, 2]
+    assert counted["compilations_to_regularize"] == [1, 1]
 
 
 def test_a_step_is_two_launches(counted) -> None:
     launches = ["reduce_step", "update_step"]
     assert counted["steps"]["same"] == {"launches": launches, "operations": []}
     assert counted["steps"]["new"] == {"launches": launches, "operations": ["aten.copy_.default"]}
+
+
+def test_regularizing_gradients_is_two_launches(counted) -> None:
+    launches = ["reduce_step", "regularize_step"]
+    assert counted["regularized"]["same"] == {"launches": launches, "operations": []}
+    assert counted["regularized"]["new"] == {"launches": launches, "operations": ["aten.copy_.default"]}
 
 
 # Sums.

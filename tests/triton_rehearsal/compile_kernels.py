@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from agr_cuda import triton as backend
-from agr_cuda import triton_kernels
+from agr_cuda import triton_gradients, triton_kernels
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -57,6 +57,14 @@ def variants():
             for squares in (False, True):
                 name = f"reduce-{rule}-{types}" + ("-squares" if squares else "")
                 yield name, triton_kernels.reduce_step, constants | sizes | {"SQUARES": squares}, parameter
+    # Of the regularization of gradients in place; its reductions are AdamW's.
+    for gradient in dict.fromkeys(parameter for parameter, _ in TYPES):
+        constants = triton_kernels.constants("regularize", gradient, gradient)
+        block = triton_gradients.BLOCKS * backend.block_elements(gradient)
+        sizes = {"BLOCK": block, "REST": backend.REST, "SUMS": backend.SUMS}
+        chosen = {name: constants[name] for name in ("GRADIENT", "TYPE")} | sizes
+        types = f"{str(gradient)[6:]}-{str(gradient)[6:]}"
+        yield f"update-regularize-{types}", triton_kernels.regularize_step, chosen, gradient
 
 
 def main(folder):

@@ -63,7 +63,7 @@ class Operations(TorchDispatchMode):
 
 
 def compiled():
-    kernels = (triton_kernels.reduce_step, triton_kernels.update_step)
+    kernels = (triton_kernels.reduce_step, triton_kernels.update_step, triton_kernels.regularize_step)
     return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
 
@@ -88,6 +88,7 @@ def main():
     backend.device_types = lambda: ("cpu",)
     backend.why_missing = lambda: None
     found = {"triton": triton.__version__, "compilations": [], "steps": {}}
+    found |= {"compilations_to_regularize": [], "regularized": {}}
     for name in ("AdamW", "Adan"):
         for dtype in (torch.float32, torch.bfloat16):
             before = compiled()
@@ -109,6 +110,24 @@ def main():
         with Operations() as operations:
             optimizer.step()
         found["steps"][kind] = {"launches": list(launched), "operations": operations.names}
+
+    for dtype in (torch.float32, torch.bfloat16):
+        before = compiled()
+        for count in (1, 2, 17):
+            params = [p for group in parameters(dtype, count) for p in group["params"]]
+            for scale in (None, 2.0, torch.ones(())):
+                for p in params:
+                    p.grad = torch.randn_like(p)
+                agr_cuda.regularize_gradients_(params, grad_scale=scale, backend="triton")
+        found["compilations_to_regularize"].append(compiled() - before)
+    for kind in ("same", "new"):
+        if kind == "new":
+            for p in params:
+                p.grad = torch.zeros_like(p)
+        launched.clear()
+        with Operations() as operations:
+            agr_cuda.regularize_gradients_(params, backend="triton")
+        found["regularized"][kind] = {"launches": list(launched), "operations": operations.names}
     print(json.dumps(found))
 
 
