@@ -186,6 +186,8 @@ def test_contenders_train_and_write_gradients_only_where_declared(
         torch, "compile", lambda function: function
     )  # which takes half a minute, and changes nothing here
     workload = Workload(((8, 4), (64,)), torch.device("cpu"), torch.float32)
+    for gradient in workload.gradients:
+        gradient.mul_(1e3)  # more than what is clipped to
     try:
         step = contenders.build(contender, list(workload.parameters), 1e-8)
     except contenders.LeftOutError as error:
@@ -198,7 +200,7 @@ def test_contenders_train_and_write_gradients_only_where_declared(
     assert changed == contender.writes_gradients
     assert workload.finite()
     for parameter, before in zip(workload.parameters, parameters, strict=True):
-        assert not torch.equal(parameter, before)
+        assert torch.equal(parameter, before) == (contender.rule == "gradients")
         torch.testing.assert_close(parameter.detach(), before, atol=1e-5, rtol=0)
 
 
@@ -211,11 +213,11 @@ def test_on_a_gpu_rows_ask_for_their_backend_and_say_why_it_is_not_there(monkeyp
 
     monkeypatch.setattr(contenders, "why_not", why_not)
     parameters: Any = [SimpleNamespace(is_cuda=True)]
-    for name in ("agr-adamw", "agr-adan-off", "agr-adamw-triton", "agr-adan-triton"):
+    for name in ("agr-adamw", "agr-adan-off", "agr-adamw-triton", "agr-adan-triton", "agr-gradients-triton"):
         with pytest.raises(contenders.LeftOutError, match=r"no (cuda|triton) backend: it was not built") as left_out:
             contenders.build(BY_NAME[name], parameters, 1e-8)
         assert left_out.value.status == "not available"
-    assert asked == ["cuda", "cuda", "triton", "triton"]
+    assert asked == ["cuda", "cuda", "triton", "triton", "triton"]
 
 
 @pytest.mark.parametrize("rule", ["AdamW", "Adan"])
@@ -250,7 +252,7 @@ def test_batches_fit_the_budget_and_keep_targets_sides_together() -> None:
     on_cpu, on_gpu = ([entry for entry in ALL if kind in entry.devices] for kind in ("cpu", "cuda"))
     for entries in (on_cpu, on_gpu):
         assert [len(batch) for batch in contenders.batches(entries, gpt2, 64 * 2**30)] == [len(entries)]
-    for entries, gibibytes, count in ((on_cpu, 20, 2), (on_cpu, 16, 3), (on_cpu, 10, 4), (on_gpu, 16, 3)):
+    for entries, gibibytes, count in ((on_cpu, 20, 3), (on_cpu, 16, 4), (on_cpu, 10, 5), (on_gpu, 16, 4)):
         budget = gibibytes * 2**30
         batches = contenders.batches(entries, gpt2, budget)
         assert len(batches) == count
@@ -297,6 +299,7 @@ def test_a_row_counts_the_bytes_that_its_rule_must_move() -> None:
     assert adamw.bytes_per_second == 28 * 10_000 / 2.0
     assert adamw.share_of_copy == 28 * 10_000 / 2.0 / 1e9
     assert adan.bytes_per_element == 44
+    assert BY_NAME["agr-gradients"].accesses * 4 == BY_NAME["torch-clip-grad-norm"].accesses * 4 == 8
     assert adan.ratio == stats.Summary(4.0, 4.0, 4.0, 4.0, 2)
 
 

@@ -31,10 +31,11 @@ def traffic(
     streams: int = ADAMW,
     order: list[Task] | None = None,
     most_pieces: int = 100_000,
+    in_place: bool = False,
     **more: int,
 ) -> Traffic:
     machine = Machine(cache_bytes, BLOCKS, **more)
-    return replay(tensors, tasks(tensors) if order is None else order, CHUNK, streams, machine, most_pieces)
+    return replay(tensors, tasks(tensors) if order is None else order, CHUNK, streams, machine, most_pieces, in_place)
 
 
 # The cache
@@ -76,6 +77,8 @@ def test_a_written_line_is_written_back_once() -> None:
     cache.read(1, 1, NORMAL)
     assert cache.written_bytes == 2
     cache.write(2, 1, NORMAL)
+    cache.write(2, 1, EVICT_FIRST)  # again, while it is there
+    assert cache.used == 2
     cache.flush()
     cache.flush()
     assert (cache.read_bytes, cache.written_bytes, cache.used) == (1, 3, 0)
@@ -123,6 +126,14 @@ def test_a_tensor_of_one_chunk_is_read_once() -> None:
     found = traffic([(CHUNK, 4, True), (5, 4, True)] * 20, 0)
     assert found.total == 28
     assert found.second_reads == found.waited == 0
+
+
+@pytest.mark.parametrize(("cache_bytes", "total"), [(0, 12), (inf, 8)])
+def test_gradients_changed_in_place_are_written_once(cache_bytes: float, total: int) -> None:
+    found = traffic(SEVERAL_CHUNKS, cache_bytes, 0, in_place=True)
+    assert found.total == total
+    assert found.written == 4
+    assert found.ceiling == 8 / total
 
 
 def test_sixteen_bit_types_move_half() -> None:
@@ -249,19 +260,23 @@ def run(folder: Path, *more: str) -> dict[str, list[dict[str, object]]]:
 def test_traffic_predicts_every_rule_at_every_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = run(tmp_path)["predictions"]
     expected = [
-        (name, rule, share) for name in ("3x100000", "20x500") for rule in ("AdamW", "Adan") for share in (1, 0.5)
+        (name, rule, share)
+        for name in ("3x100000", "20x500")
+        for rule in ("AdamW", "Adan", "gradients")
+        for share in (1, 0.5)
     ]
     assert [(row["set"], row["rule"], row["share"]) for row in found] == expected
-    assert [row["ideal_bytes"] for row in found[::2]] == [28 * 300_000, 44 * 300_000, 28 * 10_000, 44 * 10_000]
+    assert [row["ideal_bytes"] for row in found[::2]] == [n * k for n in (300_000, 10_000) for k in (28, 44, 8)]
     totals = [row["total"] for row in found]
     assert 28 < totals[0] < totals[1] < 32
-    assert totals[4:] == [28, 28, 44, 44]
+    assert 8 < totals[4] < totals[5] < 12
+    assert totals[6:] == [28, 28, 44, 44, 8, 8]
     assert "3 tensors of 100,000" in capsys.readouterr().out
 
 
 def test_on_chip_says_what_it_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = run(tmp_path, "--on-chip=131072", "--share=1")["predictions"]
-    assert [row["on_chip_bytes"] for row in found] == [0, 131072] * 4
+    assert [row["on_chip_bytes"] for row in found] == [0, 131072] * 6
     assert found[1]["total"] < found[0]["total"]
     assert f"{found[0]['total'] - found[1]['total']:.2f}" in capsys.readouterr().out
 

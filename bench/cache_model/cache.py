@@ -33,7 +33,10 @@ class Cache:
         return False
 
     def write(self, key: int, size: int, priority: int) -> None:
-        """Overwrite a line that is not there; DRAM need not read it first."""
+        """Overwrite all of a line, which DRAM therefore need not read first where it is not there."""
+        for lines in self._classes:
+            if key in lines:
+                self.used -= lines.pop(key)[0]
         self._enter(key, size, True, priority)
 
     def hold(self, size: int) -> None:

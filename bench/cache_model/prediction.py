@@ -101,8 +101,8 @@ class Predictor:
         tensors: list[Tensor] = [(prod(shape), self.itemsize, True) for shape in model.shapes]
         plan = _C.Plan(tensors, **asdict(limits))
         on = Machine(share * self.cache_bytes, self.blocks, on_chip, limits.window_bytes, self.hints)
-        streams = (ACCESSES[rule] - 1) // 2  # all but the gradient are read and written
-        traffic = replay(tensors, plan.tasks, plan.chunk_elements, streams, on, pieces)
+        streams, in_place = divmod(ACCESSES[rule] - 1, 2)  # all but the gradient are read and written
+        traffic = replay(tensors, plan.tasks, plan.chunk_elements, streams, on, pieces, bool(in_place))
         return Prediction(model, rule, share, limits, on_chip, traffic)
 
     def figures(self, model: ModelSet, shares: Sequence[float]) -> list[Prediction]:

@@ -89,7 +89,7 @@ class Traffic:
 
 
 class Replay:
-    """One pass through a schedule. `streams` tensors besides the gradient are read and written by an UPDATE."""
+    """One pass through a schedule; see `replay`."""
 
     def __init__(
         self,
@@ -99,9 +99,12 @@ class Replay:
         streams: int,
         machine: Machine,
         piece_bytes: int,
+        in_place: bool,
     ) -> None:
         self.tensors, self.tasks, self.chunk_elements = tensors, tasks, chunk_elements
         self.streams, self.machine, self.piece_bytes = streams, machine, piece_bytes
+        self.in_place = in_place
+        self.accesses = 1 + 2 * streams + in_place  # of an element by an UPDATE
         self.cache = Cache(machine.cache_bytes)
         self.tickets = iter(tasks)
         self.reduces = [0] * len(tensors)  # REDUCE tasks of each tensor
@@ -141,7 +144,7 @@ class Replay:
         time = max(1.0, self.now) * self.machine.blocks
         return Traffic(
             elements=sum(elements for elements, _, _ in self.tensors),
-            ideal_bytes=sum(elements * itemsize for elements, itemsize, _ in self.tensors) * (1 + 2 * self.streams),
+            ideal_bytes=sum(elements * itemsize for elements, itemsize, _ in self.tensors) * self.accesses,
             read_bytes=self.cache.read_bytes,
             written_bytes=self.cache.written_bytes,
             second_reads=self.second_reads,
@@ -202,10 +205,13 @@ class Replay:
             cache.read_bytes += streams * piece
             held = streams * min(piece, IN_FLIGHT)
             cache.hold(held)
-            yield pace * (overhead + (1 + 2 * streams) * piece)
+            yield pace * (overhead + self.accesses * piece)
             overhead = 0
             cache.release(held)
-            cache.write(line + 1, streams * piece, priority)
+            if streams:
+                cache.write(line + 1, streams * piece, priority)
+            if self.in_place:
+                cache.write(line, piece, priority)
         self.on_chip_used -= kept
 
     def lines(self, tensor: int, chunk: int, size: int) -> Iterator[tuple[int, int]]:
@@ -244,6 +250,7 @@ def replay(
     streams: int,
     machine: Machine,
     most_pieces: int = 400_000,
+    in_place: bool = False,
 ) -> Traffic:
     """Replay a schedule.
 
@@ -251,10 +258,12 @@ def replay(
         tensors: What the schedule was made for.
         tasks: The schedule, in the order of the tickets.
         chunk_elements: Elements of a chunk.
-        streams: Tensors besides the gradient that an UPDATE reads and writes: AdamW 3, Adan 5.
+        streams: Tensors besides the gradient that an UPDATE reads and writes: AdamW 3, Adan 5, and 0 for what changes
+            gradients alone.
         machine: What it runs on.
         most_pieces: About how many accesses are replayed one by one; a larger model gets coarser ones.
+        in_place: Whether an UPDATE also writes the gradient.
     """
     chunk_bytes = chunk_elements * max((itemsize for _, itemsize, _ in tensors), default=1)
     piece = piece_bytes(tasks, chunk_bytes, most_pieces)
-    return Replay(tensors, tasks, chunk_elements, streams, machine, piece).run()
+    return Replay(tensors, tasks, chunk_elements, streams, machine, piece, in_place).run()

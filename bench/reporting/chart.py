@@ -22,6 +22,8 @@ COLORS = {
     "AdamW, others": "#a9c6e6",
     "Adan, agr_cuda": "#c2571a",
     "Adan, others": "#f2c4a0",
+    "gradients, agr_cuda": "#3c7a3a",
+    "gradients, others": "#b7d7b0",
     "agr_cuda's reference backend: plain foreach": "#a3a3a3",
 }
 COLUMNS = 3

@@ -23,6 +23,7 @@ WEIGHT_DECAY = 1e-2
 EPS = {torch.float16: 1e-4}  # 1e-8 is zero in float16, and plain foreach operations would divide by it
 DEFAULT_EPS = 1e-8
 YARDSTICK = "torch-adamw-fused"
+MAX_NORM = 1.0  # of what clips gradients
 PIP_NAMES = {
     "agr_cuda": "agr-cuda",
     "torch": "torch",
@@ -32,7 +33,8 @@ PIP_NAMES = {
 ACCESSES = {
     "AdamW": 7,
     "Adan": 11,
-}  # tensors a step must read or write: 28 and 44 bytes an element in float32
+    "gradients": 2,
+}  # tensors a step must read or write: 28, 44 and 8 bytes an element in float32
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Contender:
 
     name: str  # as --contenders takes it
     label: str  # for tables and charts
-    rule: str  # "AdamW" or "Adan"
+    rule: str  # "AdamW", "Adan", or "gradients" for what changes gradients alone
     agr: bool  # whether it applies AGR
     build: Builder
     module: str  # the package that it comes from
@@ -64,7 +66,7 @@ class Contender:
     def copies(self) -> int:
         """Tensors of the model's size that it keeps: its state, and private gradients if it writes them."""
         # A gradient is read, a parameter and each tensor of state are read and written.
-        return (self.accesses - 3) // 2 + self.writes_gradients
+        return max(0, (self.accesses - 3) // 2) + self.writes_gradients
 
 
 class LeftOutError(Exception):
@@ -188,6 +190,27 @@ def _triton(name: str, rule: str) -> Contender:
     return Contender(name, f"agr_cuda {rule}, Triton", rule, True, build, "agr_cuda", devices=("cuda",), rivals=rivals)
 
 
+def _gradients(name: str, note: str, backend: str | None = None, **more: Any) -> Contender:
+    """Return agr_cuda.regularize_gradients_ on a backend, by default the one made for the gradients' device."""
+    options = more.pop("options", {})
+
+    def build(parameters: Parameters, eps: float) -> Step:
+        chosen = backend or ("cuda" if parameters[0].is_cuda else None)
+        reason = None if chosen is None else why_not(chosen, parameters[0])
+        if reason is not None:
+            raise LeftOutError(f"no {chosen} backend: {reason}")
+        regularize: Callable[..., object] = import_module("agr_cuda").regularize_gradients_
+        return lambda: regularize(parameters, backend=chosen, **options)
+
+    label = f"agr_cuda regularize_gradients_{note}"
+    return Contender(name, label, "gradients", True, build, "agr_cuda", writes_gradients=True, **more)
+
+
+def _clip_grad_norm(parameters: Parameters, eps: float) -> Step:
+    """PyTorch's clipping, which has no AGR: the same bytes, but for a second read from memory."""
+    return lambda: torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM, foreach=True)
+
+
 def _torch(name: str, label: str, scratch: int = 0, **options: Any) -> Contender:
     build = optimizer("torch.optim", "AdamW", **options)
     return Contender(name, f"torch {label}", "AdamW", False, build, "torch", scratch=scratch)
@@ -240,6 +263,21 @@ ALL = (
     _peer_adan("optimi-adan-foreach", "optimi", "Adan, foreach", foreach=True, writes_gradients=True),
     _peer_adan("optimi-adan", "optimi", "Adan, default", devices=("cpu",)),  # on a GPU that is Triton's, or foreach
     _peer_adan("pytorch-optimizer-adan", "pytorch_optimizer", "Adan", scratch=1),
+    _gradients("agr-gradients", ""),
+    _gradients(
+        "agr-gradients-clipping", ", clipping", options={"max_norm": MAX_NORM}, rivals=("torch-clip-grad-norm",)
+    ),
+    _gradients("agr-gradients-triton", ", Triton", "triton", devices=("cuda",), rivals=("agr-gradients",)),
+    _gradients("reference-gradients", ", reference", "reference"),
+    Contender(
+        "torch-clip-grad-norm",
+        "torch clip_grad_norm_, foreach",
+        "gradients",
+        agr=False,
+        build=_clip_grad_norm,
+        module="torch",
+        writes_gradients=True,
+    ),
 )
 BY_NAME = {contender.name: contender for contender in ALL}
 
