@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -232,6 +233,17 @@ def test_held_out_files_are_not_trained_on(load, tmp_path):
     corpus = load("corpus").read_corpus(tmp_path, "*.txt", limit=10**6)
     assert set(corpus.held_out.tolist()) == {9, 19}
     assert set(corpus.train.tolist()) == set(range(25)) - {9, 19}
+
+
+def test_other_optimizers_learn_with_agr():
+    command = [sys.executable, EXAMPLES / "other_optimizers.py", "--steps", "200"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    found = dict(re.findall(r"^(\w+(?: with AGR)?) +([\d.]+)% right, mean norm [\d.]+$", process.stdout, re.MULTILINE))
+    names = ["SGD", "Muon"] if hasattr(torch.optim, "Muon") else ["SGD"]
+    assert list(found) == [f"{name}{agr}" for name in names for agr in ("", " with AGR")]
+    assert all(float(share) > 80 for share in found.values())
+    assert len({line[10:] for line in process.stdout.splitlines()}) == len(found), "AGR changes the course of training"
 
 
 def test_every_parameter_is_in_the_group_that_suits_it(load):

@@ -77,7 +77,8 @@ def legend(with_host: bool) -> str:
         "ratio: to torch's fused AdamW in the same round, median over the rounds: drift of a shared machine",
         "  cancels in each pair. of fastest: each contender's fastest step to the yardstick's fastest; where",
         "  it differs much from the ratio, other work was disturbing the run.",
-        "GB/s: bytes that the rule must move (float32: AdamW 28, Adan 44, gradients 8 an element) over the median time.",
+        "GB/s: bytes that the rule must move over the median time (float32: AdamW 28, Adan 44, gradients",
+        "  alone 8 an element).",
         copied,
     ]
     if with_host:
