@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -71,12 +71,15 @@ class GradientPlan:
         dense = [(g, "", f"the gradient of parameter {i}") for i, g in found if is_plain(g) and is_dense(g)]
         check_no_overlap(dense)
         new = {i: gradient for i, gradient in found if chosen[i] != "reference"}
+        if any(capturing_on(device) for device in {gradient.device for gradient in new.values()}):
+            raise RuntimeError(
+                "regularize_gradients_ is being captured in a graph, and needs memory that it cannot prepare during a "
+                "capture: call it once before, outside of the capture, with the same parameters and options"
+            )
         bound = _bindings(new, chosen)
         if previous is not None:
             bound |= {b.index: b for b in previous._bindings if gradients[b.index] is None}
         self._bindings: list[Binding] = [bound[i] for i in sorted(bound)]
-        _check_capture(self._bindings)
-
         bound_sizes = {b.index: b.parameter.numel() for b in self._bindings}
         sizes = [bound_sizes.get(i, parameter.numel()) for i, parameter in enumerate(parameters)]
         self._reference = ReferenceGradientLaunch()
@@ -219,12 +222,3 @@ def _bindings(gradients: Mapping[int, Tensor], chosen: Mapping[int, str]) -> dic
             place = f"parameter {i}"
             bindings[i] = Binding(i, 0, place, stand_in, kind, {}, (), chosen[i], regularize=True, amsgrad=False)
     return bindings
-
-
-def _check_capture(bindings: Sequence[Binding]) -> None:
-    devices = {b.parameter.device for b in bindings if b.backend in DEVICE_LAUNCH_CLASSES}
-    if any(capturing_on(device) for device in devices):
-        raise RuntimeError(
-            "regularize_gradients_ is being captured in a graph, and needs memory that it cannot prepare during a "
-            "capture: call it once before, outside of the capture, with the same parameters and options"
-        )

@@ -149,6 +149,30 @@ def test_dtensors_are_clipped_together_with_others(foreach: bool | None, kinds: 
 
 
 @pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+@pytest.mark.parametrize("kinds", ["DD", "DP", "PD", "DE", "PDE"])
+def test_gradients_that_are_dtensors_are_regularized_in_place(kinds: str, max_norm: float | None, generator) -> None:
+    """P is a plain tensor, D a DTensor of one mesh, E of another; in whatever order. The norm is plain."""
+    one, two = init_device_mesh("cpu", (1,)), init_device_mesh("cpu", (1, 1), mesh_dim_names=("a", "b"))
+    meshes = {"D": (one, [Shard(0)]), "E": (two, [Shard(0), Replicate()])}
+    values = [torch.randn(6, 4, generator=generator) for _ in kinds]
+    grads = [distribute_tensor(x, *meshes[k]) if k in meshes else x.clone() for k, x in zip(kinds, values, strict=True)]
+    params = [torch.nn.Parameter(torch.zeros_like(g)) for g in grads]
+    plain = [torch.nn.Parameter(torch.zeros_like(x)) for x in values]
+    flags = {"grad_scale": torch.tensor(2.0), "found_inf": torch.zeros(1)}
+    for options in ({}, flags, flags | {"found_inf": torch.ones(1)}):
+        for p, g, q, x in zip(params, grads, plain, values, strict=True):
+            p.grad, q.grad = g.clone(), x.clone()
+        norm = agr_cuda.regularize_gradients_(params, max_norm=max_norm, **options)
+        expected = agr_cuda.regularize_gradients_(plain, max_norm=max_norm, **options)
+        if max_norm is not None:
+            assert type(norm) is torch.Tensor
+            torch.testing.assert_close(norm, expected, equal_nan=True)
+        for p, q in zip(params, plain, strict=True):
+            assert_parameters_close([p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad], [q.grad])
+
+
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("options", [{"max_grad_norm": 0.1}, {"backend": "cpu"}, {}], ids=str)
 def test_a_redundancy_optimizer_hands_options_on(options: dict, method: Method) -> None:
     """On one rank, whose gradients are all there are."""

@@ -603,6 +603,116 @@ def test_grad_scaler_waits_for_nothing(method, ours_on_gpu, generator) -> None:
     assert not any(same_bits(p, q) for p, q in zip(params, before, strict=True))
 
 
+# Gradients that are regularized for other optimizers.
+
+
+def gradients_alone(shapes: Sequence, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
+    """Two lists of parameters on the GPU, with gradients of zero that stay where they are."""
+    both = parameters(generator, shapes, device=GPU), parameters(generator, shapes, device=GPU)
+    for p in (*both[0], *both[1]):
+        p.grad = torch.zeros_like(p)
+    return both
+
+
+def write_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    for p, g in zip(params, grads, strict=True):
+        p.grad.copy_(g)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+@pytest.mark.parametrize("shapes", [SHAPES, MANY], ids=["few", "many"])
+def test_replays_regularize_gradients(shapes: list, max_norm: float | None, ours_on_gpu, generator) -> None:
+    """Two calls in a graph, on parameters of the same shapes, and others in between that are not captured."""
+    both, ordinary = gradients_alone(shapes, generator), gradients_alone(shapes, generator)[0]
+    norms: list[Any] = []
+
+    def regularize(params: Sequence[Tensor]) -> Any:
+        return agr_cuda.regularize_gradients_(params, max_norm=max_norm, backend=ours_on_gpu)
+
+    def call() -> None:
+        norms[:] = [regularize(params) for params in both]
+
+    with pytest.raises(RuntimeError, match="call it once before, outside of the capture"):
+        capture(call)
+    torch.cuda.synchronize()
+    warm_up(call)
+    graph = capture(call)
+    captured_norms = list(norms)
+    grads = draw(ordinary, 12)
+    for step in range(6):
+        for which, params in enumerate(both):
+            write_gradients(params, grads[2 * step + which])
+        graph.replay()
+        for which, params in enumerate(both):
+            write_gradients(ordinary, grads[2 * step + which])
+            norm = regularize(ordinary)
+            assert all(same_bits(p.grad, q.grad) for p, q in zip(params, ordinary, strict=True))
+            assert max_norm is None or same_bits(captured_norms[which], norm)
+        write_gradients(both[0], grads[step])
+        regularize(both[0])  # by a launch that no graph has
+    torch.cuda.synchronize()
+
+
+def test_regularizing_on_changing_streams(ours_on_gpu, generator) -> None:
+    """Each call on another stream than the last, behind gradients that are a while in coming."""
+    moving, still = gradients_alone(UNEVEN, generator)
+    grads = draw(moving, 6)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    last = torch.cuda.current_stream()
+    kept = []
+    for step, which in enumerate([0, 1, 1, 2, 0, 2]):
+        stream = streams[which]
+        stream.wait_stream(last)
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(A_WHILE)
+            write_gradients(moving, grads[step])
+            agr_cuda.regularize_gradients_(moving, max_norm=3.0, backend=ours_on_gpu)
+            kept.append([p.grad.clone() for p in moving])
+        last = stream
+    torch.cuda.current_stream().wait_stream(last)
+    for step in range(6):
+        write_gradients(still, grads[step])
+        agr_cuda.regularize_gradients_(still, max_norm=3.0, backend=ours_on_gpu)
+        assert all(same_bits(p.grad, g) for p, g in zip(still, kept[step], strict=True))
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_regularizing_is_as_many_launches_as_a_step(amp: bool, ours_on_gpu, generator, tracing) -> None:
+    params, _ = gradients_alone(UNEVEN, generator)
+    write_gradients(params, draw(params, 1)[0])
+    options: dict[str, Any] = {"backend": ours_on_gpu}
+    if amp:
+        options |= {"grad_scale": torch.full((), 8.0, device=GPU), "found_inf": torch.zeros((), device=GPU)}
+    launches = {"cuda": 1, "triton": 2}[ours_on_gpu]
+    assert_launches_alone(lambda: agr_cuda.regularize_gradients_(params, **options), launches, tracing)
+
+
+def test_clipping_and_regularizing_wait_for_nothing(ours_on_gpu, generator) -> None:
+    params, _ = gradients_alone(UNEVEN, generator)
+    for _ in range(2):
+        agr_cuda.regularize_gradients_(params, max_norm=1.0, grad_scale=4.0, backend=ours_on_gpu)
+    with no_synchronization():
+        norm = agr_cuda.regularize_gradients_(params, max_norm=1.0, grad_scale=4.0, backend=ours_on_gpu)
+    assert norm is not None
+    assert norm.device.type == "cuda"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_gradients_on_two_gpus_have_one_norm(ours_on_gpu, generator) -> None:
+    params = [p for k in range(2) for p in parameters(generator, SMALL, device=torch.device("cuda", k))]
+    give_gradients(params, generator)
+    twins_on_cpu = [p.detach().cpu().requires_grad_() for p in params]
+    for p, q in zip(params, twins_on_cpu, strict=True):
+        q.grad = p.grad.cpu()
+    norm = agr_cuda.regularize_gradients_(params, max_norm=0.5, backend=ours_on_gpu)
+    expected = agr_cuda.regularize_gradients_(twins_on_cpu, max_norm=0.5)
+    assert norm is not None
+    assert norm.device == params[0].device
+    assert float(norm) == pytest.approx(float(expected), rel=1e-6)
+    for p, q in zip(params, twins_on_cpu, strict=True):
+        assert relative_error(p.grad, to_numpy(q.grad)) <= 1e-6
+
+
 # Streams and devices.
 
 A_WHILE = 20_000_000  # cycles: some ten milliseconds

@@ -577,7 +577,10 @@ def test_a_sweep_times_every_setting_on_every_set(tmp_path: Path, capsys: pytest
 # The program that tools watch
 
 
-@pytest.mark.parametrize("rule", [exercise.ADAMW, exercise.AMSGRAD, exercise.ADAN], ids=lambda rule: rule.label)
+RULES = (exercise.ADAMW, exercise.AMSGRAD, exercise.ADAN, exercise.GRADIENTS)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.label)
 @pytest.mark.parametrize("dtype", exercise.TOLERANCES, ids=str)
 def test_right_backends_pass_the_exercise(
     rule: exercise.Rule, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

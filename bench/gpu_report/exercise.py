@@ -32,17 +32,35 @@ EPS = 1e-3  # well above the smallest second moment of float16, whose rounding w
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 7e-2, torch.float16: 9e-3}
 
 
+class RegularizedDescent(torch.optim.Optimizer):
+    """Gradient descent with agr_cuda.regularize_gradients_ before every step."""
+
+    def __init__(self, parameters: list[torch.Tensor], **options: Any) -> None:
+        super().__init__(parameters, options)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Regularize the gradients in place, and follow them."""
+        (group,) = self.param_groups
+        agr_cuda.regularize_gradients_(
+            group["params"], max_norm=group["max_grad_norm"] or None, backend=group["backend"]
+        )
+        for parameter in group["params"]:
+            parameter.sub_(parameter.grad, alpha=group["lr"])
+
+
 @dataclass(frozen=True)
 class Rule:
     """An optimizer with options that choose its rule."""
 
     label: str
-    name: str  # in agr_cuda
+    name: str  # in agr_cuda; "gradients" for RegularizedDescent
     options: dict[str, Any]
 
     def optimizer(self, parameters: list[torch.Tensor], **options: Any) -> torch.optim.Optimizer:
         """Return the optimizer of these parameters."""
-        made: torch.optim.Optimizer = getattr(agr_cuda, self.name)(parameters, **self.options, **options)
+        maker = RegularizedDescent if self.name == "gradients" else getattr(agr_cuda, self.name)
+        made: torch.optim.Optimizer = maker(parameters, **self.options, **options)
         return made
 
 
@@ -50,6 +68,7 @@ ADAMW = Rule("AGR-AdamW", "AdamW", {})
 ADAMW_OFF = Rule("AdamW, agr off", "AdamW", {"agr": False})
 AMSGRAD = Rule("AGR-AdamW, amsgrad", "AdamW", {"amsgrad": True})
 ADAN = Rule("AGR-Adan", "Adan", {})
+GRADIENTS = Rule("regularized gradients", "gradients", {})
 
 
 def placed(values: torch.Tensor, device: str, offset: int) -> torch.Tensor:
@@ -96,7 +115,7 @@ def compare(
 def check() -> int:
     """Compare everything; returns 1 if something is off."""
     wrong = 0
-    for rule in (ADAMW, AMSGRAD, ADAN):
+    for rule in (ADAMW, AMSGRAD, ADAN, GRADIENTS):
         for dtype, tolerance in TOLERANCES.items():
             for offset, max_grad_norm in ((0, 0.0), (1, 1.0)):
                 difference = compare(rule, dtype, offset, max_grad_norm)
