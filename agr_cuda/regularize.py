@@ -83,6 +83,26 @@ def regularize_gradients_(
 
     Errors are raised before any gradient has changed.
     """
+    global _outside_of_graphs
+    if _outside_of_graphs is None:
+        disable: Any = torch.compiler.disable
+        _outside_of_graphs = disable(_regularize)
+    norm: Tensor | None = _outside_of_graphs(parameters, max_norm, grad_scale, found_inf, backend)
+    return norm
+
+
+#: `_regularize` as torch.compile calls it, with one graph break, without tracing it. It is made by the first call and
+#: not on import, because it imports the compiler, which takes a second; making an optimizer of PyTorch does so as well.
+_outside_of_graphs: Any = None
+
+
+def _regularize(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float | None,
+    grad_scale: Tensor | float | None,
+    found_inf: Tensor | None,
+    backend: str | None,
+) -> Tensor | None:
     clip = max_norm is not None
     if clip:
         check_nonnegative("max_norm", max_norm)

@@ -11,6 +11,8 @@ from helpers import Method, all_params, assert_same_bits, copies, give_gradients
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
+import agr_cuda
+
 SHAPES = [(31,), (8, 6), (5,)]
 
 
@@ -79,3 +81,24 @@ def test_a_scheduler_and_hooks_do_not_change_that(method: Method, generator) -> 
     first = counter.frame_count
     train(torch.ones(3))
     assert counter.frame_count == first
+
+
+def test_regularizing_gradients_is_passed_by(generator) -> None:
+    """One graph break in the function that calls it, and one in itself; nothing of what it calls is traced."""
+    params = parameters(generator, [(7,)] * 30)
+    give_gradients(params, generator)
+    agr_cuda.regularize_gradients_(params)
+
+    def train(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        agr_cuda.regularize_gradients_(params, max_norm=1.0)
+        return y + 1
+
+    counter = CompileCounter()
+    compiled = torch.compile(train, backend=counter)
+    for _ in range(3):
+        give_gradients(params, generator)
+        compiled(torch.ones(3))
+        assert counter.frame_count == 2  # before and after
+        assert sum(counters["graph_break"].values()) == 2
+        assert counters["frames"]["total"] <= 4
