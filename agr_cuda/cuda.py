@@ -117,7 +117,7 @@ class CudaLaunch(DeviceLaunch):
         self.squares = torch.zeros((), dtype=torch.float64, device=self.device) if clip else None
         types = str(bindings[0].parameter.dtype), str(bindings[0].gradient.dtype)
         with self._current_device():
-            chunk, window, lead, resident, multiprocessors = _C.cuda_limits(rule, *types, self._device_index)
+            chunk, window, lead, prefetched, resident, multiprocessors = _C.cuda_limits(rule, *types, self._device_index)
         plan = _C.Plan(
             plan_entries(bindings),
             clip,
@@ -126,9 +126,9 @@ class CudaLaunch(DeviceLaunch):
             lead_bytes=_limit("LEAD", lead),
         )
         blocks = _limit("BLOCKS", resident) * multiprocessors
-        self._executor = _C.CudaExecutor(
-            plan, executor_rows(rule, bindings), groups, self._device_index, blocks, _tactics()
-        )
+        rows = executor_rows(rule, bindings)
+        prefetched = _limit("PREFETCH", prefetched)
+        self._executor = _C.CudaExecutor(plan, rows, groups, self._device_index, blocks, prefetched, _tactics())
         table = torch.frombuffer(bytearray(self._executor.table()), dtype=torch.uint8)
         #: The plan's rows and tasks and the blocks' synchronization state, in device memory.
         self.table = table.to(self.device)

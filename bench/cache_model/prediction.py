@@ -37,7 +37,7 @@ class Limits:
 def backend_limits(dtype: torch.dtype) -> tuple[Limits, int]:
     """Return how the cuda backend cuts and orders tensors of this type on an H200, and how many blocks it has there."""
     with rehearsal():  # whose device has the numbers of an H200
-        chunk, window, lead, resident, multiprocessors = _C.cuda_limits("adamw", str(dtype), str(dtype), 0)
+        chunk, window, lead, _, resident, multiprocessors = _C.cuda_limits("adamw", str(dtype), str(dtype), 0)
     return Limits(chunk, window, lead), resident * multiprocessors
 
 

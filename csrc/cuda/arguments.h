@@ -68,7 +68,7 @@ struct alignas(16) Control {
 // What the kernel does to hide latency, and could do without. No GPU has judged it yet: each tactic can be left out of
 // a launch, so that it can be timed. docs/design.md describes them.
 enum Tactic : std::uint32_t {
-    prefetch_chunk = 1,        // an update prefetches all of its chunk before it waits, and not only its first lines
+    prefetch_chunk = 1,        // an update prefetches more of its chunk before it waits than what it loads first
     prefetch_ranges = 2,       // and by one instruction a tensor where there is one, and not by one a line
     prefetch_tasks = 4,        // the line of a task that is run later is prefetched
     defer_accounting = 8,      // while a chunk is accounted for, the next task's gradient is on its way
@@ -123,6 +123,7 @@ struct Arguments {
     std::int32_t gradients_offset, groups_offset;
     std::int64_t first_task, end_task;
     std::int64_t chunk_elements;
+    std::int32_t prefetched_elements;  // of an UPDATE's chunk
     std::int32_t tensors, parameters, group_count;
     std::int32_t nonempty_tensors;  // tensors that have elements
     // This launch computes the norm of all gradients, for clipping: everything is reduced before the first update.

@@ -77,6 +77,7 @@ class Block {
     static constexpr int lanes = lanes_for<P, G, S>;
     static constexpr int stride = block_threads * lanes;
     static constexpr int warps = block_threads / warp_threads;
+    static constexpr int most_prefetched = 1 << 16;  // elements of a tensor of one chunk
     static_assert(warps <= warp_threads, "a single warp adds the sums of all warps");
     static_assert(words_of<Inputs> <= max_input_words, "a tensor's inputs fit into its Progress");
 
@@ -525,19 +526,22 @@ private:
         }
     }
 
-    // Prefetches the chunk of the parameter and of the state, and that of the gradient if nothing has read it before.
+    // Prefetches the chunk's first elements of parameter and state, and of the gradient if nothing has read it before.
     // These accesses overlap with the wait for the abs-sum. They are prefetches into the cache and not loads into
     // registers: a chunk does not fit there.
     AGR_DEVICE void prefetch_chunk_of(const DeviceTask& task, const Row& row, const G* gradient) const {
+        // What is prefetched takes the place of gradients that updates will read from the cache. A tensor of one chunk
+        // has no such gradient.
+        const int most = task.kind == TaskKind::whole ? most_prefetched : args_.prefetched_elements;
+        const int elements = task.elements < most ? task.elements : most;
         if constexpr (!std::is_same_v<Rules, RegularizeRules>) {
             const std::int64_t first = task.chunk * args_.chunk_elements;
-            prefetch_elements(static_cast<const P*>(row.parameter) + first, task.elements);
+            prefetch_elements(static_cast<const P*>(row.parameter) + first, elements);
 #pragma unroll
             for (int k = 0; k < max_states; ++k)
-                if (k < states_of(task.rule))
-                    prefetch_elements(static_cast<const S*>(row.state[k]) + first, task.elements);
+                if (k < states_of(task.rule)) prefetch_elements(static_cast<const S*>(row.state[k]) + first, elements);
         }
-        if (!task.regularize && !task.reduced) prefetch_elements(gradient, task.elements);
+        if (!task.regularize && !task.reduced) prefetch_elements(gradient, elements);
     }
 
     // By one thread for all, where there is an instruction for that, or by each thread for lines of its own.

@@ -24,8 +24,10 @@ Plan::Limits default_limits(const Types& types, const Launcher::Device& device, 
     return {chunk_elements, device.cache_bytes / 8, in_progress, clip};
 }
 
-Executor::Executor(Plan plan, std::vector<Tensor> tensors, int groups, int device, int blocks, Launcher& launcher,
-                   std::uint32_t tactics)
+std::int64_t default_prefetched_bytes(const Launcher::Device& device) { return device.cache_bytes / 4; }
+
+Executor::Executor(Plan plan, std::vector<Tensor> tensors, int groups, int device, int blocks,
+                   std::int64_t prefetched_bytes, Launcher& launcher, std::uint32_t tactics)
     : plan_(std::move(plan)),
       tensors_(std::move(tensors)),
       groups_(static_cast<std::size_t>(groups)),
@@ -55,6 +57,13 @@ Executor::Executor(Plan plan, std::vector<Tensor> tensors, int groups, int devic
     for (const Tensor& tensor : tensors_) parameters_ = std::max(parameters_, tensor.index + 1);
     blocks_ = static_cast<int>(
         std::max<std::int64_t>(1, std::min<std::int64_t>(blocks, static_cast<std::int64_t>(plan_.tasks.size()))));
+
+    std::int64_t bytes_of_element = 0;  // of parameter and state
+    for (const Tensor& tensor : tensors_)
+        bytes_of_element = std::max<std::int64_t>(
+            bytes_of_element, bytes_of(tensor.types.parameter) + states_of(tensor.rule) * bytes_of(tensor.types.state));
+    arguments_.prefetched_elements = static_cast<std::int32_t>(
+        std::min<std::int64_t>(plan_.limits.chunk_elements, prefetched_bytes / blocks_ / bytes_of_element));
 
     std::int64_t end = 0;
     // Reserves space in the table, aligned to 256 bytes, and returns its offset.

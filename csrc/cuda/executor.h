@@ -38,8 +38,10 @@ class Executor {
 public:
     // `tensors` are in the order of the plan's. All of them must use the same kernel and be on the same device. Throws
     // std::invalid_argument if no kernel is compiled for their types.
-    Executor(Plan plan, std::vector<Tensor> tensors, int groups, int device, int blocks, Launcher& launcher,
-             std::uint32_t tactics = all_tactics);
+    //
+    // `prefetched_bytes` is how many bytes of parameters and state all blocks together prefetch for their updates.
+    Executor(Plan plan, std::vector<Tensor> tensors, int groups, int device, int blocks, std::int64_t prefetched_bytes,
+             Launcher& launcher, std::uint32_t tactics = all_tactics);
 
     // The initial content of the table. The caller copies it to device memory, at an address that is a multiple of 16,
     // and passes that address to attach(). The memory must stay allocated while launches are in progress.
@@ -103,5 +105,8 @@ private:
 // that all chunks in progress take only a fraction of the cache. The default window is an eighth of the cache, and the
 // default lead is as many bytes as are in progress at once.
 Plan::Limits default_limits(const Types& types, const Launcher::Device& device, int resident_blocks, bool clip);
+
+// A quarter of the cache: more would take the place of gradients that updates are to find there.
+std::int64_t default_prefetched_bytes(const Launcher::Device& device);
 
 }  // namespace agr::cuda

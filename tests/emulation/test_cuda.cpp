@@ -72,7 +72,7 @@ std::vector<Launch> launches_of(Model& model, int blocks, cuda::HostLauncher& la
             rows.push_back(row);
         }
         launch.executor = std::make_unique<cuda::Executor>(Plan(std::move(planned), model.limits), std::move(rows), 1,
-                                                           0, blocks, launcher, tactics);
+                                                           0, blocks, 1 << 16, launcher, tactics);
         const auto bytes = launch.executor->table();
         launch.table.reset(std::aligned_alloc(256, bytes.size()));
         std::memcpy(launch.table.get(), bytes.data(), bytes.size());
@@ -272,15 +272,15 @@ void test_mistakes() {
     agr::Tensor other = row;
     other.types = {Type::float64, Type::float64, Type::float64};
     const Plan one({{1, 4, true}}, {1, 0, 0, false}), two({{1, 4, true}, {1, 4, true}}, {1, 0, 0, false});
-    CHECK(refused([&] { cuda::Executor(one, {}, 1, 0, 1, launcher); }), "no tensors");
-    CHECK(refused([&] { cuda::Executor(two, {row}, 1, 0, 1, launcher); }), "another number of tensors");
-    CHECK(refused([&] { cuda::Executor(two, {row, other}, 1, 0, 1, launcher); }), "two types");
+    CHECK(refused([&] { cuda::Executor(one, {}, 1, 0, 1, 1 << 16, launcher); }), "no tensors");
+    CHECK(refused([&] { cuda::Executor(two, {row}, 1, 0, 1, 1 << 16, launcher); }), "another number of tensors");
+    CHECK(refused([&] { cuda::Executor(two, {row, other}, 1, 0, 1, 1 << 16, launcher); }), "two types");
     agr::Tensor odd = row;
     odd.types.state = Type::bfloat16;
-    CHECK(refused([&] { cuda::Executor(one, {odd}, 1, 0, 1, launcher); }), "types that no kernel takes");
+    CHECK(refused([&] { cuda::Executor(one, {odd}, 1, 0, 1, 1 << 16, launcher); }), "types that no kernel takes");
     const Plan huge({{1, 4, true}}, {(std::int64_t{1} << 30) + 1, 0, 0, false});
-    CHECK(refused([&] { cuda::Executor(huge, {row}, 1, 0, 1, launcher); }), "a chunk too large for an index");
-    cuda::Executor unattached(one, {row}, 1, 0, 1, launcher);
+    CHECK(refused([&] { cuda::Executor(huge, {row}, 1, 0, 1, 1 << 16, launcher); }), "a chunk too large for an index");
+    cuda::Executor unattached(one, {row}, 1, 0, 1, 1 << 16, launcher);
     const void* gradient = nullptr;
     CHECK(refused([&] { unattached.launch(&gradient, {{}}, {}, cuda::Phase::all, nullptr); }), "no table");
     CHECK(launcher.steps == 0, "a mistake was launched");
