@@ -5,7 +5,8 @@ meanwhile, and how long it queues. bench/time_model says what is modelled and wh
 sources of their figures, code.py what the kernel's code costs. These are predictions, which nobody has measured. Trust
 differences of more than 2%; a share above 100% of a copy means as fast as a copy.
 
-Kernels: 0.1.0, whose blocks release and acquire sums, and tagged, whose sums are words that carry the step's epoch.
+Kernels: 0.1.0, whose blocks release and acquire sums; tagged, whose sums are words that carry the step's epoch, and
+whose updates ask for a whole chunk ahead; bounded, the same, but they ask for 24 KB.
 
 Writes latency-DTYPE-TAG.json into the output folder. Exit code 0, or 2 for bad arguments.
 """

@@ -173,7 +173,13 @@ def tagged(rule: str, itemsize: int, clips: bool = False) -> Code:
     return code
 
 
-KERNELS = {"0.1.0": version_0_1_0, "tagged": tagged}
+def bounded(rule: str, itemsize: int, clips: bool = False) -> Code:
+    """Return `tagged` whose UPDATEs ask for no more than 24 KB ahead: more takes the gradients' place in the cache."""
+    code = tagged(rule, itemsize, clips)
+    return replace(code, fetched_batches=(24 << 10) // (code.batch_elements * itemsize * code.streams))
+
+
+KERNELS = {"0.1.0": version_0_1_0, "tagged": tagged, "bounded": bounded}
 # What might be changed next.
 IDEAS: dict[str, dict[str, Any]] = {
     "chunks of 32 KB": {"chunk_bytes": 32 << 10},
@@ -187,7 +193,6 @@ IDEAS: dict[str, dict[str, Any]] = {
     "the next ticket drawn when a task begins": {"ticket_first": True},
     "the gradient asked for too": {"gradient_fetched": True},
     "UPDATE asks for p, m, v of 4 batches": {"fetched_batches": 4},
-    "UPDATE asks for p, m, v of 2 batches": {"fetched_batches": 2},
     "UPDATE asks for p, m, v 4 batches ahead": {"fetched_batches": 4, "fetch_rolls": True},
     "UPDATE asks for p, m, v 2 batches ahead": {"fetched_batches": 2, "fetch_rolls": True},
 }
