@@ -44,6 +44,9 @@ static_assert(sizeof(DeviceTask) == 16, "tasks are read in one access");
 // thousands of chunks, one after the other, while all other blocks wait for the result.
 constexpr std::int64_t segment_chunks = 64;
 
+// Elements of a chunk that are prefetched at most.
+constexpr int most_prefetched = 1 << 16;
+
 // The number of words (see words.h) in which the inputs of a tensor's updates are published: those of Adan in float64.
 constexpr int max_input_words = 36;
 
@@ -76,6 +79,7 @@ enum Tactic : std::uint32_t {
     early_inputs = 32,         // coefficients are published with the abs-sum, or computed behind a gradient's loads
     own_counts = 64,           // step counts are raised by the block that updates or publishes, and not by the last one
     squares_in_float32 = 128,  // squares are added in float32
+    given_tickets = 256,       // a block's first ticket is its own number, in launches in which no task waits
 };
 constexpr struct {
     const char* name;
@@ -83,8 +87,9 @@ constexpr struct {
 } tactics[] = {{"prefetch_chunk", prefetch_chunk}, {"prefetch_ranges", prefetch_ranges},
                {"prefetch_tasks", prefetch_tasks}, {"defer_accounting", defer_accounting},
                {"no_fences", no_fences},           {"early_inputs", early_inputs},
-               {"own_counts", own_counts},         {"squares_in_float32", squares_in_float32}};
-constexpr std::uint32_t all_tactics = 255;
+               {"own_counts", own_counts},         {"squares_in_float32", squares_in_float32},
+               {"given_tickets", given_tickets}};
+constexpr std::uint32_t all_tactics = 511;
 
 // Which step counts of tensors the last block of a launch raises: those that nobody else could raise, or all.
 enum class CountsAtEnd : std::uint8_t { none, some, all };
@@ -128,8 +133,9 @@ struct Arguments {
     std::int32_t nonempty_tensors;  // tensors that have elements
     // This launch computes the norm of all gradients, for clipping: everything is reduced before the first update.
     bool computes_norm;
-    bool reduces;  // the tasks include those that reduce; otherwise an earlier launch has published the inputs
-    bool updates;  // the tasks include updates; otherwise the launch computes `squares` for later launches
+    bool reduces;        // the tasks include those that reduce; otherwise an earlier launch has published the inputs
+    bool given_tickets;  // block i runs task i first, and draws only later tickets
+    bool updates;        // the tasks include updates; otherwise the launch computes `squares` for later launches
     CountsAtEnd counts_at_end;
     bool group_counts;      // some group's step count is incremented
     std::uint32_t tactics;  // a combination of Tactic

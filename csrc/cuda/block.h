@@ -10,7 +10,8 @@
 // anything in its next task that may wait. Consider the unfinished task with the smallest ticket. Its block has no
 // earlier task to finish, so it is running this one. If the task is an UPDATE, everything it can wait for has a smaller
 // ticket and is finished. So at least one block always makes progress, however few blocks the device runs at the same
-// time. The kernel needs no cooperative launch, and other kernels may run beside it.
+// time. The kernel needs no cooperative launch, and other kernels may run beside it. (In a launch in which no task ever
+// waits, tickets need no order: the first task of block i is task i.)
 //
 // Sums. The block that writes the last chunk sum of a segment adds the segment's chunk sums, and the block that
 // completes the last segment of a tensor adds the tensor's segment sums, and publishes the inputs of the tensor's
@@ -23,10 +24,10 @@
 // between two addresses is ever relied on. There are two exceptions.
 //
 // - The epoch is incremented by the block that draws the launch's last ticket, while others may not have read it yet,
-//   as far as the order of these accesses is concerned. But every block reads it before it draws its first ticket, from
-//   a counter whose address depends on what it has read; and the last ticket is drawn after all first ones. If a block
-//   read the incremented epoch, the value would depend on itself, which the memory model excludes (PTX ISA, axiom
-//   "No-Thin-Air").
+//   as far as the order of these accesses is concerned. But every block reads it before it draws its first ticket, and
+//   from which of two counters it draws depends on what it has read. If one read the incremented epoch, it would draw
+//   from the other counter; then the first counter would not get all of its draws, nobody would draw the last ticket,
+//   and the epoch would not be incremented. A value cannot depend on itself in this way (PTX ISA, axiom "No-Thin-Air").
 // - Step counts that belong to several tasks, of which none can know that it is the last, are incremented by the last
 //   block that runs out of tasks. It must not do so before all others have read them: blocks are counted with release
 //   and acquire. Launches without such counts skip this, and have no fence at all.
@@ -77,7 +78,6 @@ class Block {
     static constexpr int lanes = lanes_for<P, G, S>;
     static constexpr int stride = block_threads * lanes;
     static constexpr int warps = block_threads / warp_threads;
-    static constexpr int most_prefetched = 1 << 16;  // elements of a tensor of one chunk
     static_assert(warps <= warp_threads, "a single warp adds the sums of all warps");
     static_assert(words_of<Inputs> <= max_input_words, "a tensor's inputs fit into its Progress");
 
@@ -110,8 +110,11 @@ public:
     AGR_DEVICE void run() {
         if (args_.found_inf != nullptr && *args_.found_inf != 0) return;
         if (first_thread()) {
-            shared_.epoch = load_relaxed(&args_.control->epoch) + (args_.reduces ? 1 : 0);
-            draw_next_ticket();
+            shared_.epoch = this_epoch(load_relaxed(&args_.control->epoch));
+            if (args_.given_tickets)
+                next_ticket_ = static_cast<std::uint32_t>(block_index());
+            else
+                draw_next_ticket();
             shared_.task[0] = next_task();
             shared_.caches[0].group = -1;
         }
@@ -160,6 +163,13 @@ private:
 
     AGR_DEVICE bool uses(Tactic tactic) const { return (args_.tactics & tactic) != 0; }
 
+    // The epoch of this launch, after that of the launch before. An odd one follows the last even one, so that the
+    // counter of tickets alternates.
+    AGR_DEVICE std::uint32_t this_epoch(std::uint32_t previous) const {
+        if (!args_.reduces) return previous;
+        return previous + 1 != every_epoch ? previous + 1 : 1;
+    }
+
     // What fences would cost: see Tactic.
     AGR_DEVICE void fence_if_asked_for() const {
         if (!uses(no_fences)) fence_acq_rel();
@@ -168,9 +178,12 @@ private:
     // Draws the ticket of the next task. Every task calls this after it has issued its first loads. The ticket is first
     // used before the task's last barrier, when the next task is written to shared memory.
     AGR_DEVICE void draw_next_ticket() {
-        // All blocks together draw one ticket for each task, and one each past the last. Then the counter is 0 again.
-        // Which counter it is depends on the epoch; see above.
-        if (first_thread()) next_ticket_ = count_relaxed(&args_.control->next_ticket[shared_.epoch & 1], last_ticket());
+        // Which counter it is depends on the epoch; see above. All blocks together draw one ticket for each task that
+        // is not given to a block, and one each past the last. Then the counter is 0 again.
+        if (!first_thread()) return;
+        std::uint32_t* counter = &args_.control->next_ticket[shared_.epoch & 1];
+        const std::uint32_t given = args_.given_tickets ? static_cast<std::uint32_t>(block_count()) : 0;
+        next_ticket_ = given + count_relaxed(counter, last_ticket() - given);
     }
 
     AGR_DEVICE std::uint32_t last_ticket() const {
@@ -254,9 +267,9 @@ private:
             for (int k = 0; k < lanes; ++k) x[k] = i + k < n ? static_cast<T>(to_computed(g[i + k])) : T(0);
             thread_sums.add(x);
         }
-        Sums sums = thread_sums.value();
-        if (squares && (thread_sums.out_of_range(sums) || !uses(squares_in_float32)))
-            sums.squares = squares_in_float64(g, n);
+        const Sums sums = thread_sums.value();
+        if (thread_sums.out_of_range(sums)) return sums_in_float64(g, n);
+        if (squares && !uses(squares_in_float32)) return {sums.abs_sum, sums_in_float64(g, n).squares};
         return sums;
     }
 
@@ -268,17 +281,18 @@ private:
         sums.add(x);
     }
 
-    // The sum of the squares of this thread's elements, where float32 does not do.
-    AGR_DEVICE static double squares_in_float64(const G* g, int n) {
-        double sum = 0;
+    // The sums over this thread's elements of a chunk where float32 does not do.
+    AGR_DEVICE static Sums sums_in_float64(const G* g, int n) {
+        Sums sums;
 #pragma unroll 1
         for (int i = thread_index() * lanes; i < n; i += stride)
 #pragma unroll 1
             for (int k = i; k < i + lanes && k < n; ++k) {
                 const auto x = static_cast<double>(to_computed(g[k]));
-                sum = multiply_add(x, x, sum);
+                sums.abs_sum += magnitude(x);
+                sums.squares = multiply_add(x, x, sums.squares);
             }
-        return sum;
+        return sums;
     }
 
     // Adds the sums of each warp's threads, and writes the result to shared memory.
@@ -484,9 +498,15 @@ private:
         const bool sums_itself = task.regularize && !task.reduced;
         const bool own_coefficients = !task.reduced && uses(early_inputs) && accounting_thread();
         Inputs& inputs = shared_.inputs[buffer_];
+        // What is prefetched takes the place of gradients that updates will read from the cache. A tensor of one chunk
+        // has no such gradient.
+        const int most = task.kind == TaskKind::whole ? most_prefetched : args_.prefetched_elements;
+        const int prefetched = task.elements < most ? task.elements : most;
+        // First what does not depend on the row: the gradient, if nothing has read it before.
+        if (!task.reduced) prefetch_elements(gradient, prefetched);
         // Issued before the loads below, and first used after them.
         const float count = own_coefficients ? step_count(row) : 0.0f;
-        prefetch_chunk_of(task, row, gradient);
+        prefetch_parameter(task, row, prefetched);
         if (sums_itself)
             store_warp_sum(thread_sums<false>(gradient, task.elements), false);
         else
@@ -526,14 +546,9 @@ private:
         }
     }
 
-    // Prefetches the chunk's first elements of parameter and state, and of the gradient if nothing has read it before.
-    // These accesses overlap with the wait for the abs-sum. They are prefetches into the cache and not loads into
-    // registers: a chunk does not fit there.
-    AGR_DEVICE void prefetch_chunk_of(const DeviceTask& task, const Row& row, const G* gradient) const {
-        // What is prefetched takes the place of gradients that updates will read from the cache. A tensor of one chunk
-        // has no such gradient.
-        const int most = task.kind == TaskKind::whole ? most_prefetched : args_.prefetched_elements;
-        const int elements = task.elements < most ? task.elements : most;
+    // Prefetches the chunk's first elements of parameter and state. These accesses overlap with the wait for the
+    // abs-sum. They are prefetches into the cache and not loads into registers: a chunk does not fit there.
+    AGR_DEVICE void prefetch_parameter(const DeviceTask& task, const Row& row, int elements) const {
         if constexpr (!std::is_same_v<Rules, RegularizeRules>) {
             const std::int64_t first = task.chunk * args_.chunk_elements;
             prefetch_elements(static_cast<const P*>(row.parameter) + first, elements);
@@ -541,7 +556,6 @@ private:
             for (int k = 0; k < max_states; ++k)
                 if (k < states_of(task.rule)) prefetch_elements(static_cast<const S*>(row.state[k]) + first, elements);
         }
-        if (!task.regularize && !task.reduced) prefetch_elements(gradient, elements);
     }
 
     // By one thread for all, where there is an instruction for that, or by each thread for lines of its own.

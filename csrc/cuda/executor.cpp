@@ -42,6 +42,7 @@ Executor::Executor(Plan plan, std::vector<Tensor> tensors, int groups, int devic
     if (plan_.limits.chunk_elements > 1 << 30)
         throw std::invalid_argument("a chunk has at most 2^30 elements on a GPU, not " +
                                     std::to_string(plan_.limits.chunk_elements));
+    if (plan_.limits.apart) throw std::invalid_argument("a CUDA launch both reduces and updates");
     if (!is_compiled(kernel_)) throw std::invalid_argument("no kernel is compiled for these types");
     for (const Tensor& tensor : tensors_)
         if (!(Kernel{family_of(tensor.rule), tensor.types} == kernel_))
@@ -50,6 +51,8 @@ Executor::Executor(Plan plan, std::vector<Tensor> tensors, int groups, int devic
         const Plan::Tensor& tensor = plan_.tensors[i];
         segments_ += segments_of(tensor);
         nonempty_tensors_ += tensor.chunks > 0;
+        waits_ = waits_ || reduced(tensor);
+        counts_ = counts_ || tensors_[i].step != nullptr;
         // Nobody but the last block knows that all chunks of the tensor are updated, or that it has none.
         counts_some_at_end_ =
             counts_some_at_end_ || (tensors_[i].step != nullptr && tensor.chunks != 1 && !reduced(tensor));
@@ -63,7 +66,7 @@ Executor::Executor(Plan plan, std::vector<Tensor> tensors, int groups, int devic
         bytes_of_element = std::max<std::int64_t>(
             bytes_of_element, bytes_of(tensor.types.parameter) + states_of(tensor.rule) * bytes_of(tensor.types.state));
     arguments_.prefetched_elements = static_cast<std::int32_t>(
-        std::min<std::int64_t>(plan_.limits.chunk_elements, prefetched_bytes / blocks_ / bytes_of_element));
+        std::min<std::int64_t>(most_prefetched, prefetched_bytes / blocks_ / bytes_of_element));
 
     std::int64_t end = 0;
     // Reserves space in the table, aligned to 256 bytes, and returns its offset.
@@ -221,13 +224,14 @@ void Executor::launch(const void* const* gradients, const std::vector<DeviceGrou
     args.computes_norm = plan_.limits.clip && phase != Phase::update;
     args.reduces = phase != Phase::update;
     args.updates = phase != Phase::reduce;
+    args.given_tickets = !waits_ && (tactics_ & given_tickets) != 0 && args.end_task - args.first_task >= blocks_;
     args.tactics = tactics_;
     args.counts_at_end = CountsAtEnd::none;
     args.group_counts = false;
     if (args.updates) {
         // What an earlier launch has published, it did not count, since it did not know that there would be an update.
         constexpr std::uint32_t needed = own_counts | early_inputs;
-        const bool all = phase == Phase::update || (tactics_ & needed) != needed;
+        const bool all = counts_ && (phase == Phase::update || (tactics_ & needed) != needed);
         args.counts_at_end = all ? CountsAtEnd::all : counts_some_at_end_ ? CountsAtEnd::some : CountsAtEnd::none;
         for (const DeviceGroup& group : groups)
             args.group_counts = args.group_counts || (group.count != nullptr && group.increment_count);

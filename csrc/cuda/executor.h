@@ -77,11 +77,13 @@ private:
     Kernel kernel_{};
     std::int64_t segments_ = 0;
     std::int32_t nonempty_tensors_ = 0;
+    bool waits_ = false;               // some task waits for others
+    bool counts_ = false;              // some tensor has a step count of its own
     bool counts_some_at_end_ = false;  // see CountsAtEnd
     std::int32_t parameters_ = 0;      // of the optimizer, up to the last one among the tensors
     Layout layout_{};
     unsigned char* address_ = nullptr;
-    Arguments arguments_{};  // the members that are the same in every launch are set by attach()
+    Arguments arguments_{};  // the members that are the same in every launch are set by the constructor and attach()
     // The gradient addresses and group arguments that were last uploaded to the table, because they did not fit into
     // the kernel parameters.
     std::vector<unsigned char> uploaded_gradients_, uploaded_groups_;

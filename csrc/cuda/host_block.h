@@ -51,7 +51,7 @@ struct HostBlock {
 };
 
 struct HostThread {
-    int index = 0, blocks = 1;
+    int index = 0, block_index = 0, blocks = 1;
     HostBlock* block = nullptr;
     std::minstd_rand random;
 };
@@ -81,7 +81,7 @@ void run_blocks(int blocks, unsigned seed, const Work& work) {
     for (int block = 0; block < blocks; ++block)
         for (int thread = 0; thread < block_threads; ++thread)
             threads.emplace_back([&, block, thread] {
-                host_thread = {thread, blocks, host_blocks[block].get(),
+                host_thread = {thread, block, blocks, host_blocks[block].get(),
                                std::minstd_rand(seed + 977u * static_cast<unsigned>(block * block_threads + thread))};
                 work(*shared_memories[block]);
             });
@@ -89,6 +89,7 @@ void run_blocks(int blocks, unsigned seed, const Work& work) {
 }
 
 inline int thread_index() { return host_thread.index; }
+inline int block_index() { return host_thread.block_index; }
 inline int block_count() { return host_thread.blocks; }
 
 inline void block_barrier() {

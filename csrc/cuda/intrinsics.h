@@ -19,6 +19,7 @@ namespace agr::cuda {
 constexpr int warp_threads = 32;
 
 AGR_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+AGR_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 AGR_DEVICE int block_count() { return static_cast<int>(gridDim.x); }
 
 AGR_DEVICE void block_barrier() { __syncthreads(); }
@@ -141,6 +142,7 @@ AGR_DEVICE void store_words(void* to, const std::uint32_t (&w)[4]) {
 }
 template <Eviction eviction>
 AGR_DEVICE void store_words(void* to, const std::uint32_t (&w)[2]) {
+    static_assert(eviction != Eviction::normal, "stores of 8 bytes have a policy");
     asm volatile("st.global.L2::cache_hint.v2.u32 [%0], {%1, %2}, %3;" ::"l"(to), "r"(w[0]), "r"(w[1]),
                  "l"(cache_policy<eviction>())
                  : "memory");

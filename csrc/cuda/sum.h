@@ -79,10 +79,12 @@ public:
         return sums;
     }
 
-    // Whether squares may have overflowed, or lost too much as denormal numbers. They must then be added in float64.
+    // Whether a float32 sum may have overflowed, or squares have lost too much as denormal numbers. The elements must
+    // then be added in float64.
     AGR_DEVICE static bool out_of_range(const Sums& sums) {
-        return sizeof(T) == sizeof(float) &&
-               (!(sums.squares < 0x1p120) || (sums.squares < 0x1p-100 && sums.abs_sum != 0));
+        if (sizeof(T) == sizeof(double)) return false;
+        return !(sums.abs_sum < 0x1p127) ||
+               (squares && (!(sums.squares < 0x1p120) || (sums.squares < 0x1p-100 && sums.abs_sum != 0)));
     }
 
 private:

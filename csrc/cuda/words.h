@@ -71,7 +71,7 @@ template <class Value>
 AGR_DEVICE void receive(void* to, const Word* from, std::uint32_t epoch) {
     constexpr int each = (words_of<Value> + warp_threads - 1) / warp_threads;
     const int lane = thread_index() % warp_threads;
-    Word words[each];
+    Word words[each] = {};
     while (true) {
         bool missing = false;
 #pragma unroll

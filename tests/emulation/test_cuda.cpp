@@ -278,6 +278,8 @@ void test_mistakes() {
     agr::Tensor odd = row;
     odd.types.state = Type::bfloat16;
     CHECK(refused([&] { cuda::Executor(one, {odd}, 1, 0, 1, 1 << 16, launcher); }), "types that no kernel takes");
+    const Plan apart({{1, 4, true}}, {1, 0, 0, false, true});
+    CHECK(refused([&] { cuda::Executor(apart, {row}, 1, 0, 1, 1 << 16, launcher); }), "reductions apart from updates");
     const Plan huge({{1, 4, true}}, {(std::int64_t{1} << 30) + 1, 0, 0, false});
     CHECK(refused([&] { cuda::Executor(huge, {row}, 1, 0, 1, 1 << 16, launcher); }), "a chunk too large for an index");
     cuda::Executor unattached(one, {row}, 1, 0, 1, 1 << 16, launcher);
