@@ -192,8 +192,6 @@ def choose(index: int, gradient: Tensor, requested: str | None) -> str:
     """
     backend = requested or backends.choose(gradient)
     reason = backends.why_not(backend, gradient)
-    if reason is None and backend == "cuda" and not native().cuda_regularizes:
-        reason = "this build has no kernels for it"
     if reason is not None and requested is not None:
         raise RuntimeError(f"backend={requested!r} does not take the gradient of parameter {index}: {reason}")
     backend = "reference" if reason is not None else backend

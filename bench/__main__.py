@@ -10,13 +10,14 @@ import argparse
 import sys
 from types import ModuleType
 
-from bench.commands import gradients, overhead, step, traffic
+from bench.commands import gradients, latency, overhead, step, traffic
 
 COMMANDS: dict[str, ModuleType] = {
     "step": step,
     "overhead": overhead,
     "gradients": gradients,
     "traffic": traffic,
+    "latency": latency,
 }
 
 

@@ -11,8 +11,9 @@ import pytest
 from agr_cuda import _C
 from bench.__main__ import main
 from bench.cache_model.cache import EVICT_FIRST, EVICT_LAST, NORMAL, Cache
-from bench.cache_model.replay import Machine, Task, Tensor, Traffic, piece_bytes, replay
+from bench.cache_model.replay import Machine, Traffic, piece_bytes, replay
 from bench.workloads import shapes
+from bench.workloads.schedule import Task, Tensor
 
 CHUNK = 1024  # elements
 CHUNK_BYTES = 4 * CHUNK

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import large_size
+from conftest import device_of, large_size
 from helpers import (
     ADAMW,
     ADAN,
@@ -275,6 +275,18 @@ def test_psi_needs_no_denormal_numbers(scale: float, flushes: bool, generator) -
     optimizer.step()
     exact = to_numpy(g) * (1 - np.abs(to_numpy(g)) / np.abs(to_numpy(g)).sum())
     assert to_numpy(optimizer.state[p]["exp_avg"]) == pytest.approx(exact, rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("native", ["cpu", "cuda"])
+@pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [4, 5, 4096])
+def test_an_abs_sum_may_exceed_float32(native: str, wide: torch.dtype, size: int) -> None:
+    p = torch.zeros(size, dtype=wide, device=device_of(native), requires_grad=True)
+    optimizer = ADAMW.ours([p], betas=(0.0, 0.0), lr=0.0, backend=native)
+    step_on(optimizer, p, torch.full_like(p, 1e38))
+    expected = 1e38 * (1 - 1 / size)
+    found = to_numpy(optimizer.state[p]["exp_avg"].double())
+    assert found == pytest.approx(np.full(size, expected), rel=0.01 if wide is torch.bfloat16 else 1e-6)
 
 
 def test_halves_need_no_denormal_numbers(flushes: bool) -> None:

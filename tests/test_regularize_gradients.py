@@ -22,19 +22,10 @@ from helpers import (
 
 import agr_cuda
 from agr_cuda import regularize_gradients_
-from agr_cuda.native import native
 
 TOLERANCE = {
     torch.float32: 2e-7, torch.complex64: 3e-7, torch.float64: 1e-15, torch.complex128: 1e-15,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def has_kernels(request: pytest.FixtureRequest) -> None:
-    """Skip what asks for kernels that this build has not."""
-    asked = getattr(request.node, "callspec", None)
-    if asked is not None and asked.params.get("backend") == "cuda" and not native().cuda_regularizes:
-        pytest.skip("this build of the cuda backend does not regularize gradients")
 
 
 def assert_regularized(p: torch.Tensor, before: torch.Tensor, factor: float = 1.0) -> None:

@@ -11,8 +11,9 @@ import torch
 
 from agr_cuda import _C
 from agr_cuda.cuda import rehearsal
-from bench.cache_model.replay import Machine, Tensor, Traffic, replay
+from bench.cache_model.replay import Machine, Traffic, replay
 from bench.workloads.contenders import ACCESSES
+from bench.workloads.schedule import Tensor
 from bench.workloads.shapes import ModelSet
 
 H200 = Machine()
@@ -37,7 +38,7 @@ class Limits:
 def backend_limits(dtype: torch.dtype) -> tuple[Limits, int]:
     """Return how the cuda backend cuts and orders tensors of this type on an H200, and how many blocks it has there."""
     with rehearsal():  # whose device has the numbers of an H200
-        chunk, window, lead, resident, multiprocessors = _C.cuda_limits("adamw", str(dtype), str(dtype), 0)
+        chunk, window, lead, _, resident, multiprocessors = _C.cuda_limits("adamw", str(dtype), str(dtype), 0)
     return Limits(chunk, window, lead), resident * multiprocessors
 
 

@@ -18,9 +18,7 @@ from dataclasses import dataclass
 from math import inf
 
 from bench.cache_model.cache import EVICT_FIRST, EVICT_LAST, NORMAL, Cache
-
-Tensor = tuple[int, int, bool]  # elements, bytes of an element, whether the gradient is regularized
-Task = tuple[str, int, int]  # "reduce", "update" or "whole"; tensor; chunk
+from bench.workloads.schedule import Schedule, Task, Tensor
 
 FINEST_PIECE = 4096  # bytes of gradient
 # 128 threads with two loads of 16 bytes each: what a block has in flight of each tensor, however coarse the pieces are.
@@ -91,32 +89,18 @@ class Traffic:
 class Replay:
     """One pass through a schedule; see `replay`."""
 
-    def __init__(
-        self,
-        tensors: Sequence[Tensor],
-        tasks: Sequence[Task],
-        chunk_elements: int,
-        streams: int,
-        machine: Machine,
-        piece_bytes: int,
-        in_place: bool,
-    ) -> None:
-        self.tensors, self.tasks, self.chunk_elements = tensors, tasks, chunk_elements
-        self.streams, self.machine, self.piece_bytes = streams, machine, piece_bytes
+    def __init__(self, schedule: Schedule, streams: int, machine: Machine, piece_bytes: int, in_place: bool) -> None:
+        schedule.check()
+        self.schedule, self.streams, self.machine, self.piece_bytes = schedule, streams, machine, piece_bytes
         self.in_place = in_place
         self.accesses = 1 + 2 * streams + in_place  # of an element by an UPDATE
         self.cache = Cache(machine.cache_bytes)
-        self.tickets = iter(tasks)
-        self.reduces = [0] * len(tensors)  # REDUCE tasks of each tensor
-        for kind, tensor, _ in tasks:
-            self.reduces[tensor] += kind == "reduce"
+        self.tickets = iter(schedule.tasks)
+        self.reduces = schedule.reduces
         self.unreduced = list(self.reduces)  # those that are not done
         self.published = [count == 0 for count in self.reduces]
-        largest = max((itemsize for _, itemsize, _ in tensors), default=1)
-        self.pieces = -(-chunk_elements * largest // piece_bytes)  # that a chunk has at most
-        self.first_chunk = [0]
-        for elements, _, _ in tensors:
-            self.first_chunk.append(self.first_chunk[-1] + -(-elements // chunk_elements))
+        largest = max((itemsize for _, itemsize, _ in schedule.tensors), default=1)
+        self.pieces = -(-schedule.chunk_elements * largest // piece_bytes)  # that a chunk has at most
         self.on_chip: dict[tuple[int, int], int] = {}  # bytes kept of a chunk
         self.on_chip_used = 0
         self.second_reads = self.cache_hits = self.on_chip_hits = 0
@@ -138,13 +122,11 @@ class Replay:
                 finished.append(self.now)
             elif lasts < inf:
                 heapq.heappush(self.events, (self.now + lasts, number))
-        if self.waiting:
-            raise ValueError("an UPDATE has a smaller ticket than one of its tensor's REDUCEs")
         self.cache.flush()
         time = max(1.0, self.now) * self.machine.blocks
         return Traffic(
-            elements=sum(elements for elements, _, _ in self.tensors),
-            ideal_bytes=sum(elements * itemsize for elements, itemsize, _ in self.tensors) * self.accesses,
+            elements=self.schedule.elements,
+            ideal_bytes=self.schedule.gradient_bytes * self.accesses,
             read_bytes=self.cache.read_bytes,
             written_bytes=self.cache.written_bytes,
             second_reads=self.second_reads,
@@ -157,8 +139,7 @@ class Replay:
     def block(self, number: int) -> Iterator[float]:
         """One block: yields how long what it just began lasts; inf for until it is woken."""
         for kind, tensor, chunk in self.tickets:
-            elements, itemsize, _ = self.tensors[tensor]
-            size = min(self.chunk_elements, elements - chunk * self.chunk_elements) * itemsize
+            size = self.schedule.elements_of(tensor, chunk) * self.schedule.tensors[tensor][1]
             pace = 1.0 + SPREAD * (2.0 * self.random.random() - 1.0)
             if kind == "reduce":
                 yield from self.reduce(tensor, chunk, size, pace)
@@ -216,16 +197,16 @@ class Replay:
 
     def lines(self, tensor: int, chunk: int, size: int) -> Iterator[tuple[int, int]]:
         """Yield key and bytes of a chunk's pieces of gradient; the next key is that of what is written beside it."""
-        line = 2 * (self.first_chunk[tensor] + chunk) * self.pieces
+        line = 2 * self.schedule.chunk_number(tensor, chunk) * self.pieces
         for begin in range(0, size, self.piece_bytes):
             yield line, min(self.piece_bytes, size - begin)
             line += 2
 
     def keep_on_chip(self, tensor: int, chunk: int, size: int) -> bool:
         """Keep a chunk's gradient on chip if it is of the end of a large tensor and there is room."""
-        elements, itemsize, _ = self.tensors[tensor]
+        elements, itemsize, _ = self.schedule.tensors[tensor]
         room = self.machine.on_chip_bytes
-        from_end = (elements - chunk * self.chunk_elements) * itemsize
+        from_end = (elements - chunk * self.schedule.chunk_elements) * itemsize
         if elements * itemsize <= self.machine.on_chip_above or max(from_end, self.on_chip_used + size) > room:
             return False
         self.on_chip[tensor, chunk] = size
@@ -266,4 +247,4 @@ def replay(
     """
     chunk_bytes = chunk_elements * max((itemsize for _, itemsize, _ in tensors), default=1)
     piece = piece_bytes(tasks, chunk_bytes, most_pieces)
-    return Replay(tensors, tasks, chunk_elements, streams, machine, piece, in_place).run()
+    return Replay(Schedule(tensors, tasks, chunk_elements), streams, machine, piece, in_place).run()

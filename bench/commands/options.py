@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -97,11 +97,11 @@ def add_counts(parser: argparse.ArgumentParser, counts: Mapping[str, tuple[int, 
         parser.add_argument(f"--{name}", type=positive_int, default=default, metavar="COUNT", help=text)
 
 
-def add_dtype(parser: argparse.ArgumentParser) -> None:
-    """Add --dtype."""
+def add_dtype(parser: argparse.ArgumentParser, allowed: Collection[str] = DTYPES) -> None:
+    """Add --dtype, one of the allowed ones."""
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=allowed,
         default="float32",
         help="storage type of parameters, gradients and state (default: float32)",
     )

@@ -27,6 +27,7 @@ from bench.commands import options
 from bench.measuring import machine
 from bench.reporting import documents
 from bench.reporting.terminal import Console, Table, console, table
+from bench.reporting.units import percent
 from bench.workloads.shapes import MODELS, ModelSet
 
 
@@ -68,11 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def mebibytes(size: float) -> str:
     """Return a size with two digits after the point at most."""
     return f"{size / 2**20:.2f}".rstrip("0").rstrip(".") + " MiB"
-
-
-def percent(share: float) -> str:
-    """Return a share with one digit after the point."""
-    return f"{100 * share:.1f}%"
 
 
 def figures_table(predictions: Sequence[Prediction], title: str) -> Table:

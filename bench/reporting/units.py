@@ -23,3 +23,8 @@ def span(summary: Summary) -> str:
 def times(ratio: float) -> str:
     """Return a ratio with two digits after the point, three if it is small."""
     return f"{ratio:.2f}x" if ratio >= 0.2 else f"{ratio:.3f}x"
+
+
+def percent(share: float) -> str:
+    """Return a share with one digit after the point."""
+    return f"{100 * share:.1f}%"

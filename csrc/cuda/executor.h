@@ -38,7 +38,10 @@ class Executor {
 public:
     // `tensors` are in the order of the plan's. All of them must use the same kernel and be on the same device. Throws
     // std::invalid_argument if no kernel is compiled for their types.
-    Executor(Plan plan, std::vector<Tensor> tensors, int groups, int device, int blocks, Launcher& launcher);
+    //
+    // `prefetched_bytes` is how many bytes of parameters and state all blocks together prefetch for their updates.
+    Executor(Plan plan, std::vector<Tensor> tensors, int groups, int device, int blocks, std::int64_t prefetched_bytes,
+             Launcher& launcher, std::uint32_t tactics = all_tactics);
 
     // The initial content of the table. The caller copies it to device memory, at an address that is a multiple of 16,
     // and passes that address to attach(). The memory must stay allocated while launches are in progress.
@@ -70,19 +73,30 @@ private:
     std::size_t groups_;
     int device_, blocks_;
     Launcher* launcher_;
+    std::uint32_t tactics_;
     Kernel kernel_{};
     std::int64_t segments_ = 0;
     std::int32_t nonempty_tensors_ = 0;
-    std::int32_t parameters_ = 0;  // of the optimizer, up to the last one among the tensors
+    bool waits_ = false;               // some task waits for others
+    bool counts_ = false;              // some tensor has a step count of its own
+    bool counts_some_at_end_ = false;  // see CountsAtEnd
+    std::int32_t parameters_ = 0;      // of the optimizer, up to the last one among the tensors
     Layout layout_{};
     unsigned char* address_ = nullptr;
-    Arguments arguments_{};  // the members that are the same in every launch are set by attach()
+    Arguments arguments_{};  // the members that are the same in every launch are set by the constructor and attach()
     // The gradient addresses and group arguments that were last uploaded to the table, because they did not fit into
     // the kernel parameters.
     std::vector<unsigned char> uploaded_gradients_, uploaded_groups_;
     bool captured_ = false;  // whether any launch was captured into a graph
     std::int64_t steps_ = 0, uploads_ = 0;
 
+    // Whether REDUCE tasks of the plan add up the tensor's gradient.
+    bool reduced(const Plan::Tensor& tensor) const {
+        return plan_.limits.clip ? tensor.chunks > 0 : tensor.regularize && tensor.chunks > 1;
+    }
+    static std::int32_t segments_of(const Plan::Tensor& tensor) {
+        return static_cast<std::int32_t>((tensor.chunks + segment_chunks - 1) / segment_chunks);
+    }
     template <class Options>
     std::vector<unsigned char> group_arguments(const std::vector<DeviceGroup>& groups) const;
     void upload(std::int64_t offset, const unsigned char* bytes, std::int64_t count,
@@ -93,5 +107,8 @@ private:
 // that all chunks in progress take only a fraction of the cache. The default window is an eighth of the cache, and the
 // default lead is as many bytes as are in progress at once.
 Plan::Limits default_limits(const Types& types, const Launcher::Device& device, int resident_blocks, bool clip);
+
+// A quarter of the cache: more would take the place of gradients that updates are to find there.
+std::int64_t default_prefetched_bytes(const Launcher::Device& device);
 
 }  // namespace agr::cuda

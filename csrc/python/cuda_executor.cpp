@@ -8,7 +8,6 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
 #include "rows.h"
@@ -54,12 +53,14 @@ DeviceType device_type() { return current.stands_in ? cpu_device : cuda_device; 
 
 class CudaExecutor {
 public:
-    CudaExecutor(const Plan& plan, const py::list& tensors, int groups, int device, int blocks)
+    CudaExecutor(const Plan& plan, const py::list& tensors, int groups, int device, int blocks,
+                 std::int64_t prefetched_bytes, std::uint32_t tactics)
         : device_(device), groups_(static_cast<std::size_t>(groups)) {
         Rows rows = rows_of(tensors, device_type(), device);
         if (rows.groups > groups_) throw std::invalid_argument("a tensor's group is not among the groups");
         rule_ = rows.rule;
-        executor_ = std::make_unique<cuda::Executor>(plan, std::move(rows.tensors), groups, device, blocks, launcher());
+        executor_ = std::make_unique<cuda::Executor>(plan, std::move(rows.tensors), groups, device, blocks,
+                                                     prefetched_bytes, launcher(), tactics);
     }
 
     // How many steps were launched and uploads made: a test's proof of how few they are.
@@ -124,24 +125,24 @@ private:
     }
 };
 
-// Whether there are kernels of a family "regularize".
-template <class Family, class = void>
-struct Regularizes : std::false_type {};
-template <class Family>
-struct Regularizes<Family, std::void_t<decltype(Family::regularize)>> : std::true_type {};
-
-// (chunk_elements, window_bytes, lead_bytes, blocks of a multiprocessor, multiprocessors) of a launch for tensors of
-// types that are called so.
-std::tuple<std::int64_t, std::int64_t, std::int64_t, int, int> cuda_limits(const std::string& rule,
-                                                                           const std::string& parameter,
-                                                                           const std::string& gradient, int device) {
+// (chunk_elements, window_bytes, lead_bytes, prefetched bytes, blocks of a multiprocessor, multiprocessors) of a launch
+// for tensors of types that are called so.
+std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, int, int> cuda_limits(const std::string& rule,
+                                                                                         const std::string& parameter,
+                                                                                         const std::string& gradient,
+                                                                                         int device) {
     const Type type = type_named(parameter);
     const Types types{type, type_named(gradient), type};
     const cuda::Kernel kernel{cuda::family_of(rule_named(rule)), types};
     const cuda::Launcher::Device properties = launcher().device(device);
     const int resident = launcher().resident_blocks(kernel, device);
     const Plan::Limits limits = cuda::default_limits(types, properties, resident, false);
-    return {limits.chunk_elements, limits.window_bytes, limits.lead_bytes, resident, properties.multiprocessors};
+    return {limits.chunk_elements,
+            limits.window_bytes,
+            limits.lead_bytes,
+            cuda::default_prefetched_bytes(properties),
+            resident,
+            properties.multiprocessors};
 }
 
 }  // namespace
@@ -153,13 +154,15 @@ void bind_cuda(py::module_& m) {
     m.attr("cuda_architectures") = "";
 #endif
     m.attr("left_out") = AGR_LEFT_OUT;
+    py::dict tactics;
+    for (const auto& [name, tactic] : cuda::tactics) tactics[name] = static_cast<std::uint32_t>(tactic);
+    m.attr("cuda_tactics") = tactics;
     use_launcher(py::none());
-    m.attr("cuda_regularizes") = Regularizes<cuda::Family>::value;
     m.def("use_launcher", &use_launcher, py::arg("which"));
     m.def("cuda_limits", &cuda_limits, py::arg("rule"), py::arg("parameter"), py::arg("gradient"), py::arg("device"));
 
     py::class_<CudaExecutor>(m, "CudaExecutor")
-        .def(py::init<const Plan&, const py::list&, int, int, int>())
+        .def(py::init<const Plan&, const py::list&, int, int, int, std::int64_t, std::uint32_t>())
         .def_property_readonly("launches", &CudaExecutor::launches)
         .def("table", &CudaExecutor::table)
         .def("attach", &CudaExecutor::attach, py::arg("tensor"))
