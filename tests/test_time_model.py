@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields, replace
 from functools import cache
-from math import prod
+from math import inf, prod
 from pathlib import Path
 
 import pytest
@@ -22,10 +22,9 @@ from bench.time_model.code import (
     KERNELS,
     SQUARES_IN_FLOAT32,
     Code,
-    bounded,
     changes,
-    tagged,
     version_0_1_0,
+    words,
 )
 from bench.time_model.gpu import GPUS, MIB, Gpu
 from bench.time_model.prediction import GUESSES, median_outcome, schedule_for
@@ -49,7 +48,7 @@ def few_replays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @cache
 def step(name: str, gpu: Gpu = GPUS["h100"], code: Code | None = None, **of_the_gpu: float) -> Outcome:
-    code = tagged("AdamW", 4) if code is None else code
+    code = words("AdamW", 4) if code is None else code
     return median_outcome(replace(gpu, **of_the_gpu), code, schedule(gpu, code, name))
 
 
@@ -88,11 +87,11 @@ def test_no_update_begins_its_arithmetic_before_its_tensor_is_reduced(monkeypatc
 
 def test_a_schedule_that_updates_before_it_reduces_is_refused() -> None:
     with pytest.raises(ValueError, match="smaller ticket"):
-        Replay(GPUS["h100"], tagged("AdamW", 4), Schedule([(10, 4, True)], [("update", 0, 0), ("reduce", 0, 0)], 4096))
+        Replay(GPUS["h100"], words("AdamW", 4), Schedule([(10, 4, True)], [("update", 0, 0), ("reduce", 0, 0)], 4096))
 
 
 def test_chance_depends_on_a_seed_and_decides_little() -> None:
-    code = tagged("AdamW", 4)
+    code = words("AdamW", 4)
     tickets = schedule(GPUS["h100"], code, "7x200000")
     first, again, other = (Replay(GPUS["h100"], code, tickets, seed).run() for seed in (0, 0, 1))
     assert first == again
@@ -124,7 +123,7 @@ def test_with_a_large_cache_every_tensor_is_read_and_written_once(make: type[Cod
 
 @pytest.mark.parametrize("rule", RULES)
 def test_without_a_cache_gradients_of_several_chunks_are_read_twice(rule: str) -> None:
-    code = tagged(rule, 4)
+    code = words(rule, 4)
     found = step("7x200000", code=code, l2_share=0.0)
     assert found.hit_share == 0
     assert found.total == pytest.approx(4 * (2 + 2 * code.streams), rel=1e-2)
@@ -145,7 +144,9 @@ def test_the_cache_model_counts_the_same_bytes() -> None:
 
 
 def test_what_is_asked_for_ahead_takes_the_gradients_place_in_the_cache() -> None:
-    everything, some = (step("6x1000000", code=make("Adan", 4)).hit_share for make in (tagged, bounded))
+    code = words("Adan", 4)
+    whole = replace(code, prefetched_share=inf)
+    everything, some = (step("6x1000000", code=each).hit_share for each in (whole, code))
     assert everything < 0.5 < 0.9 < some
 
 
@@ -200,7 +201,7 @@ def test_a_change_that_takes_something_away_makes_no_step_slower(name: str, rule
 @pytest.mark.parametrize("clips", [False, True])
 def test_small_tensors_gain_from_all_changes_together(gpu: str, clips: bool) -> None:
     for name in ("321x64", "321x4096"):
-        before, after = (step(name, GPUS[gpu], make("AdamW", 4, clips)).ns for make in (version_0_1_0, tagged))
+        before, after = (step(name, GPUS[gpu], make("AdamW", 4, clips)).ns for make in (version_0_1_0, words))
         assert after < 0.97 * before
 
 
@@ -213,7 +214,7 @@ def test_squares_in_float32_matter_where_there_are_few_float64_units(scarce: str
 
 
 def test_clipping_costs_a_second_read_and_a_wait() -> None:
-    with_clip, without = (step("200x4096", code=tagged("AdamW", 4, clips)) for clips in (True, False))
+    with_clip, without = (step("200x4096", code=words("AdamW", 4, clips)) for clips in (True, False))
     assert with_clip.second_reads == 200
     assert without.second_reads == 0
     assert with_clip.ns > without.ns
@@ -226,7 +227,7 @@ def test_clipping_costs_a_second_read_and_a_wait() -> None:
 def test_every_change_and_idea_changes_the_code() -> None:
     names = {field.name for field in fields(Code)}
     for rule in RULES:
-        before, after = version_0_1_0(rule, 4, clips=True), tagged(rule, 4, clips=True)
+        before, after = version_0_1_0(rule, 4, clips=True), words(rule, 4, clips=True)
         assert before != after
         asked = [(before, values) for values in changes(before).values()] + [(after, idea) for idea in IDEAS.values()]
         for code, values in asked:
@@ -277,7 +278,7 @@ def test_latency_predicts_every_kernel_on_every_gpu(tmp_path: Path, capsys: pyte
     assert all(0 < row["share_of_copy_with_launch"] < row["share_of_copy"] for row in found)
     out = capsys.readouterr().out
     assert "30 tensors of 500" in out
-    assert "tagged" in out
+    assert "words" in out
 
 
 def test_changes_are_shown_each_alone_and_all_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -288,9 +289,9 @@ def test_changes_are_shown_each_alone_and_all_together(tmp_path: Path, capsys: p
 
 
 def test_sensitivity_shows_every_guess(tmp_path: Path) -> None:
-    found = run(tmp_path, "--gpus=h100", "--rules=AdamW", "--sensitivity", "--kernels=tagged")
+    found = run(tmp_path, "--gpus=h100", "--rules=AdamW", "--sensitivity", "--kernels=words")
     assert [row["variant"] for row in found] == 2 * ["as it is", *GUESSES]
-    assert {row["kernel"] for row in found} == {"tagged"}
+    assert {row["kernel"] for row in found} == {"words"}
 
 
 def test_the_memory_is_checked_without_writing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

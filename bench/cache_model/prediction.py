@@ -35,11 +35,14 @@ class Limits:
     lead_bytes: int
 
 
-def backend_limits(dtype: torch.dtype) -> tuple[Limits, int]:
-    """Return how the cuda backend cuts and orders tensors of this type on an H200, and how many blocks it has there."""
+def backend_limits(dtype: torch.dtype) -> tuple[Limits, int, int]:
+    """Return how the cuda backend cuts and orders tensors of this type on an H200.
+
+    Also, how many blocks it has there, and how many bytes they prefetch together.
+    """
     with rehearsal():  # whose device has the numbers of an H200
-        chunk, window, lead, _, resident, multiprocessors = _C.cuda_limits("adamw", str(dtype), str(dtype), 0)
-    return Limits(chunk, window, lead), resident * multiprocessors
+        chunk, window, lead, prefetched, resident, multiprocessors = _C.cuda_limits("adamw", str(dtype), str(dtype), 0)
+    return Limits(chunk, window, lead), resident * multiprocessors, prefetched
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ class Predictor:
         on_chip_bytes: int = 0,
         hints: bool = True,
     ) -> None:
-        defaults, default_blocks = backend_limits(dtype)
+        defaults, default_blocks, prefetched = backend_limits(dtype)
+        self.prefetched = round(prefetched * cache_bytes / H200.cache_bytes)
         self.itemsize, self.cache_bytes = dtype.itemsize, cache_bytes
         self.blocks, self.on_chip_bytes, self.hints = blocks or default_blocks, on_chip_bytes, hints
         chunk = chunk_elements or defaults.chunk_elements
@@ -101,7 +105,7 @@ class Predictor:
         """Make the plan and replay it."""
         tensors: list[Tensor] = [(prod(shape), self.itemsize, True) for shape in model.shapes]
         plan = _C.Plan(tensors, **asdict(limits))
-        on = Machine(share * self.cache_bytes, self.blocks, on_chip, limits.window_bytes, self.hints)
+        on = Machine(share * self.cache_bytes, self.blocks, on_chip, limits.window_bytes, self.hints, self.prefetched)
         streams, in_place = divmod(ACCESSES[rule] - 1, 2)  # all but the gradient are read and written
         traffic = replay(tensors, plan.tasks, plan.chunk_elements, streams, on, pieces, bool(in_place))
         return Prediction(model, rule, share, limits, on_chip, traffic)

@@ -39,6 +39,7 @@ class Machine:
     on_chip_bytes: int = 0  # shared memory of all blocks together, in which REDUCE keeps the end of large tensors
     on_chip_above: int = 0  # a tensor is large if it has more bytes of gradient than this
     hints: bool = True  # False: all lines have one priority, so that the cache keeps what was used last
+    prefetched_bytes: int = 0  # of parameters and state, by all blocks together, while their updates wait
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,10 @@ class Replay:
 
     def update(self, tensor: int, chunk: int, size: int, pace: float, number: int) -> Iterator[float]:
         """Update a chunk, as WHOLE does too: there the gradient is read once, as if it were not regularized."""
-        overhead = self.overhead
+        cache, streams, overhead = self.cache, self.streams, self.overhead
+        # What is prefetched is not evicted before it is used: lines that were written go first.
+        ahead = min(size, self.machine.prefetched_bytes // (self.machine.blocks * streams)) if streams else 0
+        cache.hold(streams * ahead)
         if not self.published[tensor]:
             # The first loads of parameters and state, which the overhead stands for, are issued before the wait.
             yield pace * overhead
@@ -174,7 +178,6 @@ class Replay:
                 self.waiting.setdefault(tensor, []).append(number)
                 yield inf
                 self.waited += self.now - since
-        cache, streams = self.cache, self.streams
         kept = self.on_chip.pop((tensor, chunk), 0)
         priority = EVICT_FIRST if self.machine.hints else NORMAL
         if self.reduces[tensor]:
@@ -184,11 +187,13 @@ class Replay:
             if not kept and cache.read(line, piece, priority):
                 self.cache_hits += piece
             cache.read_bytes += streams * piece
-            held = streams * min(piece, IN_FLIGHT)
+            prefetched = min(piece, ahead)
+            ahead -= prefetched
+            held = streams * min(piece - prefetched, IN_FLIGHT)
             cache.hold(held)
             yield pace * (overhead + self.accesses * piece)
             overhead = 0
-            cache.release(held)
+            cache.release(held + streams * prefetched)
             if streams:
                 cache.write(line + 1, streams * piece, priority)
             if self.in_place:

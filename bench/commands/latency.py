@@ -5,8 +5,7 @@ meanwhile, and how long it queues. bench/time_model says what is modelled and wh
 sources of their figures, code.py what the kernel's code costs. These are predictions, which nobody has measured. Trust
 differences of more than 2%; a share above 100% of a copy means as fast as a copy.
 
-Kernels: 0.1.0, whose blocks release and acquire sums; tagged, whose sums are words that carry the step's epoch, and
-whose updates ask for a whole chunk ahead; bounded, the same, but they ask for 24 KB.
+Kernels: 0.1.0, whose blocks release and acquire sums; words, today's, whose sums are words that carry the epoch.
 
 Writes latency-DTYPE-TAG.json into the output folder. Exit code 0, or 2 for bad arguments.
 """
@@ -52,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asked.add_argument(
         "--changes",
         action="store_true",
-        help="of the change from 0.1.0 to tagged each part alone, then all, then what else might be changed",
+        help="of the change from 0.1.0 to words each part alone, then all, then what else might be changed",
     )
     asked.add_argument("--sensitivity", action="store_true", help="what the guesses among the figures decide")
     asked.add_argument(

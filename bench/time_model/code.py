@@ -16,11 +16,14 @@ CHANGES sets are estimates from the source, to be replaced when its machine code
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
+from bench.time_model.gpu import Gpu
 from bench.workloads.contenders import ACCESSES
 
 ALL = 1 << 30  # batches
+PREFETCHED_SHARE = 1 / 8  # of the cache; as in csrc/cuda/executor.cpp
 
 # By rule and bytes of an element. Cycles of one batch of an update: 16 bytes of each tensor for each thread.
 UPDATE_CYCLES = {("AdamW", 4): 150.0, ("AdamW", 2): 310.0, ("Adan", 4): 200.0, ("Adan", 2): 800.0}
@@ -81,6 +84,7 @@ class Code:
     # UPDATE and WHOLE.
     row_cycles: float = 105.0  # until the row's load is out
     fetched_batches: int = 1  # whose p, m and v an UPDATE asks for before S is there
+    prefetched_share: float = 0.0  # or as many as fit into this share of the cache, of all blocks
     whole_fetched_batches: int = 1  # and a WHOLE
     fetch_rolls: bool = False  # as many batches ahead all the way, instead of once
     gradient_fetched: bool = False  # so is the gradient
@@ -117,6 +121,13 @@ class Code:
         """Elements of a block's batch."""
         return self.threads * self.lanes
 
+    def fetched(self, gpu: Gpu, whole: bool) -> int:
+        """Return how many batches of p, m and v a task asks for before it waits."""
+        if whole:
+            return self.whole_fetched_batches
+        of_all = self.batch_elements * self.itemsize * self.streams * gpu.multiprocessors * self.blocks
+        return max(self.fetched_batches, int(min(ALL, self.prefetched_share * gpu.l2_bytes / of_all)))
+
 
 def version_0_1_0(rule: str, itemsize: int, clips: bool = False) -> Code:
     """Return the code of version 0.1.0, whose blocks release and acquire sums."""
@@ -133,7 +144,7 @@ def version_0_1_0(rule: str, itemsize: int, clips: bool = False) -> Code:
     )
 
 
-# What was changed since. Each is a set of fields; together they are the code of `tagged`.
+# What was changed since. Each is a set of fields; together they are the code of `words`.
 CHANGES: dict[str, dict[str, Any]] = {
     "sums as words with the epoch: no fences": {"fenced": False},
     "no acquires: rows stay in the first-level cache": {"tables_in_l1": True},
@@ -141,7 +152,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "arrivals seen behind the next loads": {"arrival_hidden": True},
     "numbers published with S": {"numbers_published": True},
     "WHOLE's numbers made by another warp": {"numbers_beside": True},
-    "p, m, v of the whole chunk asked for": {"fetched_batches": ALL, "whole_fetched_batches": ALL},
+    "p, m, v asked for: as much as an eighth of the cache holds": {
+        "prefetched_share": PREFETCHED_SHARE,
+        "whole_fetched_batches": ALL,
+    },
+    "WHOLE asks for its gradient before the row": {"gradient_before_row": True},
+    "a block's first ticket is its number, where no task waits": {"first_ticket_given": True},
     "rule in the task": {"row_trips": 1},
     "gradient's address by a constant load": {"address_trips": 0},
     "tasks asked for ahead": {"task_ahead": True},
@@ -165,34 +181,26 @@ def changes(code: Code) -> dict[str, dict[str, Any]]:
     return {**CHANGES, SQUARES_IN_FLOAT32: squares}
 
 
-def tagged(rule: str, itemsize: int, clips: bool = False) -> Code:
-    """Return the code whose sums are words that carry the step's epoch."""
+def words(rule: str, itemsize: int, clips: bool = False) -> Code:
+    """Return today's code, whose sums are words that carry the epoch."""
     code = version_0_1_0(rule, itemsize, clips)
     for fields in changes(code).values():
         code = replace(code, **fields)
     return code
 
 
-def bounded(rule: str, itemsize: int, clips: bool = False) -> Code:
-    """Return `tagged` whose UPDATEs ask for no more than 24 KB ahead: more takes the gradients' place in the cache."""
-    code = tagged(rule, itemsize, clips)
-    return replace(code, fetched_batches=(24 << 10) // (code.batch_elements * itemsize * code.streams))
-
-
-KERNELS = {"0.1.0": version_0_1_0, "tagged": tagged, "bounded": bounded}
+KERNELS = {"0.1.0": version_0_1_0, "words": words}
 # What might be changed next.
 IDEAS: dict[str, dict[str, Any]] = {
     "chunks of 32 KB": {"chunk_bytes": 32 << 10},
     "update's loads rolled": {"rolled": True},
     "chunks of 32 KB, loads rolled": {"chunk_bytes": 32 << 10, "rolled": True},
-    "a block's first ticket is its number": {"first_ticket_given": True},
     "3 blocks a multiprocessor": {"blocks": 3},
     "5 blocks a multiprocessor": {"blocks": 5},
-    "WHOLE asks for its gradient before the row": {"gradient_before_row": True},
     "UPDATE asks for its numbers before the row": {"words_before_row": True},
     "the next ticket drawn when a task begins": {"ticket_first": True},
     "the gradient asked for too": {"gradient_fetched": True},
-    "UPDATE asks for p, m, v of 4 batches": {"fetched_batches": 4},
-    "UPDATE asks for p, m, v 4 batches ahead": {"fetched_batches": 4, "fetch_rolls": True},
-    "UPDATE asks for p, m, v 2 batches ahead": {"fetched_batches": 2, "fetch_rolls": True},
+    "p, m, v asked for: as much as a quarter of the cache holds": {"prefetched_share": 0.25},
+    "p, m, v of the whole chunk asked for": {"prefetched_share": inf},
+    "p, m, v asked for all the way, by as much": {"fetch_rolls": True},
 }

@@ -114,7 +114,7 @@ class Steps:
 
     def changes(self, gpu: Gpu, model: ModelSet, rule: str) -> Iterable[Prediction]:
         """Yield 0.1.0's step, one with each change alone, and one with all; then one with each idea besides."""
-        first, now = "0.1.0", "tagged"
+        first, now = "0.1.0", "words"
         yield self.predict(gpu, model, rule, first)
         for name, fields in changes(KERNELS[first](rule, self.dtype.itemsize, self.clips)).items():
             yield self.predict(gpu, model, rule, first, name, fields)

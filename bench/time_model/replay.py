@@ -107,7 +107,9 @@ class Replay:
         self.events: list[tuple[float, int, Actor]] = []
         self.serial = 0
         self.blocks = min(gpu.multiprocessors * code.blocks, len(schedule.tasks))
-        self.next_ticket = self.blocks if code.first_ticket_given else 0
+        # Only where no task waits: else tickets must be handed out in order.
+        self.given = code.first_ticket_given and not any(kind == "reduce" for kind, _, _ in schedule.tasks)
+        self.next_ticket = self.blocks if self.given else 0
         self.tickets_free = self.finish_free = 0.0  # the two counters that all blocks share
         self.in_segment: dict[tuple[int, int], int] = {}  # tensor and segment: chunks that have arrived
         self.in_tensor: dict[int, int] = {}  # segments that have
@@ -261,9 +263,9 @@ class Block:
 
     def first_task(self, now: float) -> Part:
         """Read the epoch, draw a ticket and read its task."""
-        drawn, ticket = (now, self.number) if self.code.first_ticket_given else self.replay.draw(now)
+        drawn, ticket = (now, self.number) if self.replay.given else self.replay.draw(now)
         epoch = self.replay.line("epoch", 0, now)
-        now = yield drawn if self.code.first_ticket_given else max(drawn, epoch)
+        now = yield drawn if self.replay.given else max(drawn, epoch)
         now = yield max(self.replay.task(ticket, now), epoch)
         self.tasks[0] = self.chunk_of(ticket)
         return now
@@ -440,8 +442,7 @@ class Block:
         if whole and not code.gradient_before_row:
             came, left = self.ask_for_gradient(now, task, leads)
         fetched: list[float] = []
-        ahead = code.whole_fetched_batches if whole else code.fetched_batches
-        for batch in range(min(ahead, self.batches_of(task))):
+        for batch in range(min(self.batches_of(task), code.fetched(gpu, whole))):
             self.fetch(now, task, batch, fetched, leads)
         if leads:
             if not code.ticket_first:

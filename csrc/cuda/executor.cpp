@@ -24,7 +24,7 @@ Plan::Limits default_limits(const Types& types, const Launcher::Device& device, 
     return {chunk_elements, device.cache_bytes / 8, in_progress, clip};
 }
 
-std::int64_t default_prefetched_bytes(const Launcher::Device& device) { return device.cache_bytes / 4; }
+std::int64_t default_prefetched_bytes(const Launcher::Device& device) { return device.cache_bytes / 8; }
 
 Executor::Executor(Plan plan, std::vector<Tensor> tensors, int groups, int device, int blocks,
                    std::int64_t prefetched_bytes, Launcher& launcher, std::uint32_t tactics)

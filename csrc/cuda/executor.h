@@ -108,7 +108,7 @@ private:
 // default lead is as many bytes as are in progress at once.
 Plan::Limits default_limits(const Types& types, const Launcher::Device& device, int resident_blocks, bool clip);
 
-// A quarter of the cache: more would take the place of gradients that updates are to find there.
+// An eighth of the cache: more would take the place of gradients that updates are to find there.
 std::int64_t default_prefetched_bytes(const Launcher::Device& device);
 
 }  // namespace agr::cuda
