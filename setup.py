@@ -159,6 +159,8 @@ class BuildWithNinja(build_ext):
         build.rule("cxx", "$cxx -MD -MF $out.d $cxxflags $flags -c $in -o $out", depfile="$out.d", deps="gcc")
         # nvcc links because it knows the path of the static CUDA runtime.
         link = "$nvcc -shared --cudart=static -Xcompiler=-pthread" if nvcc else f"$cxx {shared} -pthread"
+        if sys.platform == "linux":  # debug information, from which sanitizers and profilers name lines, is large
+            link += f" {'-Xlinker=' if nvcc else '-Wl,'}--compress-debug-sections=zlib"
         build.rule("link", f"{link} $in -o $out")
 
         objects = []

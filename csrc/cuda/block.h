@@ -77,6 +77,7 @@ class Block {
     using Inputs = cuda::Inputs<T, Coefficients>;
     static constexpr int lanes = lanes_for<P, G, S>;
     static constexpr int stride = block_threads * lanes;
+    static constexpr int unroll = 8;  // loads of a gradient that a thread has in flight
     static constexpr int warps = block_threads / warp_threads;
     static_assert(warps <= warp_threads, "a single warp adds the sums of all warps");
     static_assert(words_of<Inputs> <= max_input_words, "a tensor's inputs fit into its Progress");
@@ -237,7 +238,6 @@ private:
     // depend on the gradient's alignment. Draws the next ticket.
     template <bool squares>
     AGR_DEVICE Sums thread_sums(const G* g, int n) {
-        constexpr int unroll = 8;  // loads in flight per thread
         ThreadSums<T, lanes, squares> thread_sums;
         const int first = thread_index() * lanes;
         int i = first;
@@ -612,11 +612,10 @@ private:
         const G* gradient = gradient_of(task.tensor);
         if (gradient == nullptr) return;
         const G* first = gradient + task.chunk * args_.chunk_elements;
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-            const int i = thread_index() * lanes + k * stride;
-            if (i < task.elements) prefetch(first + i);
-        }
+        const int end = task.elements < unroll * stride ? task.elements : unroll * stride;
+        // Not unrolled: the compiler would keep all offsets in registers from task to task.
+#pragma unroll 1
+        for (int i = thread_index() * lanes; i < end; i += stride) prefetch(first + i);
     }
 
     // Called when the block has no more tasks, in launches with step counts that several tasks read. The last block to
