@@ -191,6 +191,21 @@ PYBIND11_MODULE(ptx_launcher, m) {
         },
         py::arg("seed"), py::arg("multiprocessors"), py::arg("blocks_each") = 1, py::arg("limit") = 50'000'000,
         py::arg("approximation_error") = 0);
+    // Runs the first kernel of a text, whose parameters are the addresses of the buffers.
+    m.def("run", [](const std::string& text, int blocks, unsigned seed, const std::vector<py::buffer>& buffers) {
+        ptx::Program program = ptx::Parser::programs(text).at(0);
+        std::vector<ptx::Region> memory;
+        std::vector<void*> addresses;
+        for (const py::buffer& buffer : buffers) {
+            const py::buffer_info info = buffer.request(true);
+            memory.push_back(ptx::Region::of("buffer " + std::to_string(addresses.size()), info.ptr,
+                                             info.size * info.itemsize, !info.readonly, 4));
+            addresses.push_back(info.ptr);
+        }
+        addresses.resize(std::size_t(program.parameter_bytes) / sizeof(void*));
+        ptx::Regions regions(std::move(memory));
+        ptx::Machine(program, regions, {seed, 1'000'000}, blocks, addresses.data()).run();
+    });
     // Of every instruction: the kernel, the source line, the text, and how often a warp has executed it.
     m.def("coverage", [] {
         std::vector<std::tuple<std::string, std::string, std::string, std::uint64_t>> all;

@@ -1,0 +1,203 @@
+"""What nvcc compiled, executed by tests/ptx/machine.h: every kernel of an architecture beside the float64 oracle.
+
+A class derived from KernelTests tests one architecture, in a file of its own, so that two can run at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, ClassVar
+
+import compiled
+import oracle
+import pytest
+import torch
+from helpers import ADAMW, ADAN, METHODS, Method, assert_close, gradient, oracle_for, parameters, to_numpy
+from torch import Tensor
+
+import agr_cuda.cuda
+
+ARCHITECTURES = compiled.setup_py().DEFAULT_ARCHITECTURES
+OLDEST, NEWEST = ARCHITECTURES[0], ARCHITECTURES[-1]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One that is compiled: an optimizer, and the types of parameters (and states) and of gradients."""
+
+    method: Method
+    dtype: torch.dtype
+    gradient: torch.dtype
+
+    def __str__(self) -> str:
+        types = dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.gradient))
+        return "-".join([self.method.name, *types])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """In 16 bits, squares of gradients underflow beside the default eps, and a small lr moves nothing."""
+        return {"lr": 1e-2, "eps": 1e-3} if self.dtype.itemsize == 2 else {"lr": 1e-3}
+
+
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+TYPES = [(d, d) for d in (torch.float32, torch.float64, *SIXTEEN_BIT)] + [(d, torch.float32) for d in SIXTEEN_BIT]
+KERNELS = [Kernel(method, *types) for method in METHODS for types in TYPES]
+
+
+@dataclass
+class Case:
+    """A problem, and how it is run."""
+
+    sizes: list[int]  # of the parameters of each group
+    groups: list[dict[str, Any]]  # options
+    offset: int = 0  # of parameters and gradients in their memory, in elements; gradients lie one element further
+    max_grad_norm: float | None = None
+    limits: dict[str, int] = field(default_factory=dict)  # of the plan: see agr_cuda/cuda.py
+    scale: float | None = None  # as GradScaler hands it over; the second of the steps is then one to be skipped
+    absent: Callable[[int, int], bool] = lambda step, index: False  # gradients that are None
+    other_type: bool = False  # whether there is a parameter of another type, so that the norm is over two launches
+    steps: int = 3
+
+
+def variants(method: Method) -> list[dict[str, Any]]:
+    """Groups that differ in all that a launch can mix."""
+    own = {"amsgrad": True} if method is ADAMW else {"no_prox": True}
+    return [{}, {"agr": False, "weight_decay": 0.1}, {"maximize": True, **own}]
+
+
+def device_numbers() -> list[dict[str, Any]]:
+    """Groups whose step count or learning rate is in the device's memory."""
+    rates = [torch.tensor(2e-3, dtype=dtype) for dtype in (torch.float64, torch.float32, *SIXTEEN_BIT)]
+    return [{"capturable": True}, *({"lr": rate} for rate in rates), {}]
+
+
+# Of a chunk: one element, less than a warp's, not a multiple of anything; of several chunks, all whole or not.
+SIZES = [1, 31, 1009, 4096, 0, 8192, 8195]
+
+CASES: dict[str, Callable[[Method], Case]] = {
+    "groups": lambda method: Case(SIZES, variants(method)),
+    "clipped": lambda method: Case(SIZES, variants(method), max_grad_norm=0.5),
+    "offset": lambda method: Case([1009, 8195], variants(method), offset=1),
+    "large chunks": lambda method: Case([20_000, 33_333], variants(method), limits={"CHUNK": 20_000}, steps=2),
+    # Without a window, blocks wait for sums.
+    "segments": lambda method: Case(
+        [20_003, 7, 9_000], [{}, variants(method)[2]], limits={"CHUNK": 130, "WINDOW": 0, "LEAD": 0}, steps=2
+    ),
+    "clipped segments": lambda method: Case([20_003, 7, 9_000], [{}], 0, 0.5, limits={"CHUNK": 130}, steps=2),
+    "device": lambda method: Case([1009, 5000], device_numbers()),
+    "scaled": lambda method: Case(SIZES, variants(method), scale=1024.0, max_grad_norm=0.5),
+    "absent": lambda method: Case(
+        [9, 5000, 1009, 8192], variants(method), 0, 0.5, absent=lambda step, index: (step + index) % 3 == 1, steps=4
+    ),
+    "launches": lambda method: Case([9000, 1009], [{}], max_grad_norm=0.5, other_type=True),
+    "uploaded": lambda method: Case([33] * 9, variants(method) * 20, max_grad_norm=0.5, steps=2),
+}
+
+
+def at_offset(x: Tensor, offset: int) -> Tensor:
+    """The same values, `offset` elements into memory that is aligned."""
+    memory = torch.zeros(x.numel() + offset, dtype=x.dtype)
+    return memory[offset:].view(x.shape).copy_(x)
+
+
+def follow(kernel: Kernel, case: Case) -> None:
+    """The steps of a case beside the oracle, then the comparison."""
+    generator = torch.Generator().manual_seed(5)
+    groups = []
+    for options in case.groups:
+        made = parameters(generator, [(size,) for size in case.sizes], kernel.dtype)
+        params = [at_offset(p.detach(), case.offset).requires_grad_() for p in made]
+        for p in params:
+            p.grad_dtype = kernel.gradient
+        groups.append({"params": params, **options})
+    if case.other_type:
+        other = torch.float32 if kernel.dtype == torch.float64 else torch.float64
+        groups.append({"params": parameters(generator, [(100,)], other)})
+    optimizer: Any = kernel.method.ours(
+        groups, backend="cuda", max_grad_norm=case.max_grad_norm, **kernel.options,
+        fused=True if case.scale else None,
+    )  # fmt: skip
+    expected = oracle_for(kernel.method, optimizer, case.max_grad_norm)
+    everything = [p for group in optimizer.param_groups for p in group["params"]]
+    for step in range(case.steps):
+        gradients: list[Any] = []
+        for index, p in enumerate(everything):
+            g = gradient(p.detach().to(p.grad_dtype or p.dtype), generator, step)
+            absent = case.absent(step, index)
+            gradients.append(None if absent else to_numpy(g))
+            p.grad = None if absent else at_offset(g * (case.scale or 1), case.offset + (case.offset != 0))
+        skipped = case.scale is not None and step == 1
+        if case.scale is not None:
+            optimizer.grad_scale = torch.full((), case.scale)
+            optimizer.found_inf = torch.full((), float(skipped))
+        optimizer.step()
+        if not skipped:
+            expected.step(gradients)
+    assert_close(optimizer, expected)
+
+
+# What threads tell each other by.
+SYNCHRONIZES = re.compile(r"(bar|barrier|vote|shfl|atom|red|fence)\.|(ld|st)\.(relaxed|acquire|release)")
+
+
+class KernelTests:
+    architecture: ClassVar[str]
+    followed: ClassVar[set[tuple[str, Kernel]]] = set()
+
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def module(cls) -> Iterator[ModuleType]:
+        if compiled.nvcc() is None:
+            pytest.skip("there is no nvcc")
+        module = compiled.load(compiled.kernels(cls.architecture))
+        with agr_cuda.cuda.rehearsal(module.launcher):
+            yield module
+
+    @pytest.mark.parametrize("kernel", KERNELS, ids=str)
+    @pytest.mark.parametrize("name", CASES)
+    def test_it_follows_the_oracle(self, module: ModuleType, name: str, kernel: Kernel, monkeypatch) -> None:
+        case = CASES[name](kernel.method)
+        number = list(itertools.product(CASES, KERNELS)).index((name, kernel))
+        for limit, value in case.limits.items():
+            monkeypatch.setenv(f"AGR_CUDA_{limit}", str(value))
+        # Each with another interleaving, grid and error of what hardware approximates.
+        module.configure(
+            seed=100 * number, multiprocessors=3 + number % 5, approximation_error=number % 3, limit=50_000_000
+        )
+        follow(kernel, case)
+        self.followed.add((name, kernel))
+
+    def test_all_synchronization_has_been_reached(self, module: ModuleType) -> None:
+        """By the tests above: otherwise some of a kernel goes untested."""
+        if self.followed != set(itertools.product(CASES, KERNELS)):
+            pytest.skip("only some of the tests above have run")
+        places = [place for place in module.coverage() if SYNCHRONIZES.match(place[2])]
+        assert places
+        missed = [" ".join(place[:3]) for place in places if place[3] == 0]
+        assert not missed, "\n".join(missed)
+
+    @pytest.mark.parametrize("kernel", KERNELS, ids=str)
+    def test_memory_is_read_and_written_with_its_cache_policy(self, module: ModuleType, kernel: Kernel) -> None:
+        """Gradients stay in the second-level cache after REDUCE, until UPDATE has read them; all else leaves it."""
+        module.configure(seed=1, multiprocessors=4)
+        params = parameters(torch.Generator().manual_seed(5), [(9216,), (640,)], kernel.dtype)
+        optimizer = kernel.method.ours(params, backend="cuda", **kernel.options)
+        for p in params:
+            p.grad_dtype = kernel.gradient
+            p.grad = torch.ones_like(p, dtype=kernel.gradient)
+        module.take_traffic()
+        optimizer.step()
+        traffic = module.take_traffic()
+        elements = 9216 + 640
+        states = 2 if kernel.method is ADAMW else 4
+        read_twice = elements * kernel.gradient.itemsize
+        once = elements * kernel.dtype.itemsize
+        # Bytes without a policy, evict first, evict last.
+        assert traffic["gradient"]["loaded"] == [0, read_twice, read_twice]
+        for name, count in (("parameter", 1), ("state", states)):
+            assert traffic[name]["loaded"] == [0, count * once, 0]
+            assert traffic[name]["stored"] == [0, count * once, 0]
