@@ -85,9 +85,9 @@ CASES: dict[str, Callable[[Method], Case]] = {
     "large chunks": lambda method: Case([20_000, 33_333], variants(method), limits={"CHUNK": 20_000}, steps=2),
     # Without a window, blocks wait for sums.
     "segments": lambda method: Case(
-        [20_003, 7, 9_000], [{}, variants(method)[2]], limits={"CHUNK": 130, "WINDOW": 0, "LEAD": 0}, steps=2
+        [9_003, 7, 9_000], [{}, variants(method)[2]], limits={"CHUNK": 130, "WINDOW": 0, "LEAD": 0}, steps=4
     ),
-    "clipped segments": lambda method: Case([20_003, 7, 9_000], [{}], 0, 0.5, limits={"CHUNK": 130}, steps=2),
+    "clipped segments": lambda method: Case([9_003, 7], variants(method)[::-1], 0, 0.5, {"CHUNK": 130}, steps=4),
     "device": lambda method: Case([1009, 5000], device_numbers()),
     "scaled": lambda method: Case(SIZES, variants(method), scale=1024.0, max_grad_norm=0.5),
     "absent": lambda method: Case(

@@ -197,7 +197,7 @@ PYBIND11_MODULE(ptx_launcher, m) {
         std::vector<ptx::Region> memory;
         std::vector<void*> addresses;
         for (const py::buffer& buffer : buffers) {
-            const py::buffer_info info = buffer.request(true);
+            const py::buffer_info info = buffer.request();
             memory.push_back(ptx::Region::of("buffer " + std::to_string(addresses.size()), info.ptr,
                                              info.size * info.itemsize, !info.readonly, 4));
             addresses.push_back(info.ptr);
