@@ -10,6 +10,7 @@ from typing import Any
 # small operations are then a hundred times slower. Read when torch is loaded, so it comes before that.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import compiled
 import emulated
 import pytest
 import torch
@@ -95,7 +96,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not ON_GPU:
         interpreted.mend()
     if agr_cuda.cuda.why_missing() is not None:
-        emulation = agr_cuda.cuda.rehearsal(emulated.launcher())
+        emulation = agr_cuda.cuda.rehearsal(compiled.chosen_launcher() or emulated.launcher())
         emulation.__enter__()
         config.add_cleanup(lambda: emulation.__exit__(None, None, None))
     config.addinivalue_line("filterwarnings", "ignore:.*agr=False:UserWarning")  # one-element tensors; tested once

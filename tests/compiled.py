@@ -58,12 +58,27 @@ def kernels(architecture: str) -> dict[str, str]:
         return dict(zip(jobs, pool.map(compile_one, jobs), strict=True))
 
 
+def chosen_launcher() -> Any:
+    """A capsule with the launcher if the environment asks for it, else None.
+
+    AGR_PTX names the architecture whose PTX is executed in place of the kernels' source, AGR_PTX_SEED (1 by default)
+    chooses the interleavings, the grid, and the error of what hardware approximates.
+    """
+    if "AGR_PTX" not in os.environ:
+        return None
+    module, seed = load(kernels(os.environ["AGR_PTX"])), int(os.environ.get("AGR_PTX_SEED", "1"))
+    module.configure(
+        seed=seed << 16, multiprocessors=1 + seed % 5, blocks_each=1 + seed % 2, approximation_error=seed % 3
+    )
+    return module.launcher
+
+
 @functools.cache
 def launcher() -> ModuleType:
     """The module of launcher.cpp: `launcher` is the capsule for agr_cuda.cuda.rehearsal."""
     # PTX is rounded where it says so, and nowhere else.
     flags = ["-std=c++20", "-O2", "-march=native", "-ffp-contract=off"]
-    sources = [ROOT / "csrc", ROOT / "tests/ptx"]
+    sources = [ROOT / "csrc", *(ROOT / "tests/ptx").glob("*.h"), *(ROOT / "tests/ptx").glob("*.cpp")]
     return built_module("ptx/ptx_launcher", flags, ["tests/ptx/launcher.cpp"], sources)
 
 
