@@ -28,6 +28,10 @@ def setup_py() -> Any:
     return module
 
 
+#: Architectures that kernels are compiled for by default.
+OLDEST, NEWEST = setup_py().DEFAULT_ARCHITECTURES[0], setup_py().DEFAULT_ARCHITECTURES[-1]
+
+
 @functools.cache
 def nvcc() -> str | None:
     """Where nvcc is, even if the CUDA backend has been left out of the installation."""
@@ -61,12 +65,14 @@ def kernels(architecture: str) -> dict[str, str]:
 def chosen_launcher() -> Any:
     """A capsule with the launcher if the environment asks for it, else None.
 
-    AGR_PTX names the architecture whose PTX is executed in place of the kernels' source, AGR_PTX_SEED (1 by default)
-    chooses the interleavings, the grid, and the error of what hardware approximates.
+    AGR_PTX is the architecture whose PTX is executed in place of the kernels' source: oldest, newest or a number.
+    AGR_PTX_SEED, 1 by default, chooses the interleavings, the grid, and the error of what hardware approximates.
     """
-    if "AGR_PTX" not in os.environ:
+    asked = os.environ.get("AGR_PTX")
+    if not asked:
         return None
-    module, seed = load(kernels(os.environ["AGR_PTX"])), int(os.environ.get("AGR_PTX_SEED", "1"))
+    module = load(kernels({"oldest": OLDEST, "newest": NEWEST}.get(asked, asked)))
+    seed = int(os.environ.get("AGR_PTX_SEED", "1"))
     module.configure(
         seed=seed << 16, multiprocessors=1 + seed % 5, blocks_each=1 + seed % 2, approximation_error=seed % 3
     )
@@ -77,7 +83,7 @@ def chosen_launcher() -> Any:
 def launcher() -> ModuleType:
     """The module of launcher.cpp: `launcher` is the capsule for agr_cuda.cuda.rehearsal."""
     # PTX is rounded where it says so, and nowhere else.
-    flags = ["-std=c++20", "-O2", "-march=native", "-ffp-contract=off"]
+    flags = ["-std=c++17", "-O2", "-march=native", "-ffp-contract=off"]
     sources = [ROOT / "csrc", *(ROOT / "tests/ptx").glob("*.h"), *(ROOT / "tests/ptx").glob("*.cpp")]
     return built_module("ptx/ptx_launcher", flags, ["tests/ptx/launcher.cpp"], sources)
 

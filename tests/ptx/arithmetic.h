@@ -16,16 +16,13 @@ using Table = std::map<std::string, Compute>;
 // `operation(f)` computes f for every lane: the types of f's parameters and result say what the registers hold. The
 // result counts as written if all operands are.
 template <class F, class R, class... A, std::size_t... n>
-void compute_lanes(Warp& warp, const Instruction& i, u32 mask, R (F::*)(A...) const, std::index_sequence<n...>) {
-    u64* to = warp.values(i.results[0]);
+void compute_lanes(const F& f, R (F::*)(A...) const, std::index_sequence<n...>, Warp& warp, const Instruction& i,
+                   u32 mask) {
+    u64* const to = warp.values(i.results[0]);
     const u64* const from[] = {warp.values(i.operands[n])...};
-    for_each_lane(mask, [&](int lane) { to[lane] = bits_of<R>(F{}(value_of<A>(from[n][lane])...)); });
-    u32 all = all_lanes, any = 0;
-    for (int k = 0; k < int(sizeof...(A)); ++k) {
-        const u32 written = warp.written[std::size_t(i.operands[k])];
-        all &= written;
-        any |= written;
-    }
+    for_each_lane(mask, [&](int lane) { to[lane] = bits_of<R>(f(value_of<A>(from[n][lane])...)); });
+    const u32 all = (warp.written[std::size_t(i.operands[n])] & ...);
+    const u32 any = (warp.written[std::size_t(i.operands[n])] | ...);
     warp.set_written(i.results[0], mask, i.gathers ? any : all);
 }
 template <class R, class F, class... A>
@@ -33,9 +30,11 @@ constexpr std::size_t arity(R (F::*)(A...) const) {
     return sizeof...(A);
 }
 template <class F>
-Compute operation(F) {
+Compute operation(F f) {
+    static const F function = f;
     return [](Warp& warp, const Instruction& i, u32 mask) {
-        compute_lanes(warp, i, mask, &F::operator(), std::make_index_sequence<arity(&F::operator())>());
+        constexpr auto call = &F::operator();
+        compute_lanes(function, call, std::make_index_sequence<arity(call)>(), warp, i, mask);
     };
 }
 
@@ -268,10 +267,8 @@ inline Table arithmetic_table() {
     t["cvta.to.global.u64"] = operation([](u64 a) { return a; });
     t["cvta.global.u64"] = operation([](u64 a) { return a; });
     t["cvta.param.u64"] = operation([](u64 a) { return a + parameter_window; });
-    t["createpolicy.fractional.L2::evict_first.b64"] =
-        operation([](u64) { return u64(Policy::evict_first); });
-    t["createpolicy.fractional.L2::evict_last.b64"] =
-        operation([](u64) { return u64(Policy::evict_last); });
+    t["createpolicy.fractional.L2::evict_first.b64"] = operation([](u64) { return u64(Policy::evict_first); });
+    t["createpolicy.fractional.L2::evict_last.b64"] = operation([](u64) { return u64(Policy::evict_last); });
     return t;
 }
 

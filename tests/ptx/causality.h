@@ -140,7 +140,9 @@ private:
     const Causality& causality_;
     std::vector<Others> others_;
 
-    bool unordered(Stamp stamp, u32 thread) const { return stamp.time != 0 && !causality_.happened_before(stamp, thread); }
+    bool unordered(Stamp stamp, u32 thread) const {
+        return stamp.time != 0 && !causality_.happened_before(stamp, thread);
+    }
     // One of the threads, or -1.
     int unordered(const std::vector<u32>& times, const Region& region, u32 thread) const {
         for (u32 t = 0; t < times.size(); ++t)

@@ -105,28 +105,30 @@ private:
     }
     int reg(const std::string& operand, int bits) { return operand == "_" ? -1 : names_.reg(operand, bits); }
 
-    // Takes the modifiers after the operation by name, in any order; `take` says whether it knows one.
+    // Takes the modifiers after the operation, in any order; `take` says whether it knows one.
     template <class Take>
     void modifiers(Take take) const {
         for (std::size_t k = 1; k < parts_.size(); ++k)
             if (!take(parts_[k])) unknown();
     }
-    bool order(const std::string& modifier) {
-        if (modifier == "relaxed") i_.order = Order::relaxed;
-        else if (modifier == "acquire") i_.order = Order::acquire;
-        else if (modifier == "release") i_.order = Order::release;
-        else if (modifier == "acq_rel") i_.order = Order::acq_rel;
-        else return modifier == "gpu";
-        return true;
+    // Whether a modifier is among those that are known; if so, `into` becomes what it means.
+    template <class T>
+    static bool one_of(const std::map<std::string, T>& known, const std::string& modifier, T& into) {
+        const auto found = known.find(modifier);
+        if (found != known.end()) into = found->second;
+        return found != known.end();
     }
-    bool space(const std::string& modifier) {
-        if (modifier == "global") i_.space = Space::global;
-        else if (modifier == "shared") i_.space = Space::shared;
-        else if (modifier == "param") i_.space = Space::param;
-        else return false;
-        return true;
+    // What all accesses to memory may have: order, scope, space and type.
+    bool of_memory(const std::string& modifier) {
+        static const std::map<std::string, Order> orders = {{"relaxed", Order::relaxed},
+                                                            {"acquire", Order::acquire},
+                                                            {"release", Order::release},
+                                                            {"acq_rel", Order::acq_rel}};
+        static const std::map<std::string, Space> spaces = {
+            {"global", Space::global}, {"shared", Space::shared}, {"param", Space::param}};
+        return one_of(orders, modifier, i_.order) || one_of(spaces, modifier, i_.space) || modifier == "gpu" ||
+               type_of(modifier).bits != 0;
     }
-    bool type(const std::string& modifier) const { return type_of(modifier).bits != 0; }
 
     void address(const std::string& operand) {  // [base] or [base+offset]
         if (operand.front() != '[' || operand.back() != ']') unknown();
@@ -157,12 +159,9 @@ private:
             i_.operands[3] = reg(operand(0, 1), 32);
         } else if (parts_[0] == "shfl" && parts_.size() == 4 && parts_[1] == "sync" && parts_[3] == "b32") {
             i_.operation = Operation::shuffle;
-            i_.shuffle = parts_[2] == "up"     ? Shuffle::up
-                         : parts_[2] == "down" ? Shuffle::down
-                         : parts_[2] == "bfly" ? Shuffle::bfly
-                         : parts_[2] == "idx"  ? Shuffle::idx
-                                               : Shuffle::none;
-            if (i_.shuffle == Shuffle::none) unknown();
+            static const std::map<std::string, Shuffle> modes = {
+                {"up", Shuffle::up}, {"down", Shuffle::down}, {"bfly", Shuffle::bfly}, {"idx", Shuffle::idx}};
+            if (!one_of(modes, parts_[2], i_.shuffle)) unknown();
             const auto results = split(operand(0, 5), '|');  // value|whether it came from another lane
             i_.results[0] = reg(results[0], 32);
             if (results.size() == 2) i_.results[1] = reg(results[1], 1);
@@ -188,10 +187,8 @@ private:
             i_.operation = op == "ld" ? Operation::load : Operation::store;
             bool hinted = false;
             modifiers([&](const std::string& m) {
-                if (m == "v2" || m == "v4") i_.vector = m[1] - '0';
-                else if (m == "L2::cache_hint") hinted = true;
-                else return order(m) || space(m) || type(m) || m == "L1::no_allocate";
-                return true;
+                return of_memory(m) || one_of({{"v2", 2}, {"v4", 4}}, m, i_.vector) ||
+                       one_of({{"L2::cache_hint", true}}, m, hinted) || m == "L1::no_allocate";
             });
             const std::size_t count = hinted ? 3 : 2;
             std::string values = operand(op == "ld" ? 0 : 1, count);
@@ -206,10 +203,7 @@ private:
             i_.operation = Operation::atomic;
             i_.order = Order::relaxed;  // where nothing else is said
             modifiers([&](const std::string& m) {
-                if (m == "add") i_.atomic = Atomic::add;
-                else if (m == "inc") i_.atomic = Atomic::inc;
-                else return order(m) || space(m) || type(m);
-                return true;
+                return of_memory(m) || one_of({{"add", Atomic::add}, {"inc", Atomic::inc}}, m, i_.atomic);
             });
             const std::size_t count = op == "atom" ? 3 : 2;
             if (i_.atomic == Atomic::none || i_.space != Space::global || i_.type.kind == 'f') unknown();

@@ -15,25 +15,39 @@ namespace py = pybind11;
 namespace agr::cuda {
 namespace {
 
-// The arguments of a kernel's template, as they stand in its demangled name.
-std::string template_arguments(const Kernel& kernel) {
-    auto name_of = [](Type type) {
-        switch (type) {
-            case Type::float32:
-                return "float";
-            case Type::bfloat16:
-                return "agr::bfloat16";
-            case Type::float16:
-                return "agr::float16";
-            case Type::float64:
-                return "double";
-        }
-        return "";
-    };
-    const std::string rules = kernel.family == Family::adan ? "AdanRules" : "AdamWRules";
+// What is particular to each family of rules: the name of their class, and options.
+template <class Visit>
+auto visit_rules(Family family, const Visit& visit) {
+    switch (family) {
+        case Family::adamw:
+            return visit("AdamWRules", AdamWOptions{});
+        case Family::adan:
+            return visit("AdanRules", AdanOptions{});
+    }
+    ptx::fail("a family of rules that is not known here");
+}
+
+const char* name_of(Type type) {
+    switch (type) {
+        case Type::float32:
+            return "float";
+        case Type::bfloat16:
+            return "agr::bfloat16";
+        case Type::float16:
+            return "agr::float16";
+        case Type::float64:
+            return "double";
+    }
+    return "";
+}
+
+// As it stands in the demangled name of the kernel's function.
+std::string name_of(const Kernel& kernel) {
     const Types& types = kernel.types;
-    return "<agr::cuda::" + rules + ", " + name_of(types.parameter) + ", " + name_of(types.gradient) + ", " +
-           name_of(types.state) + ">";
+    return visit_rules(kernel.family, [&](const std::string& rules, const auto&) {
+        return "agr_step<agr::cuda::" + rules + ", " + name_of(types.parameter) + ", " + name_of(types.gradient) +
+               ", " + name_of(types.state) + ">";
+    });
 }
 
 // The memory that a step may touch.
@@ -42,10 +56,7 @@ public:
     Memory(const Kernel& kernel, const Arguments& args) : args_(args) {
         add_tensors(kernel);
         add_table();
-        if (kernel.family == Family::adan)
-            add_groups<AdanOptions>();
-        else
-            add_groups<AdamWOptions>();
+        visit_rules(kernel.family, [this](const char*, const auto& options) { add_groups(options); });
         writable("squares", args.squares, 8, 4);
         read_only("clip", args.clip, 8);
         read_only("grad_scale", args.grad_scale, 4);
@@ -99,7 +110,7 @@ private:
     }
 
     template <class Options>
-    void add_groups() {
+    void add_groups(const Options&) {
         using Group = GroupArguments<Options>;
         read_only("groups", args_.groups, args_.group_count * std::int64_t(sizeof(Group)));
         const auto* groups =
@@ -130,8 +141,7 @@ public:
 
     void step(const Kernel& kernel, const Arguments& arguments, int blocks, int, void*) override {
         ++steps;
-        run("agr_step" + template_arguments(kernel), Memory(kernel, arguments).regions, blocks, &arguments,
-            sizeof(arguments));
+        run(name_of(kernel), Memory(kernel, arguments).regions, blocks, &arguments, sizeof(arguments));
     }
 
     void upload(const Upload& upload, int, void*) override {

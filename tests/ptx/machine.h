@@ -28,8 +28,7 @@ public:
           regions_(regions),
           settings_(settings),
           random_(settings.seed),
-          parameters_(static_cast<const u8*>(parameters),
-                      static_cast<const u8*>(parameters) + program.parameter_bytes),
+          parameters_(static_cast<const u8*>(parameters), static_cast<const u8*>(parameters) + program.parameter_bytes),
           blocks_(blocks),
           threads_(u32(blocks * program.threads)),
           causality_(threads_),
@@ -153,7 +152,8 @@ private:
         groups.push_back(group);
     }
 
-    // One instruction. Returns whether the group goes on; otherwise it has been put back among the warp's, or has ended.
+    // One instruction. Returns whether the group goes on; otherwise it has been put back among the warp's, or has
+    // ended.
     bool execute(Warp& warp, Group& group, int& count) {
         Instruction& i = program_.code[std::size_t(group.at)];
         if (i.has_label) meet(warp, group);
@@ -294,18 +294,15 @@ private:
             const int b = int(warp.values(i.operands[1])[lane] & 31), c = int(warp.values(i.operands[2])[lane]);
             const int segment = c >> 8 & 31, clamp = c & 31;
             const int first = lane & segment, last = first | (clamp & ~segment);
-            int from = lane;
-            bool is_inside = true;
-            switch (i.shuffle) {
-                case Shuffle::up: from = lane - b, is_inside = from >= last; break;  // c's clamp is the lowest lane
-                case Shuffle::down: from = lane + b, is_inside = from <= last; break;
-                case Shuffle::bfly: from = lane ^ b, is_inside = from <= last; break;
-                default: from = first | (b & ~segment), is_inside = from <= last;
-            }
-            if (!is_inside) from = lane;
+            const int from = i.shuffle == Shuffle::up     ? lane - b
+                             : i.shuffle == Shuffle::down ? lane + b
+                             : i.shuffle == Shuffle::bfly ? lane ^ b
+                                                          : first | (b & ~segment);
+            const bool is_inside = i.shuffle == Shuffle::up ? from >= last : from <= last;
+            const int source = is_inside ? from : lane;
             inside |= u32(is_inside) << lane;
-            values[lane] = warp.values(i.operands[0])[from];
-            known |= u32(warp.has_written(i.operands[0], from) && warp.has_written(i.operands[1], lane)) << lane;
+            values[lane] = warp.values(i.operands[0])[source];
+            known |= u32(warp.has_written(i.operands[0], source) && warp.has_written(i.operands[1], lane)) << lane;
         }
         std::copy_n(values, lanes, warp.values(i.results[0]));
         warp.set_written(i.results[0], all_lanes, known);
@@ -318,8 +315,8 @@ private:
         if (warp.written[std::size_t(i.operands[0])] != all_lanes) wrong("a vote by what was never written", warp, i);
         const u64* const votes = warp.values(i.operands[0]);
         auto is_set = [](u64 vote) { return vote != 0; };
-        const bool result = i.vote == Vote::any ? std::any_of(votes, votes + lanes, is_set)
-                                                : std::all_of(votes, votes + lanes, is_set);
+        const bool result =
+            i.vote == Vote::any ? std::any_of(votes, votes + lanes, is_set) : std::all_of(votes, votes + lanes, is_set);
         std::fill_n(warp.values(i.results[0]), lanes, u64(result));
         warp.set_written(i.results[0], all_lanes, all_lanes);
     }
@@ -362,7 +359,8 @@ private:
         if (a.address % size != 0) wrong("a misaligned access", warp, i, lane);
         if (i.space == Space::param || (i.space == Space::generic && a.address >= parameter_window)) {
             const u64 first = i.space == Space::param ? a.address : a.address - parameter_window;
-            if (writes || first + size > parameters_.size()) wrong("an access outside of the parameters", warp, i, lane);
+            if (writes || first + size > parameters_.size())
+                wrong("an access outside of the parameters", warp, i, lane);
             a.bytes = parameters_.data() + first;
             return a;
         }
@@ -378,8 +376,7 @@ private:
         Region& region = *a.region;
         if (writes && !region.writable) wrong("a write to " + region.name + ", which is only read", warp, i, lane);
         const u64 first = a.address - region.begin;
-        const auto earlier =
-            races_.access(region, first, first + size - 1, a.thread, writes, i.order != Order::weak);
+        const auto earlier = races_.access(region, first, first + size - 1, a.thread, writes, i.order != Order::weak);
         if (earlier.what != nullptr) {
             std::ostringstream what;
             what << "a race in " << region.name << " + " << first << ": an earlier " << earlier.what << " by block "

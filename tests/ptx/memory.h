@@ -27,7 +27,7 @@ struct Region {
     bool writable = false;
     u32 unit = 1;  // bytes of a cell: no access is smaller
     std::vector<Cell> cells;
-    u32 first_thread = 0, threads = 0;  // that can access it
+    u32 first_thread = 0, threads = 0;                                            // that can access it
     u64 loaded[policies] = {}, stored[policies] = {}, prefetched[policies] = {};  // bytes, by cache policy
     bool has_strong_stores = false;
 

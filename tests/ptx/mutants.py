@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import compiled
+import pytest
 from kernel_tests import CASES, Kernel, check_cache_policies, follow
-from pytest import MonkeyPatch
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ LIMIT = 5_000_000  # of the instructions of a launch: these have a tenth of it
 SCENARIOS = ("clipped segments", "segments", "clipped", "absent", "groups", "offset", "device")
 
 
-def noticed(ptx: dict[str, str], kernel: Kernel, monkeypatch: MonkeyPatch) -> str | None:
+def noticed(ptx: dict[str, str], kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> str | None:
     """How it is noticed that a kernel is wrong, or None."""
     module = compiled.load(ptx)
     try:

@@ -91,8 +91,8 @@ struct Instruction {
 struct Program {
     std::string name;  // demangled
     std::vector<Instruction> code;
-    std::vector<int> widths;                      // of registers, in bits
-    std::vector<std::pair<int, u64>> constants;   // registers with a fixed value
+    std::vector<int> widths;                            // of registers, in bits
+    std::vector<std::pair<int, u64>> constants;         // registers with a fixed value
     std::vector<std::pair<int, std::string>> specials;  // registers that tell a thread its place, such as %tid.x
     int threads = 0, shared_bytes = 0, parameter_bytes = 0;
 };

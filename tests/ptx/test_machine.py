@@ -122,7 +122,9 @@ def atom(order: str) -> str:
         ("", "", RELAXED, RELAXED, "", RELAXED, RACE),
     ],
 )
-def test_message_passing(data, fence, flag, seen, fenced, read, expected) -> None:
+def test_message_passing(
+    data: str, fence: str, flag: str, seen: str, fenced: str, read: str, expected: set[int] | str
+) -> None:
     body = message_passing(data, fence, flag, seen, fenced, read)
     if expected == RACE:
         with pytest.raises(RuntimeError, match="a race in buffer 0"):

@@ -12,7 +12,8 @@ import os
 import compiled
 import pytest
 import torch
-from kernel_tests import KERNELS, NEWEST, OLDEST
+from compiled import NEWEST, OLDEST
+from kernel_tests import KERNELS
 from mutants import MUTATIONS, Mutation, noticed
 
 import agr_cuda.cuda
@@ -26,7 +27,9 @@ pytestmark = pytest.mark.skipif(compiled.nvcc() is None, reason="there is no nvc
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 @pytest.mark.parametrize(("architecture", "optimizer"), KINDS if ALL else KINDS[:1])
-def test_a_wrong_kernel_is_noticed(mutation: Mutation, architecture: str, optimizer: str, monkeypatch) -> None:
+def test_a_wrong_kernel_is_noticed(
+    mutation: Mutation, architecture: str, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right, name = compiled.kernels(architecture), f"{optimizer}_float32"
     mutants = mutation.mutants(optimizer, right[name])
     with agr_cuda.cuda.rehearsal(compiled.launcher().launcher):
@@ -41,7 +44,7 @@ def test_a_mutation_without_a_place_is_an_error() -> None:
         list(Mutation("none", "no such text", "").mutants("adamw", "ret;"))
 
 
-def test_right_kernels_are_right(monkeypatch) -> None:
+def test_right_kernels_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the tests above would tell nothing."""
     with agr_cuda.cuda.rehearsal(compiled.launcher().launcher):
         assert noticed(compiled.kernels(OLDEST), FLOAT32["adamw"], monkeypatch) is None

@@ -1,8 +1,8 @@
 """The PTX of the newest architecture that kernels are compiled for."""
 
-from kernel_tests import NEWEST, KernelTests
+from compiled import NEWEST
+from kernel_tests import KernelTests
 
 
 class TestNewest(KernelTests):
     architecture = NEWEST
-    followed = set()

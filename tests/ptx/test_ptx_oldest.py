@@ -1,8 +1,8 @@
 """The PTX of the oldest architecture that kernels are compiled for."""
 
-from kernel_tests import OLDEST, KernelTests
+from compiled import OLDEST
+from kernel_tests import KernelTests
 
 
 class TestOldest(KernelTests):
     architecture = OLDEST
-    followed = set()
