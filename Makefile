@@ -25,7 +25,7 @@ help:
 	@echo 'make lint    ruff, mypy, clang-format, shellcheck'
 	@echo 'make format  what lint can mend by itself'
 	@echo 'make bench   time a step beside other optimizers'
-	@echo 'make gpu-report   on a machine with a GPU: build, test, check, time, profile and tune (8 minutes)'
+	@echo 'make gpu-report   on a machine with a GPU: build, test, check, time, profile, judge tactics, tune (9 minutes)'
 	@echo 'make clean   remove what is built, and .venv'
 
 demo: $(VENV)/examples.stamp

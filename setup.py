@@ -65,11 +65,13 @@ OLDEST_ARCHITECTURE = 80  # the first with bfloat16 conversions and cache polici
 LATEST_ARCHITECTURE = 199  # leaves room for future architectures, but refuses 900, a misspelling of 9.0
 
 # cuda/kernels.cu is compiled once for each of these rules and types, so that compilations run in parallel.
-CUDA_RULES = {"adamw": "AdamWRules", "adan": "AdanRules"}
+CUDA_RULES = {"adamw": "AdamWRules", "adan": "AdanRules", "regularize": "RegularizeRules"}
 CUDA_TYPES = {"float32": "float", "bfloat16": "agr::bfloat16", "float16": "agr::float16", "float64": "double"}
 
 NVCCFLAGS = [
     *("-std=c++17", "-O3", "-lineinfo", "-Xfatbin=-compress-all", "-Xcompiler=-fPIC,-fvisibility=hidden"),
+    # Products and sums are fused only where the source says so (multiply_add in numeric.h).
+    "-fmad=false",
     # Division and square root of float32 are accurate to two units in the last place over the full range; inf, NaN and
     # denormal numbers are handled as without these options, unlike with -use_fast_math.
     *("-prec-div=false", "-prec-sqrt=false", "-ftz=false"),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 left_out: str
 cuda_architectures: str
+cuda_tactics: dict[str, int]
 
 def instruction_set() -> str: ...
 def uses_exchange_api() -> bool: ...
@@ -85,6 +86,7 @@ class CudaExecutor:
         groups: int,
         device: int,
         blocks: int,
+        tactics: int,
     ) -> None: ...
     @property
     def launches(self) -> tuple[int, int]: ...

@@ -95,6 +95,15 @@ def _limit(name: str, default: int) -> int:
     return int(requested)
 
 
+def _tactics() -> int:
+    """Return which of its tactics a launch uses: all but those that AGR_CUDA_WITHOUT names, used for timing them."""
+    tactics: dict[str, int] = native().cuda_tactics
+    without = {name.strip() for name in os.environ.get("AGR_CUDA_WITHOUT", "").split(",")} - {""}
+    if unknown := sorted(without - set(tactics)):
+        raise ValueError(f"AGR_CUDA_WITHOUT names {', '.join(map(repr, unknown))}; there are {', '.join(tactics)}")
+    return sum(bit for name, bit in tactics.items() if name not in without)
+
+
 class CudaLaunch(DeviceLaunch):
     """The update, in one kernel launch, of all parameters on one device with one combination of dtypes."""
 
@@ -117,7 +126,9 @@ class CudaLaunch(DeviceLaunch):
             lead_bytes=_limit("LEAD", lead),
         )
         blocks = _limit("BLOCKS", resident) * multiprocessors
-        self._executor = _C.CudaExecutor(plan, executor_rows(rule, bindings), groups, self._device_index, blocks)
+        self._executor = _C.CudaExecutor(
+            plan, executor_rows(rule, bindings), groups, self._device_index, blocks, _tactics()
+        )
         table = torch.frombuffer(bytearray(self._executor.table()), dtype=torch.uint8)
         #: The plan's rows and tasks and the blocks' synchronization state, in device memory.
         self.table = table.to(self.device)

@@ -51,11 +51,11 @@ struct AdamW {
         V& w = state[states - 1];  // in the denominator: max_exp_avg_sq with AMSGrad, otherwise v
         // Interpolates from the nearer end, as torch.lerp does: if b1 is small, m + (1 - b1) (g - m) loses a g that is
         // much smaller than m.
-        m = select_by_sign(c.lerp, m, g) + (g - m) * c.lerp;
+        m = multiply_add(g - m, c.lerp, select_by_sign(c.lerp, m, g));
         // g * g is not computed first, since it may overflow where the product of all three does not.
-        v = v * c.beta2 + g * c.one_minus_beta2 * g;
+        v = multiply_add(g * c.one_minus_beta2, g, v * c.beta2);
         if constexpr (amsgrad) w = maximum(w, v);
-        p = p * c.decay - m / (square_root(w) * c.denominator.factor + c.denominator.eps);
+        p = multiply_subtract(p, c.decay, m / c.denominator.at(w));
     }
 
     // Replaces averages that have faded to denormal numbers by 0 (see numeric.h). The CPU kernels do so every few

@@ -23,7 +23,7 @@ struct AdanCoefficients {
     T decay, diff_weight;
     Denominator<T> denominator;  // its scale is lr / (1 - b1^t), divided by 1 + lr wd in the proximal form
     T eps_squared;
-    bool first;  // the group's first step, in which a stored previous gradient is not used
+    T first;  // 1 in the group's first step, in which a stored previous gradient is not used; otherwise 0
 
     // `t` counts the steps of the group from 1.
     static AGR_INLINE AdanCoefficients of(const AdanOptions& o, double t) {
@@ -41,7 +41,7 @@ struct AdanCoefficients {
                 static_cast<T>(o.beta2 * correction1 / (1 - power(o.beta2, t))),
                 Denominator<T>::of(1 / square_root(1 - power(o.beta3, t)), o.eps, lr / correction1),
                 static_cast<T>(o.eps * o.eps),
-                t == 1};
+                static_cast<T>(t == 1)};
     }
 };
 
@@ -62,14 +62,14 @@ struct Adan {
         V& n = state[2];
         V& neg_previous = state[3];
         V d = neg_previous == neg_previous ? g + neg_previous : m - m;
-        d = c.first ? V{} : d;
-        V look_ahead = g + d * c.beta2;
-        m = m * c.beta1 + g * c.one_minus_beta1;
-        u = u * c.beta2 + d * c.one_minus_beta2;
+        d = c.first != 0 ? V{} : d;
+        V look_ahead = multiply_add(d, c.beta2, g);
+        m = multiply_add(m, c.beta1, g * c.one_minus_beta1);
+        u = multiply_add(u, c.beta2, d * c.one_minus_beta2);
         // The square is not computed first, since it may overflow where the product of all three does not.
-        n = n * c.beta3 + look_ahead * c.one_minus_beta3 * look_ahead;
+        n = multiply_add(look_ahead * c.one_minus_beta3, look_ahead, n * c.beta3);
         neg_previous = -g;
-        p = p * c.decay - (m + u * c.diff_weight) / (square_root(n) * c.denominator.factor + c.denominator.eps);
+        p = multiply_subtract(p, c.decay, multiply_add(u, c.diff_weight, m) / c.denominator.at(n));
     }
 
     // Replaces averages that have faded to denormal numbers by 0 (see numeric.h). The CPU kernels do so every few

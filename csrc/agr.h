@@ -21,13 +21,8 @@ struct AbsSum {
     // would be denormal (S is very large).
     T prescale;
 
-    // `sum` is the abs-sum of the gradient as it is stored. `scale` is the factor that every element is multiplied by
-    // after psi (clipping, the sign of `maximize`): psi(c g) = c psi(g), so the factor need not be known when the sum
-    // is taken. The order matters in one case only: a scale of 0 and an infinite sum must give NaN, as they would if
-    // the gradient were scaled first.
-    static AGR_INLINE AbsSum of(double sum, double scale) {
-        const double scaled = sum * scale;
-        if (scaled != scaled) return {static_cast<T>(scaled), T(0), T(1), T(1)};
+    // `sum` is the abs-sum of the gradient as it is stored.
+    static AGR_INLINE AbsSum of(double sum) {
         constexpr bool single = sizeof(T) == sizeof(float);
         constexpr double small = single ? 0x1p-100 : 0x1p-1000, raised = single ? 0x1p60 : 0x1p500;
         const T prescale = static_cast<T>(sum < small ? raised : sum > 1 / small ? 1 / raised : 1.0);
@@ -39,19 +34,31 @@ struct AbsSum {
         if (!finite || rounded == T(0)) return {rounded, T(0), T(1), T(1)};
         return {rounded, static_cast<T>(sum - static_cast<double>(rounded)), T(1) / rounded, prescale};
     }
+
+    // `scale` is the factor that every element is multiplied by after psi (clipping, the sign of `maximize`):
+    // psi(c g) = c psi(g), so the factor need not be known when the sum is taken. The order matters in one case only: a
+    // scale of 0 and an infinite sum must give NaN, as they would if the gradient were scaled first.
+    AGR_INLINE AbsSum for_scale(double scale) const {
+        const double scaled = static_cast<double>(sum) * scale;
+        return scaled == scaled ? *this : AbsSum{static_cast<T>(scaled), T(0), T(1), T(1)};
+    }
 };
 
 template <class V, class T>
 AGR_INLINE V regularized(V g, const AbsSum<T>& s) {
-    const V factor = ((s.sum - magnitude(g) * s.prescale) + s.rest) * s.inverse;
+    const V factor = (subtract_product(s.sum, magnitude(g), s.prescale) + s.rest) * s.inverse;
     // The comparison is written such that a NaN factor is kept: an infinite element of an infinite sum gives
     // inf (1 - inf / inf) = NaN.
     return g * (factor > T(1) ? V{} + T(1) : factor);
 }
 
+// The options of a group of gradients that are regularized in place: there are none.
+struct RegularizeOptions {};
+
 // An update rule that stores the regularized gradient in the parameter and has no state. With the gradient itself as
 // the "parameter", it regularizes the gradient in place.
 struct Regularize {
+    using Options = RegularizeOptions;
     template <class T>
     struct Coefficients {};
 

@@ -73,7 +73,35 @@ AGR_INLINE double power(double x, double count) {
     return result;
 }
 
-#if !defined(__CUDACC__)
+#if defined(__CUDACC__)
+// Products and sums with a single rounding: a b + c, a b - c and c - a b. nvcc is told to fuse nothing by itself
+// (-fmad=false), so that what is rounded is what is written: `p decay - step` with two roundings has four times the
+// error.
+AGR_INLINE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+AGR_INLINE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+template <class V>
+AGR_INLINE V multiply_subtract(V a, V b, V c) {
+    return multiply_add(a, b, -c);
+}
+template <class V>
+AGR_INLINE V subtract_product(V c, V a, V b) {
+    return multiply_add(-a, b, c);
+}
+#else
+// The same, with a single rounding where the processor has an instruction for it: these compilers fuse by themselves
+// (-ffp-contract=fast), and a library's fma would be slow where there is none.
+template <class V, class B, class C>
+AGR_INLINE V multiply_add(V a, B b, C c) {
+    return a * b + c;
+}
+template <class V, class B>
+AGR_INLINE V multiply_subtract(V a, B b, V c) {
+    return a * b - c;
+}
+template <class C, class V, class B>
+AGR_INLINE V subtract_product(C c, V a, B b) {
+    return c - a * b;
+}
 template <class V, class T>
 AGR_INLINE V select_by_sign(T x, V a, V b) {
     return x > T(0) ? a : b;
@@ -123,6 +151,11 @@ struct Denominator {
         // An infinite factor would give NaN where v is 0. As the constant term, infinity gives a step of 0 for every v.
         if (factor - factor != T(0)) return {T(1), factor};
         return {factor, static_cast<T>(eps / scale)};
+    }
+
+    template <class V>
+    AGR_INLINE V at(V v) const {
+        return multiply_add(square_root(v), factor, eps);
     }
 };
 

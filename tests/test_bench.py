@@ -84,6 +84,16 @@ def test_summary_of_known_numbers() -> None:
         stats.summarize([])
 
 
+def test_a_medians_interval_has_the_ranks_of_the_sign_test() -> None:
+    """Those of statistical tables: 1 and 6 of 6 values, 2 and 9 of 10, 40 and 61 of 100."""
+    assert stats.median_interval([]) is None
+    assert stats.median_interval([1.0, 2.0, 3.0, 4.0, 5.0]) is None
+    for count, lower, upper in ((6, 1, 6), (10, 2, 9), (100, 40, 61)):
+        values = [float(value) for value in range(count, 0, -1)]
+        assert stats.median_interval(values) == (lower, upper)
+    assert stats.median_interval([1.0] * 2000) == (1.0, 1.0)
+
+
 def test_paired_ratios_cancel_drift_that_the_ratio_of_medians_does_not() -> None:
     yardstick = [1.0, 1.0, 10.0, 10.0, 10.0]
     values = [2.0, 2.0, 20.0, 20.0, 30.0]

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench.__main__ import build_parser
-from bench.gpu_report import counters, digests, exercise, runner, stages, tune
+from bench.gpu_report import counters, digests, exercise, runner, stages, tactics, tune, variants
 from bench.gpu_report.__main__ import main
 from bench.gpu_report.place import Place
 from bench.gpu_report.report import make
 from bench.gpu_report.runner import Command, Digest, Outcome, Run, Skip, Stage
 from bench.gpu_report.summary import render
-from bench.measuring.stats import Summary
+from bench.gpu_report.variants import Case, Environment, Result
+from bench.measuring.clocks import Timing
+from bench.measuring.stats import Interval, Summary
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -186,8 +190,8 @@ def all_commands(work: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Seque
     return {name: make(place(work)).commands() for name, make in stages.STAGES.items()}
 
 
-def test_all_stages_together_take_less_than_eight_minutes(tmp_path: Path) -> None:
-    assert sum(make(place(tmp_path)).seconds for make in stages.STAGES.values()) <= 475
+def test_all_stages_together_take_less_than_nine_minutes(tmp_path: Path) -> None:
+    assert sum(make(place(tmp_path)).seconds for make in stages.STAGES.values()) <= 535
 
 
 def test_the_stages_ask_benchmarks_for_what_they_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,11 +203,10 @@ def test_the_stages_ask_benchmarks_for_what_they_take(tmp_path: Path, monkeypatc
         words = list(command.words)
         if "bench" in words:
             parsed.append(build_parser().parse_args(words[words.index("bench") + 1 :]))
-        elif "bench.gpu_report.tune" in words:
-            parsed.append(tune.build_parser().parse_args(words[words.index("bench.gpu_report.tune") + 1 :]))
-        elif "bench.gpu_report.exercise" in words:
-            parsed.append(exercise.build_parser().parse_args(words[words.index("bench.gpu_report.exercise") + 1 :]))
-    assert len(parsed) == 2 + 1 + 1 + 2 + 2 + 2 + 1
+        for program in (tactics, tune, exercise):
+            if program.__name__ in words:
+                parsed.append(program.build_parser().parse_args(words[words.index(program.__name__) + 1 :]))
+    assert len(parsed) == 2 + 1 + 1 + 2 + 2 + 2 + 1 + 1
     step = next(args for args in parsed if getattr(args, "command", "") == "step")
     assert [model.name for model in step.sets] == list(stages.SETS)
     names = {contender.name for contender in step.contenders}
@@ -256,7 +259,7 @@ def test_the_build_tells_which_backends_there_are(tmp_path: Path) -> None:
 def test_without_a_cuda_backend_the_report_is_about_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left_by_the_build(tmp_path, cuda="no nvcc", triton=None)
     monkeypatch.setattr(stages.shutil, "which", lambda name: f"/tools/{name}")
-    for name in ("sanitizer", "profile", "tune"):
+    for name in ("sanitizer", "profile", "tactics", "tune"):
         with pytest.raises(Skip, match="no cuda backend: no nvcc"):
             stages.STAGES[name](place(tmp_path)).commands()
     for name in ("step", "overhead", "gradients", "traffic"):
@@ -518,38 +521,22 @@ def test_more_kernels_than_steps_are_no_match(tmp_path: Path) -> None:
         counters.compare([{}], counters.kernels(NCU_RAW.splitlines()), [])
 
 
-# The tunables' sweep
+# Variants of a launch
 
 
-def tuned(setting: dict[str, int], ratios: Sequence[float]) -> list[tune.Result]:
-    one = Summary(1.0, 1.0, 1.0, 1.0, 1)
+def results(variant: str, ratios: Sequence[float]) -> list[Result]:
+    """A variant's results, with intervals of no width."""
+    one = Summary(1.0, 1.0, 1.0, 1.0, 9)
     return [
-        tune.Result(f"set {place}", setting, one, Summary(ratio, ratio, ratio, ratio, 1), 0.9)
+        Result(f"case {place}", variant, one, Summary(ratio, ratio, ratio, ratio, 9), Interval(ratio, ratio), 0.9)
         for place, ratio in enumerate(ratios)
     ]
 
 
-def test_the_best_values_are_those_that_are_worth_it_on_average() -> None:
-    results = [
-        *tuned({}, (1.0, 1.0)),
-        *tuned({"chunk": 4096}, (0.96, 0.98)),
-        *tuned({"chunk": 16384}, (0.90, 1.20)),
-        *tuned({"window": 8 * tune.MIB}, (0.999, 0.999)),
-        *tuned({"blocks": 2}, (0.8, 0.9)),
-        *tuned({"blocks": 1, "chunk": 2048}, (0.5, 0.5)),
-    ]
-    assert tune.best_together(results) == {"chunk": 4096, "blocks": 2}
-    assert tune.ranking(results)[0]["setting"] == "blocks 1, chunk 2048"
-    assert tune.label({"window": 12 * tune.MIB + tune.MIB // 2}) == "window 12.5 MiB"
-    assert tune.combinations({"chunk": (1, 2), "blocks": (3,)}) == [
-        {}, {"chunk": 1, "blocks": 3}, {"chunk": 2, "blocks": 3},
-    ]  # fmt: skip
-
-
-def test_a_settings_variables_are_there_while_its_optimizer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variants_variables_are_there_while_its_optimizer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AGR_CUDA_CHUNK", "1024")
     monkeypatch.delenv("AGR_CUDA_WINDOW", raising=False)
-    environment = tune.Environment({"window": 5})
+    environment = Environment(tune.variables({"window": 5}))
     environment.swap()
     assert os.environ["AGR_CUDA_WINDOW"] == "5"
     assert "AGR_CUDA_CHUNK" not in os.environ, "the default"
@@ -558,13 +545,177 @@ def test_a_settings_variables_are_there_while_its_optimizer_steps(monkeypatch: p
     assert "AGR_CUDA_WINDOW" not in os.environ
 
 
+def test_every_variant_steps_with_its_variables_and_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All with the case's options, from their first step on, which is when the cuda backend makes its launches."""
+    monkeypatch.setenv("AGR_CUDA_WITHOUT", "what the caller asked for")
+    seen: dict[torch.optim.Optimizer, list[str | None]] = {}
+    step = variants.agr_cuda.Adan.step
+
+    def watched(self: torch.optim.Optimizer) -> None:
+        assert self.param_groups[0]["params"][0].dtype == torch.bfloat16
+        assert self.max_grad_norm == 1.0  # type: ignore[attr-defined]
+        seen.setdefault(self, []).append(os.environ.get("AGR_CUDA_WITHOUT"))
+        step(self)
+
+    def clock(action: Callable[[], object]) -> Timing:
+        action()
+        return Timing(6.0, 6.0)
+
+    monkeypatch.setattr(variants.agr_cuda.Adan, "step", watched)
+    monkeypatch.setattr(variants.clocks, "clock_for", lambda device: clock)
+    case = Case("small", "2x50", "Adan", torch.bfloat16, {"max_grad_norm": 1.0}, steps=3)
+    tried = tactics.without(["a"], ["a", "b"])
+    cpu = torch.device("cpu")
+    found = variants.measure(case, tried, cpu, 60.0, variants.CopyProbe(cpu, 1), rounds=7)
+    assert [set(values) for values in seen.values()] == [{None}, {None}, {"a"}, {"a,b"}]
+    assert {len(values) for values in seen.values()} == {(2 + 7) * 3}, "two visits, and one a round"
+    assert os.environ["AGR_CUDA_WITHOUT"] == "what the caller asked for"
+    one, third, bandwidth = Summary(1.0, 1.0, 1.0, 1.0, 7), Summary(2.0, 2.0, 2.0, 2.0, 7), 2 * 2**20 / 6.0
+    share = pytest.approx(11 * 2 * 100 / 2.0 / bandwidth)  # Adan's accesses, bfloat16's bytes
+    assert found == [
+        Result("small", name, third, one, Interval(1.0, 1.0), share) for name in ("none", "none (control)", "a", "a, b")
+    ]
+
+
+# The kernel's tactics
+
+
+@pytest.mark.parametrize(
+    ("intervals", "expected"),
+    [
+        ([(1.02, 1.03), (1.0, 1.0)], "keep"),
+        ([(1.02, 1.03), (0.98, 1.02)], "keep"),
+        ([(0.97, 0.98), (1.0, 1.0)], "drop"),
+        ([(0.97, 0.98), (1.02, 1.03)], "mixed"),
+        ([(0.991, 1.009), (1.002, 1.003)], "no difference"),
+        ([(0.991, 1.02), (1.0, 1.0)], "unclear"),  # perhaps slower
+        ([(0.98, 1.0), (1.0, 1.0)], "unclear"),  # perhaps faster
+        ([(1.0, 1.0), None], "unclear"),
+        ([(1.02, 1.03), None], "keep"),
+        ([None], "unclear"),
+    ],
+)
+def test_a_tactic_is_worth_its_code_if_a_step_is_slower_without_it(
+    intervals: Sequence[tuple[float, float] | None], expected: str
+) -> None:
+    for order in (intervals, intervals[::-1]):
+        assert tactics.verdict([pair and Interval(*pair) for pair in order]) == expected
+
+
+def test_the_kernel_says_what_tactics_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = argparse.Namespace(cuda_tactics={"no_fences": 16, "early_inputs": 32})
+    monkeypatch.setattr(tactics, "native", lambda: core)
+    assert tactics.names() == ("no_fences", "early_inputs")
+
+
+def test_the_cases_exercise_what_tactics_are_for() -> None:
+    cases = tactics.CASES.values()
+    shapes = {case.name: variants.model_set(case.set).shapes for case in cases}
+    assert {case.rule for case in cases} == {"AdamW", "Adan"}
+    assert any(case.dtype == torch.bfloat16 and case.options.get("max_grad_norm") for case in cases)
+    assert any(len(tensors) > 300 for tensors in shapes.values()), "many small tensors"
+    assert any(min(map(math.prod, tensors)) > 2**24 for tensors in shapes.values()), "many chunks in each tensor"
+
+
+def test_what_is_judged_becomes_a_row_with_ratios_and_their_intervals() -> None:
+    found = [*results("none", (1.0, 1.0)), *results("no_fences", (1.034, 0.998)), *results("own_counts", (1.0,))]
+    first, second, third = tactics.judged(found, ["case 0", "case 1"])
+    assert first == {"variant": "none", "cases": {"case 0": "1 s 90%", "case 1": "1 s 90%"}, "result": ""}
+    assert second["cases"] == {"case 0": "1.034 (1.034-1.034)", "case 1": "0.998 (0.998-0.998)"}
+    assert second["result"] == "keep"
+    assert third == {
+        "variant": "own_counts",
+        "cases": {"case 0": "1.000 (1.000-1.000)", "case 1": "-"},
+        "result": "unclear",
+    }
+
+
+def test_tactics_are_timed_one_by_one_and_those_not_worth_it_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tactics.json"
+    monkeypatch.setattr(tactics, "names", lambda: ("one", "two", "three"))
+    monkeypatch.setattr(tactics, "CASES", {name: Case(name, name, steps=2) for name in ("2x50", "3x70")})
+    ratios = {"none": 1.0, "none (control)": 1.0, "one": 1.0, "two": 1.1, "three": 0.9, "one, three": 1.05}
+
+    def measured(case: Case, tried: variants.Variants, *rest: object) -> list[Result]:
+        measure(case, tried, *rest)  # type: ignore[arg-type]
+        exact = [results(name, [ratios[name]])[0] for name in tried]
+        return [dataclasses.replace(result, case=case.name) for result in exact]
+
+    measure = variants.measure
+    monkeypatch.setattr(variants, "measure", measured)
+    options = ["--device", "cpu", "--seconds", "0.01", "--copy-mebibytes", "1", "--out", str(path)]
+    assert tactics.main(options) == 0
+    document = json.loads(path.read_text())
+    assert [(result["case"], result["variant"]) for result in document["alone"]["results"]] == [
+        (case, name) for case in ("2x50", "3x70") for name in ("none", "none (control)", "one", "two", "three")
+    ]
+    assert document["alone"]["results"][3]["interval"] == [1.1, 1.1]
+    assert "one, three" in capsys.readouterr().out
+    digest = stages.tactics(place(tmp_path)).digest([])
+    assert digest.lines[1:] == [
+        "",
+        "| without | 2x50 | 3x70 | verdict |",
+        "| --- | --- | --- | --- |",
+        "| none | 1 s 90% | 1 s 90% |  |",
+        "| none (control) | 1.000 (1.000-1.000) | 1.000 (1.000-1.000) | no difference |",
+        "| one | 1.000 (1.000-1.000) | 1.000 (1.000-1.000) | no difference |",
+        "| two | 1.100 (1.100-1.100) | 1.100 (1.100-1.100) | keep |",
+        "| three | 0.900 (0.900-0.900) | 0.900 (0.900-0.900) | drop |",
+        "",
+        "| without these | 2x50 | 3x70 | verdict |",
+        "| --- | --- | --- | --- |",
+        "| none | 1 s 90% | 1 s 90% |  |",
+        "| none (control) | 1.000 (1.000-1.000) | 1.000 (1.000-1.000) | no difference |",
+        "| one, three | 1.050 (1.050-1.050) | 1.050 (1.050-1.050) | keep |",
+    ]
+    assert digest.figures["alone"] == document["alone"]["rows"]
+    assert tactics.main([*options, "--tactics", "two", "--cases", "3x70"]) == 0
+    document = json.loads(path.read_text())
+    assert list(document["alone"]["rows"][-1]["cases"]) == ["3x70"]
+    assert document["together"]["rows"] == []
+
+
+def test_unknown_tactics_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tactics, "names", lambda: ("no_fences",))
+    with pytest.raises(SystemExit) as stopped:
+        tactics.main(["--device", "cpu", "--tactics", "fences", "--out", str(tmp_path / "tactics.json")])
+    assert stopped.value.code == 2
+    assert "unknown tactics fences: there are no_fences" in capsys.readouterr().err
+
+
+# The tunables' sweep
+
+
+def test_the_best_values_are_those_that_are_worth_it_on_average() -> None:
+    tried: list[tuple[tune.Setting, tuple[float, float]]] = [
+        ({}, (1.0, 1.0)),
+        ({"chunk": 4096}, (0.96, 0.98)),
+        ({"chunk": 16384}, (0.90, 1.20)),
+        ({"window": 8 * tune.MIB}, (0.999, 0.999)),
+        ({"blocks": 2}, (0.8, 0.9)),
+        ({"blocks": 1, "chunk": 2048}, (0.5, 0.5)),
+    ]
+    found = [result for setting, ratios in tried for result in results(tune.label(setting), ratios)]
+    assert tune.best_together(found, [setting for setting, _ in tried]) == {"chunk": 4096, "blocks": 2}
+    first = tune.ranking(found)[0]
+    assert (first["variant"], first["result"]) == ("blocks 1, chunk 2048", "0.500x")
+    assert tune.label({"window": 12 * tune.MIB + tune.MIB // 2}) == "window 12.5 MiB"
+    assert tune.combinations({"chunk": (1, 2), "blocks": (3,)}) == [
+        {}, {"chunk": 1, "blocks": 3}, {"chunk": 2, "blocks": 3},
+    ]  # fmt: skip
+
+
 def test_a_sweep_times_every_setting_on_every_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "tune.json"
     sweep = ["--chunk", "4096", "8192", "--blocks", "1", "--window", "--lead", "--sets", "2x50", "3x70"]
     assert tune.main(["--device", "cpu", "--seconds", "0.01", "--copy-mebibytes", "1", "--out", str(path), *sweep]) == 0
     found = json.loads(path.read_text())["sweep"]["results"]
-    settings = [{}, {"chunk": 4096}, {"chunk": 8192}, {"blocks": 1}]
-    assert [(result["set"], result["setting"]) for result in found] == [
+    settings = ["default", "chunk 4096", "chunk 8192", "blocks 1"]
+    assert [(result["case"], result["variant"]) for result in found] == [
         (name, setting) for name in ("2x50", "3x70") for setting in settings
     ]
     assert all(result["step_s"]["median"] > 0 for result in found)

@@ -1,9 +1,10 @@
 """Everything that needs a GPU, unattended: `python -m bench.gpu_report --out FOLDER`, or `make gpu-report`.
 
 Builds the package for the GPU that is there, runs the tests of its backends, looks for bad memory accesses and races,
-times, profiles and tunes. Where the cuda backend cannot be built, stages that are for it alone are skipped, and the
-others are about triton. Needs no network, changes no setting of the GPU, and takes at most eight minutes: every stage
-has its own time limit, and one that fails or runs out of time leaves the others alone.
+times and profiles, judges each of the kernel's tactics by a step without it, and tunes. Where the cuda backend cannot
+be built, stages that are for it alone are skipped, and the others are about triton. Needs no network, changes no
+setting of the GPU, and takes at most nine minutes: every stage has its own time limit, and one that fails or runs out
+of time leaves the others alone.
 
 FOLDER gets a few files, so that they are easily brought home from a machine that is only lent: SUMMARY.md (printed at
 the end too), report.json, log.txt with all output, pictures, a profile for Nsight Compute, and details.tar.gz with

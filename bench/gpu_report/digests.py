@@ -119,13 +119,30 @@ def gradients_lines(document: Mapping[str, Any]) -> list[str]:
     return [f"- {pattern}: {', '.join(cells)}" for pattern, cells in patterns.items()]
 
 
+def variants_table(heading: str, rows: Sequence[Mapping[str, Any]], result: str) -> list[str]:
+    """Return a Markdown table of what bench.gpu_report.variants has measured, or nothing if that is nothing."""
+    if not rows:
+        return []
+    cells = [(row["variant"], *row["cases"].values(), row["result"]) for row in rows]
+    return table([heading, *rows[0]["cases"], result], cells)
+
+
 def tune_tables(sweep: Sequence[Mapping[str, Any]], together: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a Markdown table of the fastest settings, and one of the best values together if they were tried."""
-    default = [entry for entry in sweep[SHOWN_SETTINGS:] if entry["setting"] == "default"]
-    lines: list[str] = []
-    for title, entries in (("one setting", [*sweep[:SHOWN_SETTINGS], *default]), ("together", together)):
-        if entries:
-            sets = list(entries[0]["sets"])
-            rows = [(entry["setting"], *entry["sets"].values(), f"{entry['average']:.3f}x") for entry in entries]
-            lines += ["", *table([title, *sets, "average"], rows)]
-    return lines[1:]
+    """Return a table of the fastest settings, and one of the best values together if they were tried."""
+    default = [row for row in sweep[SHOWN_SETTINGS:] if row["variant"] == "default"]
+    first = variants_table("one setting", [*sweep[:SHOWN_SETTINGS], *default], "average")
+    second = variants_table("together", together, "average")
+    return [*first, *([""] if second else []), *second]
+
+
+def tactics_tables(alone: Sequence[Mapping[str, Any]], together: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return how to read them, and a table of each tactic left out alone and one of those left out together."""
+    how = (
+        "The time of a step without a tactic of the kernel to that with all of them, and the interval of its median. "
+        "What makes no difference is to be dropped, unless all that is to be dropped makes one together."
+    )
+    lines = [how]
+    for heading, rows in (("without", alone), ("without these", together)):
+        if rows:
+            lines += ["", *variants_table(heading, rows, "verdict")]
+    return lines

@@ -264,6 +264,22 @@ def profile(place: Place) -> Stage:
     return Stage("profile", 55, commands, digest)
 
 
+def tactics(place: Place) -> Stage:
+    """Time the CUDA kernel without each of its tactics."""
+    path = place.work / "tactics.json"
+
+    def commands() -> list[Command]:
+        place.needs_cuda()
+        return [python("-m", "bench.gpu_report.tactics", "--device", "cuda", "--seconds", "4.5", "--out", str(path))]
+
+    def digest(runs: Sequence[Run]) -> Digest:
+        document = json.loads(path.read_text())
+        alone, together = document["alone"]["rows"], document["together"]["rows"]
+        return Digest(digests.tactics_tables(alone, together), {"alone": alone, "together": together})
+
+    return Stage("tactics", 60, commands, digest)
+
+
 def tune(place: Place) -> Stage:
     """Sweep the CUDA launch's tunables."""
     path = place.work / "tune.json"
@@ -274,7 +290,7 @@ def tune(place: Place) -> Stage:
 
     def digest(runs: Sequence[Run]) -> Digest:
         document = json.loads(path.read_text())
-        sweep, together = document["sweep"]["ranking"], document["together"]["ranking"]
+        sweep, together = document["sweep"]["rows"], document["together"]["rows"]
         return Digest(digests.tune_tables(sweep, together), {"sweep": sweep, "together": together})
 
     return Stage("tune", 40, commands, digest)
@@ -282,5 +298,5 @@ def tune(place: Place) -> Stage:
 
 STAGES: dict[str, Callable[[Place], Stage]] = {
     made.__name__: made
-    for made in (machine, build, tests, sanitizer, step, overhead, gradients, traffic, profile, tune)
+    for made in (machine, build, tests, sanitizer, step, overhead, gradients, traffic, profile, tactics, tune)
 }

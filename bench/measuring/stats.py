@@ -1,10 +1,14 @@
-"""Medians, quartiles, minima and paired ratios of interleaved timings."""
+"""Medians, their intervals, quartiles, minima and paired ratios of interleaved timings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import comb
 from statistics import median, quantiles
+from typing import NamedTuple
+
+CONFIDENCE = 0.95  # with which an interval holds what it is of
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,13 @@ class Summary:
     count: int
 
 
+class Interval(NamedTuple):
+    """Where something lies, with CONFIDENCE."""
+
+    lower: float
+    upper: float
+
+
 def summarize(values: Sequence[float]) -> Summary:
     """Summarize at least one value; quartiles interpolate linearly between values, as numpy's default."""
     if not values:
@@ -26,6 +37,21 @@ def summarize(values: Sequence[float]) -> Summary:
         return Summary(values[0], values[0], values[0], values[0], 1)
     lower, middle, upper = quantiles(values, n=4, method="inclusive")
     return Summary(middle, lower, upper, min(values), len(values))
+
+
+def median_interval(values: Sequence[float]) -> Interval | None:
+    """Return the interval in which the median lies of what the values are a sample of, however that is distributed.
+
+    Quartiles say how much single values differ, and do not come closer with more of them; this does. The median lies
+    between the k-th smallest and the k-th largest of n values unless fewer than k of them fall on one of its sides, as
+    with n tosses of a coin. None for fewer than six values: their smallest and largest are not certain enough.
+    """
+    count, outside, rank = len(values), 0, 0
+    while 2 * (outside + comb(count, rank)) / 2**count <= 1 - CONFIDENCE:
+        outside += comb(count, rank)
+        rank += 1
+    ordered = sorted(values)
+    return Interval(ordered[rank - 1], ordered[-rank]) if rank else None
 
 
 def paired_ratios(values: Sequence[float], yardstick: Sequence[float]) -> Summary:

@@ -129,7 +129,7 @@ AGR_INLINE void update_span(const Span& span, const CoefficientsOf<R>& both_type
     using T = computed_in<P>;
     constexpr int lanes = lanes_of<T>;
     const auto coefficients = in_type<T>(both_types);
-    const auto sum = AbsSum<T>::of(abs_sum, scale_in_double);
+    const auto sum = AbsSum<T>::of(abs_sum).for_scale(scale_in_double);
     const T scale = static_cast<T>(scale_in_double);
     P* p = static_cast<P*>(span.parameter);
     const G* g = static_cast<const G*>(span.gradient);

@@ -1,25 +1,39 @@
-// The device code of a step: what one block of the persistent grid does, for AdamW and for Adan.
+// The device code of a launch: what one block of the persistent grid does.
 //
-// A block draws a ticket with one atomic addition, runs the task with that number, and draws the next ticket. It does
+// A block draws a ticket with one atomic operation, runs the task with that number, and draws the next ticket. It does
 // so until no tasks are left. A REDUCE task adds up a chunk's gradient, an UPDATE task waits for the abs-sum of the
 // chunk's tensor and applies the update rule, and a WHOLE task does both for a tensor of one chunk.
 //
 // Forward progress. Tickets are handed out in the plan's order. In that order, all REDUCE tasks of a tensor come before
 // its first UPDATE; with clipping, the REDUCE tasks of all tensors do. A block draws its next ticket while it runs the
-// task before, but runs its tasks in ticket order. Consider the unfinished task with the smallest ticket. Its block has
-// no earlier task to finish, so it is running this one. If the task is an UPDATE, everything it can wait for has a
-// smaller ticket and is finished. So at least one block always makes progress, however few blocks the device runs at
-// the same time. The kernel needs no cooperative launch, and other kernels may run beside it.
+// task before, but runs its tasks in ticket order, and finishes a REDUCE (accounts for its chunk) before it does
+// anything in its next task that may wait. Consider the unfinished task with the smallest ticket. Its block has no
+// earlier task to finish, so it is running this one. If the task is an UPDATE, everything it can wait for has a smaller
+// ticket and is finished. So at least one block always makes progress, however few blocks the device runs at the same
+// time. The kernel needs no cooperative launch, and other kernels may run beside it.
 //
 // Sums. The block that writes the last chunk sum of a segment adds the segment's chunk sums, and the block that
-// completes the last segment of a tensor adds the tensor's segment sums. `arrive` is the atomic that tells a block that
-// it is the last: it releases what this block wrote before, and acquires what all other blocks released. Sums are added
-// in a tree whose shape depends on sizes alone, so the result has the same bits whichever block is the last. There are
-// no floating-point atomics.
+// completes the last segment of a tensor adds the tensor's segment sums, and publishes the inputs of the tensor's
+// updates. A counter tells a block that it is the last; the sums that it then reads are words that carry the epoch
+// (words.h), and where one is not visible yet, the block waits until it is: its thread has written it before it
+// counted. Sums are added in a tree whose shape depends on sizes alone, so the result has the same bits whichever block
+// is the last. There are no floating-point atomics.
 //
-// Epochs. The tensor's sums are published by a release store of the current epoch, which UPDATE acquires. The epoch is
-// a step count in device memory, so that a captured launch can be replayed; the last block to finish increments it.
-// Every counter is reset to 0 once it has reached its final value, so nothing has to be cleared between launches.
+// Memory order. Blocks exchange data in words alone, and all accesses to them and to counters are relaxed, so no order
+// between two addresses is ever relied on. There are two exceptions.
+//
+// - The epoch is incremented by the block that draws the launch's last ticket, while others may not have read it yet,
+//   as far as the order of these accesses is concerned. But every block reads it before it draws its first ticket, from
+//   a counter whose address depends on what it has read; and the last ticket is drawn after all first ones. If a block
+//   read the incremented epoch, the value would depend on itself, which the memory model excludes (PTX ISA, axiom
+//   "No-Thin-Air").
+// - Step counts that belong to several tasks, of which none can know that it is the last, are incremented by the last
+//   block that runs out of tasks. It must not do so before all others have read them: blocks are counted with release
+//   and acquire. Launches without such counts skip this, and have no fence at all.
+//
+// Launches. A launch sees everything that earlier launches in its stream wrote. Counters return to 0 by themselves; the
+// epoch increases with every launch that publishes sums, so that a captured launch can be replayed, and no word of an
+// earlier launch is mistaken for one of this.
 #pragma once
 
 #include <type_traits>
@@ -28,8 +42,9 @@
 #include "../adan.h"
 #include "../agr.h"
 #include "arguments.h"
-#include "packed.h"
+#include "chunk.h"
 #include "sum.h"
+#include "words.h"
 
 namespace agr::cuda {
 
@@ -38,22 +53,18 @@ struct AdamWRules {
     using Options = AdamWOptions;
     template <class T>
     using Coefficients = AdamWCoefficients<T>;
-
-    template <class T>
-    AGR_DEVICE static AdamWCoefficients<T> coefficients(const AdamWOptions& options, double t) {
-        return AdamWCoefficients<T>::of(options, t);
-    }
 };
 
 struct AdanRules {
     using Options = AdanOptions;
     template <class T>
     using Coefficients = AdanCoefficients<T>;
+};
 
+struct RegularizeRules {
+    using Options = RegularizeOptions;
     template <class T>
-    AGR_DEVICE static AdanCoefficients<T> coefficients(const AdanOptions& options, double t) {
-        return AdanCoefficients<T>::of(options, t);
-    }
+    using Coefficients = Regularize::Coefficients<T>;
 };
 
 // One block, for elements of types P (parameter), G (gradient) and S (state).
@@ -62,32 +73,34 @@ class Block {
     using T = computed_in<P>;
     using Coefficients = typename Rules::template Coefficients<T>;
     using Options = typename Rules::Options;
+    using Inputs = cuda::Inputs<T, Coefficients>;
     static constexpr int lanes = lanes_for<P, G, S>;
     static constexpr int stride = block_threads * lanes;
     static constexpr int warps = block_threads / warp_threads;
     static_assert(warps <= warp_threads, "a single warp adds the sums of all warps");
+    static_assert(words_of<Inputs> <= max_input_words, "a tensor's inputs fit into its Progress");
 
-    // The inputs of an update that are the same for all elements of a chunk.
-    struct UpdateInputs {
-        AbsSum<T> sum;
-        T scale;
+    // The first warp draws tickets and waits for other blocks; the accounting warp, the second, adds up sums, publishes
+    // them, and computes coefficients.
+    static constexpr int accounting_warp = warps > 1 ? 1 : 0;
+
+    // The coefficients that a thread computed last, with their group and step count: nearly always the next task can
+    // use them too.
+    struct Cache {
         Coefficients coefficients;
+        double t;
+        std::int32_t group;
     };
 
 public:
     // The block's shared memory. The arrays of two are double buffers, used alternately from task to task: while one
     // thread still reads a buffer, another thread, at most one barrier ahead, may write the other buffer.
     struct Shared {
-        Task task[2];
+        DeviceTask task[2];
         Sums warp_sums[2][warps];
-        UpdateInputs inputs[2];
-        // The members below, except `last_block`, are used by the first thread only. They are the epoch of this step,
-        // and the coefficients that it computed last, with their group and step count: nearly always the next task can
-        // use them too.
+        Inputs inputs[2];
         std::uint32_t epoch;
-        Coefficients coefficients;
-        double coefficients_t;
-        std::int32_t coefficients_group;
+        Cache caches[2];  // of the first thread, and of the accounting warp's first thread
         bool last_block;
     };
 
@@ -96,76 +109,114 @@ public:
     AGR_DEVICE void run() {
         if (args_.found_inf != nullptr && *args_.found_inf != 0) return;
         if (first_thread()) {
-            shared_.epoch = args_.control->epoch + 1;
-            shared_.coefficients_group = -1;
-            shared_.task[0] = task_of(draw_ticket(&args_.control->next_ticket));
+            shared_.epoch = load_relaxed(&args_.control->epoch) + (args_.reduces ? 1 : 0);
+            draw_next_ticket();
+            shared_.task[0] = next_task();
+            shared_.caches[0].group = -1;
         }
+        if (accounting_thread()) shared_.caches[1].group = -1;
         block_barrier();
         for (buffer_ = 0;; buffer_ ^= 1) {
-            const Task task = shared_.task[buffer_];
+            const DeviceTask task = shared_.task[buffer_];
+            if (in_accounting_warp() && unaccounted_.tensor >= 0) {
+                if (uses(defer_accounting)) prefetch_own_part(task);
+                finish_accounting();
+            }
             if (task.tensor < 0) break;
             if (task.kind == TaskKind::reduce) {
                 if (args_.computes_norm)
                     reduce<true>(task);
                 else
                     reduce<false>(task);
-            } else if constexpr (std::is_same_v<Rules, AdanRules>) {
-                update<Adan>(task);
-            } else {
-                if (args_.rows[task.tensor].rule == Rule::adamw_amsgrad)
+            } else if (prepare_update(task)) {
+                if constexpr (std::is_same_v<Rules, AdanRules>)
+                    update<Adan>(task);
+                else if constexpr (std::is_same_v<Rules, RegularizeRules>)
+                    update<Regularize>(task);
+                else if (task.rule == Rule::adamw_amsgrad)
                     update<AdamW<true>>(task);
                 else
                     update<AdamW<false>>(task);
             }
         }
-        finish();
+        if (args_.counts_at_end != CountsAtEnd::none || args_.group_counts) count_steps_at_end();
     }
 
 private:
     const Arguments& args_;
     Shared& shared_;
     int buffer_ = 0;                 // which of the double buffers the current task uses
-    std::uint32_t next_ticket_ = 0;  // valid in the first thread only
+    std::uint32_t next_ticket_ = 0;  // the first thread's
+    // The accounting warp's: the chunk that it has yet to account for, if its tensor is not -1, and, in the first lane,
+    // how many chunks of its segment had been counted before.
+    DeviceTask unaccounted_{TaskKind::reduce, Rule::adamw, false, false, -1, 0, 0};
+    std::uint32_t counted_before_ = 0;
 
     AGR_DEVICE static bool first_thread() { return thread_index() == 0; }
+    AGR_DEVICE static bool in_accounting_warp() { return thread_index() / warp_threads == accounting_warp; }
+    AGR_DEVICE static bool accounting_thread() { return thread_index() == accounting_warp * warp_threads; }
+    AGR_DEVICE static int lane() { return thread_index() % warp_threads; }
+
+    AGR_DEVICE bool uses(Tactic tactic) const { return (args_.tactics & tactic) != 0; }
+
+    // What fences would cost: see Tactic.
+    AGR_DEVICE void fence_if_asked_for() const {
+        if (!uses(no_fences)) fence_acq_rel();
+    }
 
     // Draws the ticket of the next task. Every task calls this after it has issued its first loads. The ticket is first
     // used before the task's last barrier, when the next task is written to shared memory.
     AGR_DEVICE void draw_next_ticket() {
-        if (first_thread()) next_ticket_ = draw_ticket(&args_.control->next_ticket);
+        // All blocks together draw one ticket for each task, and one each past the last. Then the counter is 0 again.
+        // Which counter it is depends on the epoch; see above.
+        if (first_thread()) next_ticket_ = count_relaxed(&args_.control->next_ticket[shared_.epoch & 1], last_ticket());
     }
 
-    // The task of a ticket. After the last task, its tensor is -1.
-    AGR_DEVICE Task task_of(std::uint32_t ticket) const {
-        const std::int64_t index = args_.first_task + ticket;
-        return index < args_.end_task ? args_.tasks[index] : Task{TaskKind::whole, -1, 0, 0};
+    AGR_DEVICE std::uint32_t last_ticket() const {
+        return static_cast<std::uint32_t>(args_.end_task - args_.first_task + block_count() - 1);
+    }
+
+    // Called by the first thread: the task of the ticket. After the last task, its tensor is -1.
+    AGR_DEVICE DeviceTask next_task() const {
+        const std::int64_t index = args_.first_task + next_ticket_;
+        if (index < args_.end_task) {
+            // In about the time of a task, some block reads the task that lies this far ahead.
+            if (uses(prefetch_tasks) && index + block_count() < args_.end_task)
+                prefetch(args_.tasks + index + block_count());
+            return args_.tasks[index];
+        }
+        if (next_ticket_ == last_ticket() && args_.reduces) store_relaxed(&args_.control->epoch, shared_.epoch);
+        return {TaskKind::whole, Rule::adamw, false, false, -1, 0, 0};
     }
 
     // The address of a tensor's gradient, or null if it has none in this step.
     AGR_DEVICE const G* gradient_of(std::int32_t tensor) const {
         if (args_.gradients != nullptr) return static_cast<const G*>(args_.gradients[tensor]);
-        return static_cast<const G*>(
-            reinterpret_cast<const void* const*>(args_.payload + args_.gradients_offset)[tensor]);
+        return load_parameter<const G*>(args_.payload + args_.gradients_offset +
+                                        tensor * static_cast<int>(sizeof(void*)));
     }
 
-    AGR_DEVICE const GroupArguments<Options>& group(std::int32_t index) const {
-        const void* groups = args_.groups != nullptr ? args_.groups : args_.payload + args_.groups_offset;
-        return static_cast<const GroupArguments<Options>*>(groups)[index];
+    // One of the arguments of a group.
+    template <class Field>
+    AGR_DEVICE Field of_group(std::int32_t group, Field GroupArguments<Options>::* field) const {
+        if (args_.groups != nullptr) return static_cast<const GroupArguments<Options>*>(args_.groups)[group].*field;
+        const auto* groups = reinterpret_cast<const GroupArguments<Options>*>(args_.payload + args_.groups_offset);
+        return load_parameter<Field>(&(groups[group].*field));
     }
 
     // REDUCE tasks.
 
     template <bool squares>
-    AGR_DEVICE void reduce(const Task& task) {
+    AGR_DEVICE void reduce(const DeviceTask& task) {
         const G* g = gradient_of(task.tensor);
         // The chunks of a tensor without a gradient add 0 to the sums, but are counted like all others, since other
         // blocks wait for all chunks of a tensor and, for the norm, for all tensors.
         const int elements = g != nullptr ? task.elements : 0;
         store_warp_sum(thread_sums<squares>(g + task.chunk * args_.chunk_elements, elements), squares);
-        if (first_thread()) shared_.task[buffer_ ^ 1] = task_of(next_ticket_);
+        if (first_thread()) shared_.task[buffer_ ^ 1] = next_task();
         block_barrier();
         // Meanwhile the other warps proceed to the next task.
-        if (thread_index() < warp_threads) finish_chunk(task, squares);
+        if (in_accounting_warp()) account(task, squares);
     }
 
     // The sums over this thread's elements of a chunk. Which elements these are, and the order of additions, do not
@@ -173,7 +224,7 @@ private:
     template <bool squares>
     AGR_DEVICE Sums thread_sums(const G* g, int n) {
         constexpr int unroll = 8;  // loads in flight per thread
-        LaneSums<T, lanes, squares> sums;
+        ThreadSums<T, lanes, squares> thread_sums;
         const int first = thread_index() * lanes;
         int i = first;
         const bool aligned = Packed<G, lanes>::aligned(g);
@@ -188,100 +239,166 @@ private:
             // scoreboard, and would make the loads wait for the ticket.
             if (i == first) draw_next_ticket();
 #pragma unroll
-            for (int k = 0; k < unroll; ++k) add(sums, packed[k]);
+            for (int k = 0; k < unroll; ++k) add(thread_sums, packed[k]);
         }
         if (i == first) draw_next_ticket();
         for (; aligned && i + lanes <= n; i += stride) {
             Packed<G, lanes> packed;
             packed.template load<Eviction::evict_last>(g + i);
-            add(sums, packed);
+            add(thread_sums, packed);
         }
         for (; i < n; i += stride) {
+            T x[lanes];
 #pragma unroll
-            for (int lane = 0; lane < lanes; ++lane)
-                if (i + lane < n) sums.add(lane, static_cast<T>(to_computed(g[i + lane])));
+            for (int k = 0; k < lanes; ++k) x[k] = i + k < n ? static_cast<T>(to_computed(g[i + k])) : T(0);
+            thread_sums.add(x);
         }
-        return sums.value();
+        Sums sums = thread_sums.value();
+        if (squares && (thread_sums.out_of_range(sums) || !uses(squares_in_float32)))
+            sums.squares = squares_in_float64(g, n);
+        return sums;
     }
 
     template <bool squares>
-    AGR_DEVICE static void add(LaneSums<T, lanes, squares>& sums, const Packed<G, lanes>& packed) {
+    AGR_DEVICE static void add(ThreadSums<T, lanes, squares>& sums, const Packed<G, lanes>& packed) {
+        T x[lanes];
 #pragma unroll
-        for (int lane = 0; lane < lanes; ++lane) sums.add(lane, static_cast<T>(packed.get(lane)));
+        for (int k = 0; k < lanes; ++k) x[k] = static_cast<T>(packed.get(k));
+        sums.add(x);
+    }
+
+    // The sum of the squares of this thread's elements, where float32 does not do.
+    AGR_DEVICE static double squares_in_float64(const G* g, int n) {
+        double sum = 0;
+#pragma unroll 1
+        for (int i = thread_index() * lanes; i < n; i += stride)
+#pragma unroll 1
+            for (int k = i; k < i + lanes && k < n; ++k) {
+                const auto x = static_cast<double>(to_computed(g[k]));
+                sum = multiply_add(x, x, sum);
+            }
+        return sum;
     }
 
     // Adds the sums of each warp's threads, and writes the result to shared memory.
     AGR_DEVICE void store_warp_sum(Sums mine, bool squares) {
         const Sums sums = warp_reduce(mine, squares);
-        if (thread_index() % warp_threads == 0) shared_.warp_sums[buffer_][thread_index() / warp_threads] = sums;
+        if (lane() == 0) shared_.warp_sums[buffer_][thread_index() / warp_threads] = sums;
     }
 
-    // Called by the first warp after the chunk's warp sums are in shared memory: writes the sum of the chunk. If the
-    // chunk is the last of its segment to be finished, this also writes the sum of the segment; likewise for the tensor
-    // and, for clipping, the norm of all gradients.
-    AGR_DEVICE void finish_chunk(const Task& task, bool squares) {
+    // Accounting, by the accounting warp.
+
+    // Called after the chunk's warp sums are in shared memory: publishes the sum of the chunk, and counts it. What
+    // follows from the count is left to finish_accounting(), since the count arrives later.
+    AGR_DEVICE void account(const DeviceTask& task, bool squares) {
         const Row& row = args_.rows[task.tensor];
-        const int lane = thread_index();
-        Sums sums = warp_reduce(lane < warps ? shared_.warp_sums[buffer_][lane] : Sums{}, squares);
-        const std::int64_t segment = task.chunk / segment_chunks;
-        const std::int64_t first_chunk = segment * segment_chunks;
-        const std::int64_t chunks =
-            row.chunks - first_chunk < segment_chunks ? row.chunks - first_chunk : segment_chunks;
-        Sums* chunk_sums = args_.chunk_sums + row.first_chunk + first_chunk;
-        if (lane == 0) chunk_sums[task.chunk - first_chunk] = sums;
-        if (!last_to_arrive(&args_.segment_chunks_done[row.first_segment + segment], chunks)) return;
-        sums = warp_sum_of(chunks, squares, [&](std::int64_t i) { return chunk_sums[i]; });
-
-        Progress* progress = args_.progress + task.tensor;
-        if (row.segments > 1) {
-            Sums* segment_sums = args_.segment_sums + row.first_segment;
-            if (lane == 0) segment_sums[segment] = sums;
-            if (!last_to_arrive(&progress->segments_done, row.segments)) return;
-            sums = warp_sum_of(row.segments, squares, [&](std::int64_t i) { return segment_sums[i]; });
+        const Sums sums = warp_reduce<warps>(lane() < warps ? shared_.warp_sums[buffer_][lane()] : Sums{}, squares);
+        const int segment = task.chunk / segment_chunks;
+        if (lane() == 0) {
+            publish_sums(args_.chunk_sums, row.first_chunk + task.chunk, sums);
+            fence_if_asked_for();
+            counted_before_ =
+                count_relaxed(&args_.segment_chunks_done[row.first_segment + segment], chunks_of(row, segment) - 1u);
         }
-        if (lane == 0) {
-            progress->sums = sums;
-            if (squares) args_.squared_norms[row.index] = sums.squares;
-            store_release(&progress->sums_epoch, shared_.epoch);
+        unaccounted_ = task;
+    }
+
+    // If the chunk was the last of its segment to be finished, this publishes the sum of the segment; likewise for the
+    // tensor, with the inputs of its updates, and, for clipping, the norm of all gradients.
+    AGR_DEVICE void finish_accounting() {
+        const DeviceTask task = unaccounted_;
+        unaccounted_.tensor = -1;
+        const Row& row = args_.rows[task.tensor];
+        const int segment = task.chunk / segment_chunks;
+        const int chunks = chunks_of(row, segment);
+        if (!any_of_warp(lane() == 0 && counted_before_ == chunks - 1u)) return;
+        fence_if_asked_for();
+        Progress& progress = args_.progress[task.tensor];
+        Sums sums;
+        // First the chunks of the segment, then the segments of the tensor: one loop, for the size of the code.
+#pragma unroll 1
+        for (bool of_segments = false;; of_segments = true) {
+            sums = sum_of(of_segments ? args_.segment_sums : args_.chunk_sums,
+                          of_segments ? row.first_segment : row.first_chunk + segment * segment_chunks,
+                          of_segments ? row.segments : chunks);
+            if (of_segments || row.segments == 1) break;
+            bool last = false;
+            if (lane() == 0) {
+                publish_sums(args_.segment_sums, row.first_segment + segment, sums);
+                fence_if_asked_for();
+                last = count_relaxed(&progress.segments_done, row.segments - 1u) == row.segments - 1u;
+            }
+            if (!any_of_warp(last)) return;
+            fence_if_asked_for();
+        }
+        // Updates of a tensor without a gradient do nothing, and wait for nothing.
+        if (lane() == 0 && gradient_of(task.tensor) != nullptr) {
+            Inputs inputs;
+            static_cast<Coefficients&>(inputs) = coefficients_of(row, step_count(row), shared_.caches[1]);
+            const double scale = scale_of(row.group);
+            inputs.sum = AbsSum<T>::of(sums.abs_sum).for_scale(scale);
+            inputs.scale = static_cast<T>(scale);
+            fence_if_asked_for();
+            publish(progress.inputs, inputs, shared_.epoch);
         }
 
-        if (!squares || !last_to_arrive(&args_.control->tensors_reduced, args_.nonempty_tensors)) return;
+        if (!args_.computes_norm) return;
+        bool last = false;
+        if (lane() == 0) {
+            publish(args_.squared_norms + 2 * row.index, sums.squares, shared_.epoch);
+            const std::uint32_t last_tensor = args_.nonempty_tensors - 1u;
+            fence_if_asked_for();
+            last = count_relaxed(&args_.control->tensors_reduced, last_tensor) == last_tensor;
+        }
+        if (!any_of_warp(last)) return;
+        fence_if_asked_for();
         // The sum is over all parameters, so that its order does not depend on which of them have gradients in this
         // step, nor on which have had any.
-        sums = warp_sum_of(args_.parameters, true, [&](std::int64_t i) { return Sums{0, args_.squared_norms[i]}; });
-        if (lane == 0) {
-            const double unscaled = sums.squares * inverse_grad_scale() * inverse_grad_scale();
+        const double squares = sum_of_words(args_.squared_norms, 2, args_.parameters);
+        if (lane() == 0) {
+            const double unscaled = squares * inverse_grad_scale() * inverse_grad_scale();
             if (args_.squares != nullptr) *args_.squares = unscaled;
-            args_.control->clip = clip_coefficient(unscaled);
-            store_release(&args_.control->clip_epoch, shared_.epoch);
+            fence_if_asked_for();
+            publish(args_.control->clip, clip_coefficient(unscaled), shared_.epoch);
         }
     }
 
-    // Called by the first warp after its first lane has written its part: counts the part, and returns whether all
-    // `count` parts are written now. If so, all lanes see all parts, and the counter is 0 again for the next step.
-    AGR_DEVICE static bool last_to_arrive(std::uint32_t* arrived, std::int64_t count) {
-        bool last = false;
-        if (thread_index() == 0) {
-            last = arrive(arrived) + 1 == static_cast<std::uint32_t>(count);
-            if (last) *arrived = 0;
-        }
-        last = any_of_warp(last);
-        // Makes what the first lane acquired visible to the other lanes.
-        warp_barrier();
-        return last;
+    AGR_DEVICE static int chunks_of(const Row& row, int segment) {
+        const int rest = row.chunks - segment * segment_chunks;
+        return rest < segment_chunks ? rest : segment_chunks;
     }
 
-    // The sum of at(0) to at(count - 1), computed by a warp. Only the first lane gets the result.
-    template <class At>
-    AGR_DEVICE static Sums warp_sum_of(std::int64_t count, bool squares, const At& at) {
+    // The words of the sums of a chunk or segment: one abs-sum and, with the norm, one sum of squares.
+    AGR_DEVICE std::int64_t words_of_sums(std::int64_t index) const { return index * (args_.computes_norm ? 4 : 2); }
+
+    AGR_DEVICE void publish_sums(Word* words, std::int64_t index, const Sums& sums) const {
+        publish(words + words_of_sums(index), sums.abs_sum, shared_.epoch);
+        if (args_.computes_norm) publish(words + words_of_sums(index) + 2, sums.squares, shared_.epoch);
+    }
+
+    // The sum of the `count` sums from `first` on. Only the first lane gets the result.
+    AGR_DEVICE Sums sum_of(const Word* words, std::int64_t first, int count) const {
+        Sums sums;
+#pragma unroll 1
+        for (bool squares = false;; squares = true) {
+            const double sum = sum_of_words(words + words_of_sums(first) + (squares ? 2 : 0), words_of_sums(1), count);
+            (squares ? sums.squares : sums.abs_sum) = sum;
+            if (squares || !args_.computes_norm) return sums;
+        }
+    }
+
+    // The sum of `count` numbers, whose words are `stride` words apart. Only the first lane gets the result.
+    AGR_DEVICE double sum_of_words(const Word* words, std::int64_t stride, int count) const {
         Sums mine;
-#pragma unroll 4
-        for (std::int64_t i = thread_index(); i < count; i += warp_threads) {
-            const Sums sums = at(i);
-            mine.abs_sum += sums.abs_sum;
-            mine.squares += sums.squares;
+#pragma unroll 1
+        for (int i = lane(); i < count; i += 2 * warp_threads) {
+            // Two loads are in flight.
+            const int next = i + warp_threads < count ? i + warp_threads : i;
+            PublishedDouble one(words + i * stride), other(words + next * stride);
+            mine.abs_sum += one.wait(shared_.epoch);
+            if (next != i) mine.abs_sum += other.wait(shared_.epoch);
         }
-        return warp_reduce(mine, squares);
+        return warp_reduce(mine, false).abs_sum;
     }
 
     // min(1, max_grad_norm / (norm + eps)), or NaN if the norm is NaN, like clip_coefficient in agr_cuda/clipping.py.
@@ -296,204 +413,45 @@ private:
         return args_.grad_scale != nullptr ? 1 / static_cast<double>(*args_.grad_scale) : 1.0;
     }
 
-    // UPDATE tasks, and WHOLE tasks, which compute the abs-sum first.
+    // The factor of a group's gradients, without clipping.
+    AGR_DEVICE double scale_of(std::int32_t group) const {
+        return of_group(group, &GroupArguments<Options>::sign) * inverse_grad_scale();
+    }
 
-    // The elements that a thread loads together: `lanes` neighbouring elements of each tensor.
-    template <class R>
-    struct Batch {
-        Packed<P, lanes> parameter;
-        Packed<G, lanes> gradient;
-        Packed<S, lanes> state[R::states];
-    };
+    // The step count of a tensor in device memory, starting at 0; without meaning if the host has it.
+    AGR_DEVICE float step_count(const Row& row) const {
+        if constexpr (std::is_same_v<Rules, RegularizeRules>) return 0;
+        const float* count = row.step != nullptr ? row.step : of_group(row.group, &GroupArguments<Options>::count);
+        return count != nullptr ? load_first(count) : 0.0f;
+    }
 
-    // The elements of a chunk in the parameter, the gradient and the state tensors.
-    template <class R>
-    struct Chunk {
-        P* parameter;
-        const G* gradient;
-        S* state[R::states];
-        int elements;
-        bool aligned;
-
-        // Whether `lanes` elements from i on exist and can be loaded as a batch.
-        AGR_DEVICE bool has_batch(int i) const { return aligned && i + lanes <= elements; }
-
-        AGR_DEVICE void prefetch(int i) const {
-            cuda::prefetch(parameter + i);
-#pragma unroll
-            for (int k = 0; k < R::states; ++k) cuda::prefetch(state[k] + i);
-        }
-
-        AGR_DEVICE void load(Batch<R>& batch, int i) const {
-            batch.parameter.template load<Eviction::evict_first>(parameter + i);
-#pragma unroll
-            for (int k = 0; k < R::states; ++k) batch.state[k].template load<Eviction::evict_first>(state[k] + i);
-            // This is the last use of the gradient.
-            batch.gradient.template load<Eviction::evict_first>(gradient + i);
-        }
-
-        AGR_DEVICE void update(Batch<R>& batch, int i, bool regularize, const UpdateInputs& inputs) const {
-            T p[lanes], s[R::states][lanes];
-#pragma unroll
-            for (int lane = 0; lane < lanes; ++lane) {
-                p[lane] = batch.parameter.get(lane);
-                T states[R::states];
-#pragma unroll
-                for (int k = 0; k < R::states; ++k) states[k] = batch.state[k].get(lane);
-                apply<R>(p[lane], static_cast<T>(batch.gradient.get(lane)), states, regularize, inputs);
-#pragma unroll
-                for (int k = 0; k < R::states; ++k) s[k][lane] = states[k];
+    // The coefficients of this step of a tensor, by one thread; `count` is its step_count(). Increments the tensor's
+    // own step count where that is this thread's to do: it is the only one that reads it in this launch.
+    AGR_DEVICE const Coefficients& coefficients_of(const Row& row, float count, Cache& cache) const {
+        if constexpr (!std::is_same_v<Rules, RegularizeRules>) {
+            double t = static_cast<double>(count) + 1;
+            if (row.step != nullptr) {
+                if (args_.updates && args_.counts_at_end != CountsAtEnd::all && counts_itself(row))
+                    *row.step = static_cast<float>(t);
+            } else if (of_group(row.group, &GroupArguments<Options>::count) == nullptr) {
+                t = of_group(row.group, &GroupArguments<Options>::t);
             }
-            batch.parameter.set(p);
-            batch.parameter.store(parameter + i);
-#pragma unroll
-            for (int k = 0; k < R::states; ++k) {
-                batch.state[k].set(s[k]);
-                batch.state[k].store(state[k] + i);
+            if (cache.group != row.group || cache.t != t) {
+                Options options = of_group(row.group, &GroupArguments<Options>::options);
+                const void* lr = of_group(row.group, &GroupArguments<Options>::lr);
+                if (lr != nullptr)
+                    options.lr =
+                        load_scalar(lr, static_cast<Type>(of_group(row.group, &GroupArguments<Options>::lr_type)));
+                cache.coefficients = Coefficients::of(options, t);
+                cache.group = row.group;
+                cache.t = t;
             }
         }
-
-        // Updates the elements from i on, at most `lanes` of them, one at a time: for elements that are not aligned,
-        // and for the end of a chunk.
-        AGR_DEVICE void update_scalar(int i, bool regularize, const UpdateInputs& inputs) const {
-            const int end = i + lanes < elements ? i + lanes : elements;
-#pragma unroll 1
-            for (; i < end; ++i) {
-                T p = to_computed(parameter[i]);
-                T states[R::states];
-#pragma unroll
-                for (int k = 0; k < R::states; ++k) states[k] = to_computed(state[k][i]);
-                apply<R>(p, static_cast<T>(to_computed(gradient[i])), states, regularize, inputs);
-                parameter[i] = to_stored<P>(p);
-#pragma unroll
-                for (int k = 0; k < R::states; ++k) state[k][i] = to_stored<S>(states[k]);
-            }
-        }
-    };
-
-    template <class R>
-    AGR_DEVICE static void apply(T& p, T g, T* states, bool regularize, const UpdateInputs& inputs) {
-        if (regularize) g = regularized(g, inputs.sum);
-        R::apply(p, g * inputs.scale, states, inputs.coefficients);
+        return cache.coefficients;
     }
 
-    template <class R>
-    AGR_DEVICE Chunk<R> chunk_of(const Task& task, const Row& row, const G* gradient) const {
-        const std::int64_t first = task.chunk * args_.chunk_elements;
-        Chunk<R> chunk;
-        chunk.parameter = static_cast<P*>(row.parameter) + first;
-        chunk.gradient = gradient + first;
-        chunk.elements = task.elements;
-        chunk.aligned = Packed<P, lanes>::aligned(chunk.parameter) && Packed<G, lanes>::aligned(chunk.gradient);
-#pragma unroll
-        for (int k = 0; k < R::states; ++k) {
-            chunk.state[k] = static_cast<S*>(row.state[k]) + first;
-            chunk.aligned = chunk.aligned && Packed<S, lanes>::aligned(chunk.state[k]);
-        }
-        return chunk;
-    }
-
-    template <class R>
-    AGR_DEVICE void update(const Task& task) {
-        const G* gradient = gradient_of(task.tensor);
-        if (gradient == nullptr) {
-            draw_next_ticket();
-            if (first_thread()) shared_.task[buffer_ ^ 1] = task_of(next_ticket_);
-            block_barrier();
-            return;
-        }
-        const Row& row = args_.rows[task.tensor];
-        const Chunk<R> chunk = chunk_of<R>(task, row, gradient);
-        const bool regularize = row.regularize;
-        int i = thread_index() * lanes;
-        // The first accesses overlap with the wait for the abs-sum. They are prefetches into the cache and not loads
-        // into registers, since prepare_update() needs many registers.
-        if (chunk.has_batch(i)) chunk.prefetch(i);
-        const bool whole = task.kind == TaskKind::whole;
-        if (whole && regularize) {
-            store_warp_sum(thread_sums<false>(chunk.gradient, chunk.elements), false);
-            block_barrier();
-        } else {
-            draw_next_ticket();
-        }
-        if (first_thread()) prepare_update(task, row, whole, regularize);
-        block_barrier();
-        // Copied to registers: shared memory would be read again after every store.
-        const UpdateInputs inputs = shared_.inputs[buffer_];
-        // Two batches of loads are in flight where there are enough registers. There are not for Adan's 16-bit
-        // elements, of which a batch has many, nor for Adan's float64: its elements take two registers each, and its
-        // arithmetic needs more registers.
-        if constexpr (R::states * lanes * (sizeof(T) == 8 ? 4 : 1) <= 24) {
-            // The number of iterations is the same for all threads of the block, as in thread_sums().
-            for (const int first = i; chunk.aligned && i - first + 2 * stride <= chunk.elements; i += 2 * stride) {
-                Batch<R> one, other;
-                chunk.load(one, i);
-                chunk.load(other, i + stride);
-                scheduling_barrier();
-                chunk.update(one, i, regularize, inputs);
-                chunk.update(other, i + stride, regularize, inputs);
-            }
-        }
-        for (; chunk.has_batch(i); i += stride) {
-            Batch<R> batch;
-            chunk.load(batch, i);
-            chunk.update(batch, i, regularize, inputs);
-        }
-        for (; i < chunk.elements; i += stride) chunk.update_scalar(i, regularize, inputs);
-    }
-
-    // Called by the first thread: waits for the sums that the update depends on, and writes the inputs of the update
-    // and the next task to shared memory, for all threads.
-    AGR_DEVICE void prepare_update(const Task& task, const Row& row, bool whole, bool regularize) {
-        const GroupArguments<Options>& group_args = group(row.group);
-        const double t = row.step != nullptr           ? static_cast<double>(*row.step) + 1
-                         : group_args.count != nullptr ? static_cast<double>(*group_args.count) + 1
-                                                       : group_args.t;
-        if (shared_.coefficients_group != row.group || shared_.coefficients_t != t) {
-            Options options = group_args.options;
-            if (group_args.lr != nullptr) options.lr = load_scalar(group_args.lr, group_args.lr_type);
-            shared_.coefficients = Rules::template coefficients<T>(options, t);
-            shared_.coefficients_group = row.group;
-            shared_.coefficients_t = t;
-        }
-        UpdateInputs inputs;
-        inputs.coefficients = shared_.coefficients;
-        const Progress* progress = args_.progress + task.tensor;
-
-        double scale = group_args.sign * inverse_grad_scale();
-        // This load overlaps with the waits below. It is not issued earlier, since it needs the ticket.
-        const Task next = task_of(next_ticket_);
-        if (args_.clip != nullptr) {
-            scale *= *args_.clip;
-        } else if (args_.computes_norm) {
-            wait_for(&args_.control->clip_epoch);
-            scale *= args_.control->clip;
-        }
-        double abs_sum = 0;
-        if (regularize && whole) {
-            for (int warp = 0; warp < warps; ++warp) abs_sum += shared_.warp_sums[buffer_][warp].abs_sum;
-        } else if (regularize) {
-            wait_for(&progress->sums_epoch);
-            abs_sum = progress->sums.abs_sum;
-        }
-        inputs.sum = AbsSum<T>::of(abs_sum, scale);
-        inputs.scale = static_cast<T>(scale);
-        shared_.inputs[buffer_] = inputs;
-        shared_.task[buffer_ ^ 1] = next;
-    }
-
-    // Waits until `flag` is the epoch of this step. What was written before the release of that value is then visible.
-    AGR_DEVICE void wait_for(const std::uint32_t* flag) const {
-        // Usually the first read finds the value, so it has to be an acquire. The repeated reads are relaxed, since
-        // every acquire invalidates the first-level cache. After they find the value, the outer loop reads it once more
-        // with an acquire. That read returns the value that the last relaxed read returned or a later one, and no later
-        // value is written in this step. So it reads the value that the release stored, and synchronizes with it.
-        while (load_acquire(flag) != shared_.epoch) {
-            do {
-                pause();
-            } while (load_relaxed(flag) != shared_.epoch);
-        }
-    }
+    // Whether a single thread of the launch reads the tensor's step count: for the one chunk, or for all.
+    AGR_DEVICE static bool counts_itself(const Row& row) { return row.chunks == 1 || row.reduced; }
 
     AGR_DEVICE static double load_scalar(const void* address, Type type) {
         switch (type) {
@@ -508,24 +466,161 @@ private:
         }
     }
 
-    // Called when the block has no more tasks. The last block to get here resets the counters for the next launch. If
-    // the launch updates, it also increments the step counts and the epoch.
-    AGR_DEVICE void finish() {
-        if (first_thread())
-            shared_.last_block = arrive(&args_.control->blocks_done) + 1 == static_cast<std::uint32_t>(block_count());
+    // UPDATE tasks, and WHOLE tasks, which compute the abs-sum first.
+
+    // Writes the inputs of the task's update to shared memory: those that the tensor's REDUCE tasks have published, or
+    // its own. Meanwhile the chunk is prefetched. Draws the next ticket. Returns false if the tensor has no gradient.
+    AGR_DEVICE bool prepare_update(const DeviceTask& task) {
+        const G* gradient = gradient_of(task.tensor);
+        if (gradient == nullptr) {
+            draw_next_ticket();
+            if (first_thread()) shared_.task[buffer_ ^ 1] = next_task();
+            block_barrier();
+            return false;
+        }
+        gradient += task.chunk * args_.chunk_elements;
+        const Row& row = args_.rows[task.tensor];
+        const bool sums_itself = task.regularize && !task.reduced;
+        const bool own_coefficients = !task.reduced && uses(early_inputs) && accounting_thread();
+        Inputs& inputs = shared_.inputs[buffer_];
+        // Issued before the loads below, and first used after them.
+        const float count = own_coefficients ? step_count(row) : 0.0f;
+        prefetch_chunk_of(task, row, gradient);
+        if (sums_itself)
+            store_warp_sum(thread_sums<false>(gradient, task.elements), false);
+        else
+            draw_next_ticket();
+        if (own_coefficients) static_cast<Coefficients&>(inputs) = coefficients_of(row, count, shared_.caches[1]);
+        if (sums_itself) block_barrier();
+        if (task.reduced && thread_index() < warp_threads)
+            receive<Inputs>(&inputs, args_.progress[task.tensor].inputs, shared_.epoch);
+        if (first_thread()) {
+            // The load of the task overlaps with what follows. It is not issued earlier, since it needs the ticket.
+            const DeviceTask next = next_task();
+            if (!uses(early_inputs))
+                static_cast<Coefficients&>(inputs) = coefficients_of(row, step_count(row), shared_.caches[0]);
+            complete_inputs(inputs, task, row, sums_itself);
+            shared_.task[buffer_ ^ 1] = next;
+        }
+        block_barrier();
+        return true;
+    }
+
+    // Writes the scale and the abs-sum, if they are not the published ones.
+    AGR_DEVICE void complete_inputs(Inputs& inputs, const DeviceTask& task, const Row& row, bool sums_itself) {
+        const bool clips = args_.clip != nullptr || args_.computes_norm;
+        if (task.reduced && !clips) return;
+        double scale = scale_of(row.group);
+        if (clips) {
+            scale *= args_.clip != nullptr ? *args_.clip : PublishedDouble(args_.control->clip).wait(shared_.epoch);
+            fence_if_asked_for();
+        }
+        inputs.scale = static_cast<T>(scale);
+        if (sums_itself) {
+            double abs_sum = 0;
+            for (int warp = 0; warp < warps; ++warp) abs_sum += shared_.warp_sums[buffer_][warp].abs_sum;
+            inputs.sum = AbsSum<T>::of(abs_sum).for_scale(scale);
+        } else if (task.regularize) {
+            inputs.sum = inputs.sum.for_scale(scale);
+        }
+    }
+
+    // Prefetches the chunk of the parameter and of the state, and that of the gradient if nothing has read it before.
+    // These accesses overlap with the wait for the abs-sum. They are prefetches into the cache and not loads into
+    // registers: a chunk does not fit there.
+    AGR_DEVICE void prefetch_chunk_of(const DeviceTask& task, const Row& row, const G* gradient) const {
+        if constexpr (!std::is_same_v<Rules, RegularizeRules>) {
+            const std::int64_t first = task.chunk * args_.chunk_elements;
+            prefetch_elements(static_cast<const P*>(row.parameter) + first, task.elements);
+#pragma unroll
+            for (int k = 0; k < max_states; ++k)
+                if (k < states_of(task.rule))
+                    prefetch_elements(static_cast<const S*>(row.state[k]) + first, task.elements);
+        }
+        if (!task.regularize && !task.reduced) prefetch_elements(gradient, task.elements);
+    }
+
+    // By one thread for all, where there is an instruction for that, or by each thread for lines of its own.
+    template <class Stored>
+    AGR_DEVICE void prefetch_elements(const Stored* from, int elements) const {
+        const auto* first = reinterpret_cast<const unsigned char*>(from);
+        const int bytes = elements * static_cast<int>(sizeof(Stored));
+        if (!uses(prefetch_chunk)) {
+            if (thread_index() * lanes < elements) prefetch(from + thread_index() * lanes);
+        } else if (prefetches_ranges && uses(prefetch_ranges) && Packed<std::uint32_t, 4>::aligned(from)) {
+            // The first thread of the last warp has least else to do.
+            if (thread_index() == block_threads - warp_threads && bytes >= 16) prefetch_range(from, bytes / 16 * 16);
+        } else {
+            for (int i = thread_index() * line_bytes; i < bytes; i += block_threads * line_bytes) prefetch(first + i);
+        }
+    }
+
+    template <class R>
+    AGR_DEVICE void update(const DeviceTask& task) {
+        using Chunk = cuda::Chunk<R, P, G, S>;
+        using Batch = typename Chunk::Batch;
+        const Chunk chunk(args_.rows[task.tensor], gradient_of(task.tensor), task.chunk * args_.chunk_elements,
+                          task.elements);
+        const bool regularize = task.regularize;
+        // Copied to registers: shared memory would be read again after every store.
+        const Inputs inputs = shared_.inputs[buffer_];
+        int i = thread_index() * lanes;
+        // Two batches of loads are in flight where there are enough registers. There are not for Adan's 16-bit
+        // elements, of which a batch has many, nor for Adan's float64: its elements take two registers each, and its
+        // arithmetic needs more registers.
+        if constexpr (R::states * lanes * (sizeof(T) == 8 ? 4 : 1) <= 24) {
+            // The number of iterations is the same for all threads of the block, as in thread_sums().
+            for (const int first = i; chunk.aligned && i - first + 2 * stride <= chunk.elements; i += 2 * stride) {
+                Batch one, other;
+                chunk.load(one, i);
+                chunk.load(other, i + stride);
+                scheduling_barrier();
+                chunk.update(one, i, regularize, inputs);
+                chunk.update(other, i + stride, regularize, inputs);
+            }
+        }
+        for (; chunk.has_batch(i); i += stride) {
+            Batch batch;
+            chunk.load(batch, i);
+            chunk.update(batch, i, regularize, inputs);
+        }
+        for (; i < chunk.elements; i += stride) chunk.update_scalar(i, regularize, inputs);
+    }
+
+    // Called by the accounting warp before it finishes its accounting: prefetches the part of the gradient that its
+    // lanes will read first in the task, as the other warps already do.
+    AGR_DEVICE void prefetch_own_part(const DeviceTask& task) const {
+        if (task.tensor < 0 || task.kind == TaskKind::update) return;
+        const G* gradient = gradient_of(task.tensor);
+        if (gradient == nullptr) return;
+        const G* first = gradient + task.chunk * args_.chunk_elements;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            const int i = thread_index() * lanes + k * stride;
+            if (i < task.elements) prefetch(first + i);
+        }
+    }
+
+    // Called when the block has no more tasks, in launches with step counts that several tasks read. The last block to
+    // get here increments them.
+    AGR_DEVICE void count_steps_at_end() {
+        block_barrier();
+        if (first_thread()) {
+            const std::uint32_t last = block_count() - 1u;
+            shared_.last_block = count_acq_rel(&args_.control->blocks_done, last) == last;
+        }
         block_barrier();
         if (!shared_.last_block) return;
-        if (args_.updates) {
-            for (std::int32_t i = thread_index(); i < args_.tensors; i += block_threads)
-                if (args_.rows[i].step != nullptr && gradient_of(i) != nullptr) *args_.rows[i].step += 1;
+        if (args_.counts_at_end != CountsAtEnd::none)
+            for (std::int32_t i = thread_index(); i < args_.tensors; i += block_threads) {
+                const Row& row = args_.rows[i];
+                const bool mine = args_.counts_at_end == CountsAtEnd::all || !counts_itself(row);
+                if (mine && row.step != nullptr && gradient_of(i) != nullptr) *row.step += 1;
+            }
+        if (args_.group_counts)
             for (std::int32_t i = thread_index(); i < args_.group_count; i += block_threads)
-                if (group(i).increment_count) *group(i).count += 1;
-        }
-        if (first_thread()) {
-            args_.control->next_ticket = 0;
-            args_.control->blocks_done = 0;
-            if (args_.updates) args_.control->epoch = shared_.epoch;
-        }
+                if (of_group(i, &GroupArguments<Options>::increment_count) != 0)
+                    *of_group(i, &GroupArguments<Options>::count) += 1;
     }
 };
 

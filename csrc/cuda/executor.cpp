@@ -6,11 +6,14 @@
 #include <stdexcept>
 #include <string>
 
+#include "../agr.h"
+
 namespace agr::cuda {
 namespace {
 
 const AdamWOptions& options_of(const Group& group, AdamWOptions*) { return group.adamw; }
 const AdanOptions& options_of(const Group& group, AdanOptions*) { return group.adan; }
+RegularizeOptions options_of(const Group&, RegularizeOptions*) { return {}; }
 
 }  // namespace
 
@@ -21,12 +24,14 @@ Plan::Limits default_limits(const Types& types, const Launcher::Device& device, 
     return {chunk_elements, device.cache_bytes / 8, in_progress, clip};
 }
 
-Executor::Executor(Plan plan, std::vector<Tensor> tensors, int groups, int device, int blocks, Launcher& launcher)
+Executor::Executor(Plan plan, std::vector<Tensor> tensors, int groups, int device, int blocks, Launcher& launcher,
+                   std::uint32_t tactics)
     : plan_(std::move(plan)),
       tensors_(std::move(tensors)),
       groups_(static_cast<std::size_t>(groups)),
       device_(device),
-      launcher_(&launcher) {
+      launcher_(&launcher),
+      tactics_(tactics) {
     if (tensors_.size() != plan_.tensors.size() || tensors_.empty())
         throw std::invalid_argument("the plan is for " + std::to_string(plan_.tensors.size()) + " tensors, not " +
                                     std::to_string(tensors_.size()));
@@ -35,13 +40,17 @@ Executor::Executor(Plan plan, std::vector<Tensor> tensors, int groups, int devic
     if (plan_.limits.chunk_elements > 1 << 30)
         throw std::invalid_argument("a chunk has at most 2^30 elements on a GPU, not " +
                                     std::to_string(plan_.limits.chunk_elements));
-    if (!is_compiled(kernel_.types)) throw std::invalid_argument("no kernel is compiled for these types");
+    if (!is_compiled(kernel_)) throw std::invalid_argument("no kernel is compiled for these types");
     for (const Tensor& tensor : tensors_)
         if (!(Kernel{family_of(tensor.rule), tensor.types} == kernel_))
             throw std::invalid_argument("the tensors of one launch have the same types");
-    for (const Plan::Tensor& tensor : plan_.tensors) {
-        segments_ += (tensor.chunks + segment_chunks - 1) / segment_chunks;
+    for (std::size_t i = 0; i < tensors_.size(); ++i) {
+        const Plan::Tensor& tensor = plan_.tensors[i];
+        segments_ += segments_of(tensor);
         nonempty_tensors_ += tensor.chunks > 0;
+        // Nobody but the last block knows that all chunks of the tensor are updated, or that it has none.
+        counts_some_at_end_ =
+            counts_some_at_end_ || (tensors_[i].step != nullptr && tensor.chunks != 1 && !reduced(tensor));
     }
     for (const Tensor& tensor : tensors_) parameters_ = std::max(parameters_, tensor.index + 1);
     blocks_ = static_cast<int>(
@@ -56,12 +65,13 @@ Executor::Executor(Plan plan, std::vector<Tensor> tensors, int groups, int devic
     };
     const std::size_t count = tensors_.size();
     layout_.rows = reserve(count, sizeof(Row));
-    layout_.tasks = reserve(plan_.tasks.size(), sizeof(Task));
+    layout_.tasks = reserve(plan_.tasks.size(), sizeof(DeviceTask));
     layout_.progress = reserve(count, sizeof(Progress));
-    layout_.chunk_sums = reserve(static_cast<std::size_t>(plan_.chunks), sizeof(Sums));
-    layout_.segment_sums = reserve(static_cast<std::size_t>(segments_), sizeof(Sums));
+    const std::size_t sums = (plan_.limits.clip ? 2 : 1) * 2 * sizeof(std::uint64_t);  // of a chunk or a segment
+    layout_.chunk_sums = reserve(static_cast<std::size_t>(plan_.chunks), sums);
+    layout_.segment_sums = reserve(static_cast<std::size_t>(segments_), sums);
     layout_.segment_chunks_done = reserve(static_cast<std::size_t>(segments_), sizeof(std::uint32_t));
-    layout_.squared_norms = reserve(static_cast<std::size_t>(parameters_), sizeof(double));
+    layout_.squared_norms = reserve(static_cast<std::size_t>(parameters_), 2 * sizeof(std::uint64_t));
     layout_.control = reserve(1, sizeof(Control));
     layout_.gradients = reserve(count, sizeof(void*));
     layout_.groups =
@@ -71,7 +81,11 @@ Executor::Executor(Plan plan, std::vector<Tensor> tensors, int groups, int devic
 
 std::vector<unsigned char> Executor::table() const {
     std::vector<unsigned char> bytes(static_cast<std::size_t>(layout_.bytes));
-    std::int64_t first_segment = 0;
+    // The words of parameters that are not in this launch, or have no elements, are 0 in every epoch.
+    constexpr std::uint64_t zero = std::uint64_t{0xffffffff} << 32;
+    auto* norms = reinterpret_cast<std::uint64_t*>(bytes.data() + layout_.squared_norms);
+    std::fill_n(norms, 2 * parameters_, zero);
+    std::int32_t first_segment = 0;
     for (std::size_t i = 0; i < tensors_.size(); ++i) {
         const Tensor& tensor = tensors_[i];
         const Plan::Tensor& planned = plan_.tensors[i];
@@ -80,19 +94,26 @@ std::vector<unsigned char> Executor::table() const {
         std::copy(std::begin(tensor.span.state), std::end(tensor.span.state), row.state);
         row.elements = planned.elements;
         row.step = tensor.step;
-        row.first_chunk = planned.first_chunk;
-        row.chunks = planned.chunks;
+        row.first_chunk = static_cast<std::int32_t>(planned.first_chunk);
+        row.chunks = static_cast<std::int32_t>(planned.chunks);
         row.first_segment = first_segment;
-        row.segments = (planned.chunks + segment_chunks - 1) / segment_chunks;
+        row.segments = segments_of(planned);
         row.group = tensor.group;
         row.index = tensor.index;
         row.rule = tensor.rule;
-        row.regularize = planned.regularize;
+        row.reduced = reduced(planned);
         first_segment += row.segments;
+        if (row.chunks > 0) norms[2 * row.index] = norms[2 * row.index + 1] = 0;
         std::memcpy(bytes.data() + layout_.rows + i * sizeof(Row), &row, sizeof(row));
     }
-    if (!plan_.tasks.empty())
-        std::memcpy(bytes.data() + layout_.tasks, plan_.tasks.data(), plan_.tasks.size() * sizeof(Task));
+    auto* tasks = reinterpret_cast<DeviceTask*>(bytes.data() + layout_.tasks);
+    for (const Task& task : plan_.tasks) {
+        const Plan::Tensor& planned = plan_.tensors[static_cast<std::size_t>(task.tensor)];
+        *tasks++ = {task.kind,          tensors_[static_cast<std::size_t>(task.tensor)].rule,
+                    planned.regularize, reduced(planned),
+                    task.tensor,        task.chunk,
+                    task.elements};
+    }
     return bytes;
 }
 
@@ -101,12 +122,12 @@ void Executor::attach(void* address) {
     auto at = [this](std::int64_t offset) { return address_ + offset; };
     Arguments& args = arguments_;
     args.rows = reinterpret_cast<const Row*>(at(layout_.rows));
-    args.tasks = reinterpret_cast<const Task*>(at(layout_.tasks));
+    args.tasks = reinterpret_cast<const DeviceTask*>(at(layout_.tasks));
     args.progress = reinterpret_cast<Progress*>(at(layout_.progress));
-    args.chunk_sums = reinterpret_cast<Sums*>(at(layout_.chunk_sums));
-    args.segment_sums = reinterpret_cast<Sums*>(at(layout_.segment_sums));
+    args.chunk_sums = reinterpret_cast<std::uint64_t*>(at(layout_.chunk_sums));
+    args.segment_sums = reinterpret_cast<std::uint64_t*>(at(layout_.segment_sums));
     args.segment_chunks_done = reinterpret_cast<std::uint32_t*>(at(layout_.segment_chunks_done));
-    args.squared_norms = reinterpret_cast<double*>(at(layout_.squared_norms));
+    args.squared_norms = reinterpret_cast<std::uint64_t*>(at(layout_.squared_norms));
     args.control = reinterpret_cast<Control*>(at(layout_.control));
     args.chunk_elements = plan_.limits.chunk_elements;
     args.tensors = static_cast<std::int32_t>(tensors_.size());
@@ -127,7 +148,7 @@ std::vector<unsigned char> Executor::group_arguments(const std::vector<DeviceGro
                                             from.group.t,
                                             from.count,
                                             from.lr,
-                                            from.lr_type,
+                                            static_cast<std::int32_t>(from.lr_type),
                                             from.count != nullptr && from.increment_count};
         std::memcpy(bytes.data() + i * sizeof(group), &group, sizeof(group));
     }
@@ -157,8 +178,9 @@ void Executor::launch(const void* const* gradients, const std::vector<DeviceGrou
                       Phase phase, void* stream) {
     if (address_ == nullptr) throw std::logic_error("the executor's table is not on the device");
     if (groups.size() < groups_) throw std::invalid_argument("numbers are missing for some groups");
-    const auto packed_groups =
-        kernel_.family == Family::adan ? group_arguments<AdanOptions>(groups) : group_arguments<AdamWOptions>(groups);
+    const auto packed_groups = kernel_.family == Family::adan    ? group_arguments<AdanOptions>(groups)
+                               : kernel_.family == Family::adamw ? group_arguments<AdamWOptions>(groups)
+                                                                 : group_arguments<RegularizeOptions>(groups);
     const auto group_bytes = static_cast<std::int64_t>(packed_groups.size());
     const auto gradient_bytes = static_cast<std::int64_t>(tensors_.size() * sizeof(void*));
     const auto* addresses = reinterpret_cast<const unsigned char*>(gradients);
@@ -188,7 +210,19 @@ void Executor::launch(const void* const* gradients, const std::vector<DeviceGrou
     args.first_task = phase == Phase::update ? plan_.first_update : 0;
     args.end_task = phase == Phase::reduce ? plan_.first_update : static_cast<std::int64_t>(plan_.tasks.size());
     args.computes_norm = plan_.limits.clip && phase != Phase::update;
+    args.reduces = phase != Phase::update;
     args.updates = phase != Phase::reduce;
+    args.tactics = tactics_;
+    args.counts_at_end = CountsAtEnd::none;
+    args.group_counts = false;
+    if (args.updates) {
+        // What an earlier launch has published, it did not count, since it did not know that there would be an update.
+        constexpr std::uint32_t needed = own_counts | early_inputs;
+        const bool all = phase == Phase::update || (tactics_ & needed) != needed;
+        args.counts_at_end = all ? CountsAtEnd::all : counts_some_at_end_ ? CountsAtEnd::some : CountsAtEnd::none;
+        for (const DeviceGroup& group : groups)
+            args.group_counts = args.group_counts || (group.count != nullptr && group.increment_count);
+    }
     args.squares = settings.squares;
     args.max_grad_norm = settings.max_grad_norm;
     args.clip_eps = settings.clip_eps;

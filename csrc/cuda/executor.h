@@ -38,7 +38,8 @@ class Executor {
 public:
     // `tensors` are in the order of the plan's. All of them must use the same kernel and be on the same device. Throws
     // std::invalid_argument if no kernel is compiled for their types.
-    Executor(Plan plan, std::vector<Tensor> tensors, int groups, int device, int blocks, Launcher& launcher);
+    Executor(Plan plan, std::vector<Tensor> tensors, int groups, int device, int blocks, Launcher& launcher,
+             std::uint32_t tactics = all_tactics);
 
     // The initial content of the table. The caller copies it to device memory, at an address that is a multiple of 16,
     // and passes that address to attach(). The memory must stay allocated while launches are in progress.
@@ -70,10 +71,12 @@ private:
     std::size_t groups_;
     int device_, blocks_;
     Launcher* launcher_;
+    std::uint32_t tactics_;
     Kernel kernel_{};
     std::int64_t segments_ = 0;
     std::int32_t nonempty_tensors_ = 0;
-    std::int32_t parameters_ = 0;  // of the optimizer, up to the last one among the tensors
+    bool counts_some_at_end_ = false;  // see CountsAtEnd
+    std::int32_t parameters_ = 0;      // of the optimizer, up to the last one among the tensors
     Layout layout_{};
     unsigned char* address_ = nullptr;
     Arguments arguments_{};  // the members that are the same in every launch are set by attach()
@@ -83,6 +86,13 @@ private:
     bool captured_ = false;  // whether any launch was captured into a graph
     std::int64_t steps_ = 0, uploads_ = 0;
 
+    // Whether REDUCE tasks of the plan add up the tensor's gradient.
+    bool reduced(const Plan::Tensor& tensor) const {
+        return plan_.limits.clip ? tensor.chunks > 0 : tensor.regularize && tensor.chunks > 1;
+    }
+    static std::int32_t segments_of(const Plan::Tensor& tensor) {
+        return static_cast<std::int32_t>((tensor.chunks + segment_chunks - 1) / segment_chunks);
+    }
     template <class Options>
     std::vector<unsigned char> group_arguments(const std::vector<DeviceGroup>& groups) const;
     void upload(std::int64_t offset, const unsigned char* bytes, std::int64_t count,

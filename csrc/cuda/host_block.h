@@ -120,43 +120,69 @@ inline bool any_of_warp(bool mine) {
     return any;
 }
 
-inline std::uint32_t draw_ticket(std::uint32_t* counter) {
+template <int order>
+std::uint32_t count(std::uint32_t* counter, std::uint32_t last) {
     stall();
-    return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
-}
-inline std::uint32_t arrive(std::uint32_t* counter) {
-    stall();
-    const std::uint32_t before = __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL);
+    std::uint32_t before = __atomic_load_n(counter, __ATOMIC_RELAXED);
+    while (!__atomic_compare_exchange_n(counter, &before, before >= last ? 0 : before + 1, true, order,
+                                        __ATOMIC_RELAXED)) {
+    }
     stall();
     return before;
 }
-inline void store_release(std::uint32_t* flag, std::uint32_t value) {
-    stall();
-    __atomic_store_n(flag, value, __ATOMIC_RELEASE);
+inline std::uint32_t count_relaxed(std::uint32_t* counter, std::uint32_t last) {
+    return count<__ATOMIC_RELAXED>(counter, last);
 }
-inline std::uint32_t load_acquire(const std::uint32_t* flag) {
-    stall();
-    return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
+inline std::uint32_t count_acq_rel(std::uint32_t* counter, std::uint32_t last) {
+    return count<__ATOMIC_ACQ_REL>(counter, last);
 }
-inline std::uint32_t load_relaxed(const std::uint32_t* flag) {
+inline void fence_acq_rel() { stall(); }
+
+inline float load_first(const float* from) { return *from; }
+template <class Number>
+inline Number load_relaxed(const Number* from) {
     stall();
-    return __atomic_load_n(flag, __ATOMIC_RELAXED);
+    return __atomic_load_n(from, __ATOMIC_RELAXED);
+}
+inline void load_relaxed(const std::uint64_t* from, std::uint64_t& first, std::uint64_t& second) {
+    second = load_relaxed(from + 1);
+    first = load_relaxed(from);
+}
+inline void store_relaxed(std::uint32_t* to, std::uint32_t value) {
+    stall();
+    __atomic_store_n(to, value, __ATOMIC_RELAXED);
+}
+inline void store_relaxed(std::uint64_t* to, std::uint64_t first, std::uint64_t second) {
+    stall();
+    __atomic_store_n(to, first, __ATOMIC_RELAXED);
+    stall();
+    __atomic_store_n(to + 1, second, __ATOMIC_RELAXED);
+}
+
+template <class Value>
+inline Value load_parameter(const void* place) {
+    Value value;
+    std::memcpy(&value, place, sizeof(Value));
+    return value;
 }
 
 inline void pause() { std::this_thread::yield(); }
 
-enum class Eviction { evict_first, evict_last };
+enum class Eviction { evict_first, normal, evict_last };
 
 template <Eviction, int words>
 inline void load_words(const void* from, std::uint32_t (&w)[words]) {
     std::memcpy(w, __builtin_assume_aligned(from, sizeof(w)), sizeof(w));
 }
-template <int words>
+template <Eviction, int words>
 inline void store_words(void* to, const std::uint32_t (&w)[words]) {
     std::memcpy(__builtin_assume_aligned(to, sizeof(w)), w, sizeof(w));
 }
 
+constexpr int line_bytes = 128;
 inline void prefetch(const void*) {}
+constexpr bool prefetches_ranges = true;
+inline void prefetch_range(const void*, int) {}
 
 inline void scheduling_barrier() {}
 

@@ -20,7 +20,7 @@ template <class Rules, class P>
 const void* kernel_for(Type parameter, const Types& types) {
     if (types.state != parameter) return nullptr;
     if (types.gradient == parameter) return reinterpret_cast<const void*>(&agr_step<Rules, P, P, P>);
-    if constexpr (sizeof(P) == 2) {
+    if constexpr (sizeof(P) == 2 && !std::is_same_v<Rules, RegularizeRules>) {
         if (types.gradient == Type::float32) return reinterpret_cast<const void*>(&agr_step<Rules, P, float, P>);
     }
     return nullptr;

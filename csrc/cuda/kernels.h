@@ -5,10 +5,13 @@
 
 namespace agr::cuda {
 
-// The optimizers that have kernels of their own. AdamW with and without AMSGrad share a kernel.
-enum class Family : std::uint8_t { adamw, adan };
+// What has kernels of its own. AdamW with and without AMSGrad share a kernel.
+enum class Family : std::uint8_t { adamw, adan, regularize };
+constexpr int families = 3;  // the number of families
 
-constexpr Family family_of(Rule rule) { return rule == Rule::adan ? Family::adan : Family::adamw; }
+constexpr Family family_of(Rule rule) {
+    return rule == Rule::regularize ? Family::regularize : rule == Rule::adan ? Family::adan : Family::adamw;
+}
 
 // Identifies a kernel. Tensors with the same kernel share a launch.
 struct Kernel {
@@ -21,11 +24,13 @@ inline bool operator==(const Kernel& a, const Kernel& b) {
            a.types.state == b.types.state;
 }
 
-// Whether kernels are compiled for these types: the state has the parameter's type, and gradients have that type or,
-// for 16-bit parameters, float32.
-constexpr bool is_compiled(const Types& types) {
+// Whether a kernel is compiled: the state has the parameter's type, and gradients have that type or, for 16-bit
+// parameters, float32. Where a gradient is regularized in place, it is the parameter.
+constexpr bool is_compiled(const Kernel& kernel) {
+    const Types& types = kernel.types;
+    const bool mixed = kernel.family != Family::regularize && bytes_of(types.parameter) == 2;
     return types.state == types.parameter &&
-           (types.gradient == types.parameter || (bytes_of(types.parameter) == 2 && types.gradient == Type::float32));
+           (types.gradient == types.parameter || (mixed && types.gradient == Type::float32));
 }
 
 // The kernel function for a parameter type, as cudaLaunchKernel takes it, or null if `types` has no compiled kernel.
@@ -37,5 +42,9 @@ const void* adan_float32(const Types& types);
 const void* adan_bfloat16(const Types& types);
 const void* adan_float16(const Types& types);
 const void* adan_float64(const Types& types);
+const void* regularize_float32(const Types& types);
+const void* regularize_bfloat16(const Types& types);
+const void* regularize_float16(const Types& types);
+const void* regularize_float64(const Types& types);
 
 }  // namespace agr::cuda

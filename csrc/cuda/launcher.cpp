@@ -43,18 +43,12 @@ private:
 };
 
 const void* kernel_function(const Kernel& kernel) {
-    const bool adan = kernel.family == Family::adan;
-    switch (kernel.types.parameter) {
-        case Type::float32:
-            return (adan ? adan_float32 : adamw_float32)(kernel.types);
-        case Type::bfloat16:
-            return (adan ? adan_bfloat16 : adamw_bfloat16)(kernel.types);
-        case Type::float16:
-            return (adan ? adan_float16 : adamw_float16)(kernel.types);
-        case Type::float64:
-            return (adan ? adan_float64 : adamw_float64)(kernel.types);
-    }
-    return nullptr;
+    using OfTypes = const void* (*)(const Types&);
+    constexpr OfTypes functions[families][4] = {
+        {adamw_float32, adamw_bfloat16, adamw_float16, adamw_float64},
+        {adan_float32, adan_bfloat16, adan_float16, adan_float64},
+        {regularize_float32, regularize_bfloat16, regularize_float16, regularize_float64}};
+    return functions[static_cast<int>(kernel.family)][static_cast<int>(kernel.types.parameter)](kernel.types);
 }
 
 class CudaLauncher : public Launcher {

@@ -52,7 +52,10 @@ struct Packed {
     AGR_DEVICE void load(const Stored* from) {
         load_words<eviction>(from, word);
     }
-    AGR_DEVICE void store(Stored* to) const { store_words(to, word); }
+    template <Eviction eviction>
+    AGR_DEVICE void store(Stored* to) const {
+        store_words<eviction>(to, word);
+    }
 };
 
 // Conversions of a single element to its compute type, and back to its storage type.

@@ -16,6 +16,10 @@ public:
         compensation_ += (sum_ - (sum - added)) + (x - added);
         sum_ = sum;
     }
+    AGR_DEVICE void add(const CompensatedSum& other) {
+        add(other.sum_);
+        compensation_ += other.compensation_;
+    }
     // The compensation of an infinite sum is NaN, and is not added.
     AGR_DEVICE double value() const {
         return sum_ - sum_ == 0.0f ? static_cast<double>(sum_) + static_cast<double>(compensation_)
@@ -29,6 +33,7 @@ private:
 class PlainSum {
 public:
     AGR_DEVICE void add(double x) { sum_ += x; }
+    AGR_DEVICE void add(const PlainSum& other) { sum_ += other.sum_; }
     AGR_DEVICE double value() const { return sum_; }
 
 private:
@@ -44,36 +49,55 @@ struct SumOf<double> {
     using type = PlainSum;
 };
 
-// Several independent sums, so that additions do not wait for each other. Which sum an element is added to depends on
-// its lane alone, so the result has the same bits every time.
+// The sums over one thread's elements, which it adds `lanes` at a time. The result has the same bits every time, since
+// the order of additions depends on an element's position alone.
 template <class T, int lanes, bool squares>
-class LaneSums {
+class ThreadSums {
 public:
-    AGR_DEVICE void add(int lane, T x) {
-        abs_sums_[lane % accumulators].add(magnitude(x));
-        // Squares are in float64: the square of a large gradient overflows float32.
-        if constexpr (squares) squares_[lane % accumulators] += static_cast<double>(x) * static_cast<double>(x);
+    AGR_DEVICE void add(const T (&x)[lanes]) {
+        // Several independent sums, so that additions do not wait for each other.
+#pragma unroll
+        for (int lane = 0; lane < lanes; ++lane) abs_sums_[lane % accumulators].add(magnitude(x[lane]));
+        if constexpr (squares) {
+            // A few squares are added plainly: the norm is not a small difference of large numbers, so that roundings
+            // that average out do not matter. (In float64, each element would take a conversion and a multiplication
+            // on units of which many GPUs have few.)
+            T few = x[0] * x[0];
+#pragma unroll
+            for (int lane = 1; lane < lanes; ++lane) few = multiply_add(x[lane], x[lane], few);
+            squares_.add(few);
+        }
     }
+
     AGR_DEVICE Sums value() const {
         Sums sums;
+        auto abs_sum = abs_sums_[0];
 #pragma unroll
-        for (int i = 0; i < accumulators; ++i) {
-            sums.abs_sum += abs_sums_[i].value();
-            if constexpr (squares) sums.squares += squares_[i];
-        }
+        for (int i = 1; i < accumulators; ++i) abs_sum.add(abs_sums_[i]);
+        sums.abs_sum = abs_sum.value();
+        if constexpr (squares) sums.squares = squares_.value();
         return sums;
+    }
+
+    // Whether squares may have overflowed, or lost too much as denormal numbers. They must then be added in float64.
+    AGR_DEVICE static bool out_of_range(const Sums& sums) {
+        return sizeof(T) == sizeof(float) &&
+               (!(sums.squares < 0x1p120) || (sums.squares < 0x1p-100 && sums.abs_sum != 0));
     }
 
 private:
     static constexpr int accumulators = lanes < 4 ? lanes : 4;
     typename SumOf<T>::type abs_sums_[accumulators];
-    double squares_[squares ? accumulators : 1] = {};
+    typename SumOf<T>::type squares_;
 };
 
-// The sum over the lanes of a warp, added in a fixed tree. Only the first lane gets the result.
+// The sum over the first `width` lanes of a warp, a power of two, added in a fixed tree. Only the first lane gets the
+// result.
+template <int width = warp_threads>
 AGR_DEVICE Sums warp_reduce(Sums mine, bool squares) {
+    static_assert((width & (width - 1)) == 0, "halves are added to halves");
 #pragma unroll
-    for (int distance = warp_threads / 2; distance > 0; distance /= 2) {
+    for (int distance = width / 2; distance > 0; distance /= 2) {
         mine.abs_sum += shuffle_down(mine.abs_sum, distance);
         if (squares) mine.squares += shuffle_down(mine.squares, distance);
     }

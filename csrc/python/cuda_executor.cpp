@@ -53,12 +53,13 @@ DeviceType device_type() { return current.stands_in ? cpu_device : cuda_device; 
 
 class CudaExecutor {
 public:
-    CudaExecutor(const Plan& plan, const py::list& tensors, int groups, int device, int blocks)
+    CudaExecutor(const Plan& plan, const py::list& tensors, int groups, int device, int blocks, std::uint32_t tactics)
         : device_(device), groups_(static_cast<std::size_t>(groups)) {
         Rows rows = rows_of(tensors, device_type(), device);
         if (rows.groups > groups_) throw std::invalid_argument("a tensor's group is not among the groups");
         adan_ = rows.adan;
-        executor_ = std::make_unique<cuda::Executor>(plan, std::move(rows.tensors), groups, device, blocks, launcher());
+        executor_ = std::make_unique<cuda::Executor>(plan, std::move(rows.tensors), groups, device, blocks, launcher(),
+                                                     tactics);
     }
 
     // How many steps were launched and uploads made: a test's proof of how few they are.
@@ -146,12 +147,15 @@ void bind_cuda(py::module_& m) {
     m.attr("cuda_architectures") = "";
 #endif
     m.attr("left_out") = AGR_LEFT_OUT;
+    py::dict tactics;
+    for (const auto& [name, tactic] : cuda::tactics) tactics[name] = static_cast<std::uint32_t>(tactic);
+    m.attr("cuda_tactics") = tactics;
     use_launcher(py::none());
     m.def("use_launcher", &use_launcher, py::arg("which"));
     m.def("cuda_limits", &cuda_limits, py::arg("rule"), py::arg("parameter"), py::arg("gradient"), py::arg("device"));
 
     py::class_<CudaExecutor>(m, "CudaExecutor")
-        .def(py::init<const Plan&, const py::list&, int, int, int>())
+        .def(py::init<const Plan&, const py::list&, int, int, int, std::uint32_t>())
         .def_property_readonly("launches", &CudaExecutor::launches)
         .def("table", &CudaExecutor::table)
         .def("attach", &CudaExecutor::attach, py::arg("tensor"))

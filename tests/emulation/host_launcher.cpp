@@ -18,16 +18,19 @@ void run(const Arguments& arguments, int blocks, unsigned seed) {
 
 template <class Rules>
 void run(const Types& types, const Arguments& arguments, int blocks, unsigned seed) {
-    const bool same = types.gradient == types.parameter;
+    if constexpr (!std::is_same_v<Rules, RegularizeRules>) {
+        if (types.gradient == Type::float32 && types.parameter == Type::bfloat16)
+            return run<Rules, bfloat16, float, bfloat16>(arguments, blocks, seed);
+        if (types.gradient == Type::float32 && types.parameter == Type::float16)
+            return run<Rules, float16, float, float16>(arguments, blocks, seed);
+    }
     switch (types.parameter) {
         case Type::float32:
             return run<Rules, float, float, float>(arguments, blocks, seed);
         case Type::bfloat16:
-            return same ? run<Rules, bfloat16, bfloat16, bfloat16>(arguments, blocks, seed)
-                        : run<Rules, bfloat16, float, bfloat16>(arguments, blocks, seed);
+            return run<Rules, bfloat16, bfloat16, bfloat16>(arguments, blocks, seed);
         case Type::float16:
-            return same ? run<Rules, float16, float16, float16>(arguments, blocks, seed)
-                        : run<Rules, float16, float, float16>(arguments, blocks, seed);
+            return run<Rules, float16, float16, float16>(arguments, blocks, seed);
         case Type::float64:
             return run<Rules, double, double, double>(arguments, blocks, seed);
     }
@@ -37,10 +40,14 @@ void run(const Types& types, const Arguments& arguments, int blocks, unsigned se
 
 void HostLauncher::step(const Kernel& kernel, const Arguments& arguments, int blocks, int, void*) {
     ++steps;
-    if (kernel.family == Family::adan)
-        run<AdanRules>(kernel.types, arguments, blocks, ++seed);
-    else
-        run<AdamWRules>(kernel.types, arguments, blocks, ++seed);
+    switch (kernel.family) {
+        case Family::adamw:
+            return run<AdamWRules>(kernel.types, arguments, blocks, ++seed);
+        case Family::adan:
+            return run<AdanRules>(kernel.types, arguments, blocks, ++seed);
+        case Family::regularize:
+            return run<RegularizeRules>(kernel.types, arguments, blocks, ++seed);
+    }
 }
 
 void HostLauncher::upload(const Upload& upload, int, void*) {

@@ -195,8 +195,9 @@ inline double unit(Type type) {
 }
 
 // Compares the stored values with the expected ones. Then replaces the expected values by the stored ones, so that
-// rounding errors do not add up over the steps. `least` allows an error in denormal results.
-inline void compare(Model& model, const char* what) {
+// rounding errors do not add up over the steps. `norm_error` is the relative error of the norm that gradients were
+// clipped by; `least` allows an error in denormal results.
+inline void compare(Model& model, const char* what, double norm_error = 0) {
     for (auto& tensor : model.tensors) {
         auto check = [&](const Stored& stored, std::vector<long double>& expected, long double before,
                          const char* name) {
@@ -205,7 +206,7 @@ inline void compare(Model& model, const char* what) {
                 if (std::isnan(stored.get(i)) && std::isnan(expected[i])) continue;
                 const long double error = std::fabs(stored.get(i) - expected[i]);
                 const double least = stored.type == Type::float16 ? 0x1p-24 : 0x1p-126;
-                CHECK(error <= 16 * unit(stored.type) * largest + least,
+                CHECK(error <= (16 * unit(stored.type) + 2 * norm_error) * largest + least,
                       "%s, %s[%" PRId64 "]: %.12Lg instead of %.12Lg", what, name, i, (long double)stored.get(i),
                       expected[i]);
                 expected[i] = stored.get(i);

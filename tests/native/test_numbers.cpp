@@ -75,7 +75,7 @@ void test_halves_while_denormals_are_flushed() {
 
 void test_psi() {
     const auto psi = [](double g, double sum, double scale = 1) {
-        return regularized(static_cast<float>(g), AbsSum<float>::of(sum, scale));
+        return regularized(static_cast<float>(g), AbsSum<float>::of(sum).for_scale(scale));
     };
     CHECK(psi(3, 3) == 0 && psi(-1e-30f, 1e-30f) == 0, "one element gives exactly 0");
     CHECK(psi(0, 0) == 0, "all zeros give 0");
@@ -87,8 +87,8 @@ void test_psi() {
     const double others = 1e-9;
     CHECK(std::fabs(psi(1, 1 + others) / others - 1) < 1e-6, "a dominated tensor: %g", psi(1, 1 + others));
     // The sum is denormal, so 1 / S would overflow.
-    CHECK(regularized(1e-310, AbsSum<double>::of(1e-310, 1)) == 0, "one denormal element, float64");
-    CHECK(std::fabs(regularized(1e-310, AbsSum<double>::of(4e-310, 1)) / 7.5e-311 - 1) < 1e-9, "denormal, float64");
+    CHECK(regularized(1e-310, AbsSum<double>::of(1e-310)) == 0, "one denormal element, float64");
+    CHECK(std::fabs(regularized(1e-310, AbsSum<double>::of(4e-310)) / 7.5e-311 - 1) < 1e-9, "denormal, float64");
     // The sum is so large that 1 / S would be denormal, or that the sum overflows float32.
     CHECK(psi(0x1p126f, 0x1p127) == 0x1p125f && psi(0x1p126f, 0x1p128) == 0.75f * 0x1p126f, "a large sum");
     CHECK(psi(1e-41f, 4 * static_cast<double>(1e-41f)) == static_cast<float>(0.75 * 1e-41f), "denormal");
