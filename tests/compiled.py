@@ -91,5 +91,5 @@ def launcher() -> ModuleType:
 def load(kernels: dict[str, str]) -> ModuleType:
     """Have the launcher execute these from now on."""
     module = launcher()
-    module.load(list(kernels.values()), "-fmad=false" not in setup_py().NVCCFLAGS)
+    module.load(list(kernels.values()))
     return module

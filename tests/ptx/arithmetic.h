@@ -267,6 +267,7 @@ inline Table arithmetic_table() {
     t["cvta.to.global.u64"] = operation([](u64 a) { return a; });
     t["cvta.global.u64"] = operation([](u64 a) { return a; });
     t["cvta.param.u64"] = operation([](u64 a) { return a + parameter_window; });
+    t["cvta.to.param.u64"] = operation([](u64 a) { return a - parameter_window; });
     t["createpolicy.fractional.L2::evict_first.b64"] = operation([](u64) { return u64(Policy::evict_first); });
     t["createpolicy.fractional.L2::evict_last.b64"] = operation([](u64) { return u64(Policy::evict_last); });
     return t;

@@ -112,7 +112,7 @@ def follow(kernel: Kernel, case: Case) -> None:
             p.grad_dtype = kernel.gradient
         groups.append({"params": params, **options})
     if case.other_type:
-        other = torch.float32 if kernel.dtype == torch.float64 else torch.float64
+        other = torch.bfloat16 if kernel.dtype == torch.float32 else torch.float32
         groups.append({"params": parameters(generator, [(100,)], other)})
     fused = True if case.scale else None
     optimizer = kernel.optimizer(groups, max_grad_norm=case.max_grad_norm, fused=fused)
@@ -124,6 +124,8 @@ def follow(kernel: Kernel, case: Case) -> None:
             g = gradient(p.detach().to(p.grad_dtype or p.dtype), generator, step)
             if g.numel() > 1:  # one element by which an error in the others' sum is seen
                 g[(977 * step) % g.numel() - 1] *= g.numel() ** 0.5
+            if p.dtype != kernel.dtype:
+                g *= 1e-4  # of a float64 norm, squares added in float32 must not be much
             absent = case.absent(step, index)
             gradients.append(None if absent else to_numpy(g))
             p.grad = None if absent else at_offset(g * (case.scale or 1), case.offset + (case.offset != 0))

@@ -5,8 +5,8 @@
 
 #include <array>
 
+#include "../../csrc/agr.h"
 #include "../../csrc/cuda/launcher.h"
-#include "contract.h"
 #include "machine.h"
 #include "parse.h"
 
@@ -23,6 +23,8 @@ auto visit_rules(Family family, const Visit& visit) {
             return visit("AdamWRules", AdamWOptions{});
         case Family::adan:
             return visit("AdanRules", AdanOptions{});
+        case Family::regularize:
+            return visit("RegularizeRules", RegularizeOptions{});
     }
     ptx::fail("a family of rules that is not known here");
 }
@@ -72,21 +74,25 @@ private:
         if (begin != nullptr) regions.push_back(ptx::Region::of(name, begin, bytes, true, unsigned(unit)));
     }
     void read_only(const char* name, const void* begin, std::int64_t bytes) {
-        if (begin != nullptr) regions.push_back(ptx::Region::of(name, begin, bytes, false, 1));
+        if (begin != nullptr) regions.push_back(ptx::Region::of(name, begin, bytes, false, 4));
     }
     const void* payload(std::int32_t offset) const { return args_.payload + offset; }
 
     void add_tensors(const Kernel& kernel) {
         const int bytes = bytes_of(kernel.types.parameter), state_bytes = bytes_of(kernel.types.state);
-        const auto* gradients = args_.gradients != nullptr
-                                    ? args_.gradients
-                                    : static_cast<const void* const*>(payload(args_.gradients_offset));
+        const int gradient_bytes = bytes_of(kernel.types.gradient);
+        const auto* gradients = static_cast<void* const*>(
+            args_.gradients != nullptr ? static_cast<const void*>(args_.gradients) : payload(args_.gradients_offset));
         for (std::int32_t i = 0; i < args_.tensors; ++i) {
             const Row& row = args_.rows[i];
+            if (kernel.family == Family::regularize) {
+                writable("gradient", gradients[i], row.elements * gradient_bytes, gradient_bytes);
+                continue;
+            }
             writable("parameter", row.parameter, row.elements * bytes, bytes);
             for (int k = 0; k < states_of(row.rule); ++k)
                 writable("state", row.state[k], row.elements * state_bytes, state_bytes);
-            read_only("gradient", gradients[i], row.elements * bytes_of(kernel.types.gradient));
+            read_only("gradient", gradients[i], row.elements * gradient_bytes);
             writable("step", row.step, 4, 4);
         }
     }
@@ -94,17 +100,18 @@ private:
     void add_table() {
         std::int64_t chunks = 0, segments = 0;
         for (std::int32_t i = 0; i < args_.tensors; ++i) {
-            chunks = std::max(chunks, args_.rows[i].first_chunk + args_.rows[i].chunks);
-            segments = std::max(segments, args_.rows[i].first_segment + args_.rows[i].segments);
+            chunks = std::max<std::int64_t>(chunks, args_.rows[i].first_chunk + args_.rows[i].chunks);
+            segments = std::max<std::int64_t>(segments, args_.rows[i].first_segment + args_.rows[i].segments);
         }
         auto bytes = [](std::int64_t count, std::size_t size) { return count * std::int64_t(size); };
+        const std::size_t sums = (args_.computes_norm ? 4 : 2) * sizeof(std::uint64_t);
         read_only("rows", args_.rows, bytes(args_.tensors, sizeof(Row)));
-        read_only("tasks", args_.tasks, bytes(args_.end_task, sizeof(Task)));
+        read_only("tasks", args_.tasks, bytes(args_.end_task, sizeof(DeviceTask)));
         writable("progress", args_.progress, bytes(args_.tensors, sizeof(Progress)), 4);
-        writable("chunk sums", args_.chunk_sums, bytes(chunks, sizeof(Sums)), 4);
-        writable("segment sums", args_.segment_sums, bytes(segments, sizeof(Sums)), 4);
+        writable("chunk sums", args_.chunk_sums, bytes(chunks, sums), 4);
+        writable("segment sums", args_.segment_sums, bytes(segments, sums), 4);
         writable("chunks done", args_.segment_chunks_done, bytes(segments, 4), 4);
-        writable("squared norms", args_.squared_norms, bytes(args_.parameters, 8), 4);
+        writable("squared norms", args_.squared_norms, bytes(args_.parameters, 2 * sizeof(std::uint64_t)), 4);
         writable("control", args_.control, sizeof(Control), 4);
         read_only("addresses of gradients", args_.gradients, bytes(args_.tensors, sizeof(void*)));
     }
@@ -116,11 +123,11 @@ private:
         const auto* groups =
             static_cast<const Group*>(args_.groups != nullptr ? args_.groups : payload(args_.groups_offset));
         for (std::int32_t i = 0; i < args_.group_count; ++i) {
-            if (groups[i].increment_count)
+            if (groups[i].increment_count != 0)
                 writable("count", groups[i].count, 4, 4);
             else
                 read_only("count", groups[i].count, 4);
-            read_only("lr", groups[i].lr, bytes_of(groups[i].lr_type));
+            read_only("lr", groups[i].lr, bytes_of(static_cast<Type>(groups[i].lr_type)));
         }
     }
 };
@@ -183,13 +190,10 @@ PYBIND11_MODULE(ptx_launcher, m) {
     using agr::cuda::PtxLauncher;
     static PtxLauncher& only = PtxLauncher::only();
     m.attr("launcher") = py::capsule(static_cast<agr::cuda::Launcher*>(&only), "agr_cuda.Launcher", [](void*) {});
-    m.def("load", [](const std::vector<std::string>& texts, bool contracts) {
+    m.def("load", [](const std::vector<std::string>& texts) {
         only.programs.clear();
         for (const std::string& text : texts)
-            for (ptx::Program& program : ptx::Parser::programs(text)) {
-                if (contracts) contract(program);
-                only.programs.push_back(std::move(program));
-            }
+            for (ptx::Program& program : ptx::Parser::programs(text)) only.programs.push_back(std::move(program));
     });
     m.def(
         "configure",
