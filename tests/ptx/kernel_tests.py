@@ -19,6 +19,7 @@ from helpers import ADAMW, METHODS, Method, assert_close, gradient, oracle_for, 
 from torch import Tensor
 
 import agr_cuda.cuda
+from agr_cuda.native import native
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,16 @@ class Case:
     offset: int = 0  # of parameters and gradients in their memory, in elements; gradients lie one element further
     max_grad_norm: float | None = None
     limits: dict[str, int] = field(default_factory=dict)  # of the plan: see agr_cuda/cuda.py
+    without: tuple[str, ...] = ()  # these tactics of the kernel
     scale: float | None = None  # as GradScaler hands it over; the second of the steps is then one to be skipped
     absent: Callable[[int, int], bool] = lambda step, index: False  # gradients that are None
     other_type: bool = False  # whether there is a parameter of another type, so that the norm is over two launches
     steps: int = 3
+
+    def set_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for limit, value in self.limits.items():
+            monkeypatch.setenv(f"AGR_CUDA_{limit}", str(value))
+        monkeypatch.setenv("AGR_CUDA_WITHOUT", ",".join(self.without))
 
 
 def variants(method: Method) -> list[dict[str, Any]]:
@@ -75,22 +82,25 @@ def device_numbers() -> list[dict[str, Any]]:
 # Of a chunk: one element, less than a warp's, not a multiple of anything; of several chunks, all whole or not.
 SIZES = [1, 31, 1009, 4096, 0, 8192, 8195]
 
+# Of which a large tensor has more than one. Without a window, blocks wait for sums.
+SEGMENTS = {"CHUNK": 130, "WINDOW": 0, "LEAD": 0}
+TACTICS = tuple(native().cuda_tactics)
+
 CASES: dict[str, Callable[[Method], Case]] = {
     "groups": lambda method: Case(SIZES, variants(method)),
     "clipped": lambda method: Case(SIZES, variants(method), max_grad_norm=0.5),
     "offset": lambda method: Case([1009, 8195], variants(method), offset=1),
     "large chunks": lambda method: Case([20_000, 33_333], variants(method), limits={"CHUNK": 20_000}, steps=2),
-    # Without a window, blocks wait for sums.
-    "segments": lambda method: Case(
-        [9_003, 7, 9_000], [{}, variants(method)[2]], limits={"CHUNK": 130, "WINDOW": 0, "LEAD": 0}, steps=4
-    ),
-    "clipped segments": lambda method: Case([9_003, 7], variants(method)[::-1], 0, 0.5, {"CHUNK": 130}, steps=4),
+    "segments": lambda method: Case([9_003, 7, 9_000], variants(method), limits=SEGMENTS, steps=4),
+    "clipped segments": lambda method: Case([9_003, 7], variants(method)[::-1], 0, 0.5, SEGMENTS, steps=4),
     "device": lambda method: Case([1009, 5000], device_numbers()),
     "scaled": lambda method: Case(SIZES, variants(method), scale=16.0, max_grad_norm=0.5),
     "absent": lambda method: Case(
         [9, 5000, 1009, 8192], variants(method), 0, 0.5, absent=lambda step, index: (step + index) % 3 == 1, steps=4
     ),
     "launches": lambda method: Case([9000, 1009], [{}], max_grad_norm=0.5, other_type=True),
+    "no tactics": lambda method: Case(SIZES, variants(method), 0, 0.5, without=TACTICS),
+    "no tactics in segments": lambda method: Case([9_003, 700], variants(method), 0, None, SEGMENTS, TACTICS),
     "uploaded": lambda method: Case([33] * 9, variants(method) * 20, max_grad_norm=0.5, steps=2),
 }
 
@@ -159,7 +169,7 @@ def check_cache_policies(module: ModuleType, kernel: Kernel) -> None:
 
 
 # What threads tell each other by.
-SYNCHRONIZES = re.compile(r"(bar|barrier|vote|shfl|atom|red|fence)\.|(ld|st)\.(relaxed|acquire|release)")
+SYNCHRONIZES = re.compile(r"(bar|barrier|vote|shfl|atom|red|fence)\.")
 
 
 class KernelTests:
@@ -182,8 +192,7 @@ class KernelTests:
     ) -> None:
         case = CASES[name](kernel.method)
         number = list(itertools.product(CASES, KERNELS)).index((name, kernel))
-        for limit, value in case.limits.items():
-            monkeypatch.setenv(f"AGR_CUDA_{limit}", str(value))
+        case.set_environment(monkeypatch)
         # Each with another interleaving, grid and error of what hardware approximates.
         module.configure(
             seed=100 * number, multiprocessors=3 + number % 5, approximation_error=number % 3, limit=50_000_000
@@ -195,10 +204,12 @@ class KernelTests:
         """By the tests above: otherwise some of a kernel goes untested."""
         if not self.followed >= set(itertools.product([self.architecture], CASES, KERNELS)):
             pytest.skip("only some of the tests above have run")
-        places = [place for place in module.coverage() if SYNCHRONIZES.match(place[2])]
-        assert places
-        missed = [" ".join(place[:3]) for place in places if place[3] == 0]
-        assert not missed, "\n".join(missed)
+        coverage = module.coverage()
+        launched = {name for name, _, _, count in coverage if count > 0}
+        assert len(launched) > len(KERNELS)
+        missed = [(name, source, text) for name, source, text, count in coverage if name in launched and count == 0]
+        missed = [place for place in missed if SYNCHRONIZES.match(place[2])]
+        assert not missed, "\n".join(map(str, missed))
 
     @pytest.mark.parametrize("kernel", KERNELS, ids=str)
     def test_memory_is_read_and_written_with_its_cache_policy(self, module: ModuleType, kernel: Kernel) -> None:
