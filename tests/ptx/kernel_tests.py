@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import compiled
 import pytest
 import torch
-from helpers import ADAMW, METHODS, Method, assert_close, gradient, oracle_for, parameters, to_numpy
+from helpers import ADAMW, ADAN, METHODS, Method, assert_close, gradient, oracle_for, parameters, plain, to_numpy
 from torch import Tensor
 
 import agr_cuda.cuda
@@ -56,7 +56,7 @@ class Case:
     max_grad_norm: float | None = None
     limits: dict[str, int] = field(default_factory=dict)  # of the plan: see agr_cuda/cuda.py
     without: tuple[str, ...] = ()  # these tactics of the kernel
-    scale: float | None = None  # as GradScaler hands it over; the second of the steps is then one to be skipped
+    scale: float | None = None  # by which gradients are multiplied, as GradScaler does; the second step is skipped
     absent: Callable[[int, int], bool] = lambda step, index: False  # gradients that are None
     other_type: bool = False  # whether there is a parameter of another type, so that the norm is over two launches
     steps: int = 3
@@ -88,19 +88,23 @@ TACTICS = tuple(native().cuda_tactics)
 
 CASES: dict[str, Callable[[Method], Case]] = {
     "groups": lambda method: Case(SIZES, variants(method)),
-    "clipped": lambda method: Case(SIZES, variants(method), max_grad_norm=0.5),
+    "clipped": lambda method: Case([*SIZES, *[9] * 10], variants(method), max_grad_norm=0.5),
     "offset": lambda method: Case([1009, 8195], variants(method), offset=1),
+    "clipped offset": lambda method: Case([1009, 8195], variants(method), 1, 0.5),
     "large chunks": lambda method: Case([20_000, 33_333], variants(method), limits={"CHUNK": 20_000}, steps=2),
     "segments": lambda method: Case([9_003, 7, 9_000], variants(method), limits=SEGMENTS, steps=4),
     "clipped segments": lambda method: Case([9_003, 7], variants(method)[::-1], 0, 0.5, SEGMENTS, steps=4),
     "device": lambda method: Case([1009, 5000], device_numbers()),
-    "scaled": lambda method: Case(SIZES, variants(method), scale=16.0, max_grad_norm=0.5),
+    "scaled": lambda method: Case([1009, 700], variants(method), limits=SEGMENTS, scale=16.0, steps=5),
+    "scaled and clipped": lambda method: Case(SIZES, variants(method), max_grad_norm=0.5, scale=16.0),
     "absent": lambda method: Case(
         [9, 5000, 1009, 8192], variants(method), 0, 0.5, absent=lambda step, index: (step + index) % 3 == 1, steps=4
     ),
     "launches": lambda method: Case([9000, 1009], [{}], max_grad_norm=0.5, other_type=True),
     "no tactics": lambda method: Case(SIZES, variants(method), 0, 0.5, without=TACTICS),
-    "no tactics in segments": lambda method: Case([9_003, 700], variants(method), 0, None, SEGMENTS, TACTICS),
+    # A block may find no task left before it has accounted for the sum that others wait for.
+    "two chunks": lambda method: Case([200], [{"capturable": True}], 0, None, SEGMENTS, TACTICS, steps=6),
+    "no tactics in segments": lambda method: Case([9_003, 200], variants(method), 0, None, SEGMENTS, TACTICS),
     "uploaded": lambda method: Case([33] * 9, variants(method) * 20, max_grad_norm=0.5, steps=2),
 }
 
@@ -109,6 +113,15 @@ def at_offset(x: Tensor, offset: int) -> Tensor:
     """The same values, `offset` elements into memory that is aligned."""
     memory = torch.zeros(x.numel() + offset, dtype=x.dtype)
     return memory[offset:].view(x.shape).copy_(x)
+
+
+def change_options(optimizer: Any, expected: Any) -> None:
+    """As a schedule does, so that no number of the last step is right in this one."""
+    for group, of_oracle in zip(optimizer.param_groups, expected.groups, strict=True):
+        group["lr"] = group["lr"].mul_(0.75) if isinstance(group["lr"], Tensor) else group["lr"] * 0.75
+        group["betas"] = tuple(beta * 0.99 for beta in group["betas"])
+        group["weight_decay"] += 0.01
+        of_oracle.options.update({name: plain(group[name]) for name in ("lr", "betas", "weight_decay")})
 
 
 def follow(kernel: Kernel, case: Case) -> None:
@@ -129,6 +142,7 @@ def follow(kernel: Kernel, case: Case) -> None:
     expected = oracle_for(kernel.method, optimizer, case.max_grad_norm)
     everything = [p for group in optimizer.param_groups for p in group["params"]]
     for step in range(case.steps):
+        scale = case.scale and case.scale * 2.0**-step
         gradients: list[Any] = []
         for index, p in enumerate(everything):
             g = gradient(p.detach().to(p.grad_dtype or p.dtype), generator, step)
@@ -138,10 +152,12 @@ def follow(kernel: Kernel, case: Case) -> None:
                 g *= 1e-4  # of a float64 norm, squares added in float32 must not be much
             absent = case.absent(step, index)
             gradients.append(None if absent else to_numpy(g))
-            p.grad = None if absent else at_offset(g * (case.scale or 1), case.offset + (case.offset != 0))
-        skipped = case.scale is not None and step == 1
-        if case.scale is not None:
-            optimizer.grad_scale = torch.full((), case.scale)
+            p.grad = None if absent else at_offset(g * (scale or 1), case.offset + (case.offset != 0))
+        if step > 0:
+            change_options(optimizer, expected)
+        skipped = scale is not None and step == 1
+        if scale is not None:
+            optimizer.grad_scale = torch.full((), scale)
             optimizer.found_inf = torch.full((), float(skipped))
         optimizer.step()
         if not skipped:
@@ -151,21 +167,27 @@ def follow(kernel: Kernel, case: Case) -> None:
 
 def check_cache_policies(module: ModuleType, kernel: Kernel) -> None:
     """Gradients stay in the second-level cache from REDUCE until UPDATE has read them; all else leaves it."""
-    params = parameters(torch.Generator().manual_seed(5), [(9216,), (640,)], kernel.dtype)
-    optimizer = kernel.optimizer(params)
-    for p in params:
-        p.grad_dtype = kernel.gradient
-        p.grad = torch.ones_like(p, dtype=kernel.gradient)
-    module.take_traffic()
-    optimizer.step()
-    traffic = module.take_traffic()
-    elements = 9216 + 640
-    gradient_bytes, state_bytes = elements * kernel.gradient.itemsize, elements * kernel.dtype.itemsize
-    # Bytes without a policy, evict first, evict last.
-    assert traffic["gradient"]["loaded"] == [0, gradient_bytes, gradient_bytes]
-    for name, count in (("parameter", 1), ("state", 2 if kernel.method is ADAMW else 4)):
-        assert traffic[name]["loaded"] == [0, count * state_bytes, 0]
-        assert traffic[name]["stored"] == [0, count * state_bytes, 0]
+    sizes = [9216, 4096, 640]
+    variants: list[dict[str, Any]] = [{}, {"max_grad_norm": 0.5}]
+    if kernel.method is ADAMW:
+        variants += [{"amsgrad": True, **options} for options in variants]
+    for options in variants:
+        params = parameters(torch.Generator().manual_seed(5), [(size,) for size in sizes], kernel.dtype)
+        optimizer = kernel.optimizer(params, **options)
+        for p in params:
+            p.grad_dtype = kernel.gradient
+            p.grad = torch.ones_like(p, dtype=kernel.gradient)
+        module.take_traffic()
+        optimizer.step()
+        traffic = module.take_traffic()
+        gradient_bytes, state_bytes = sum(sizes) * kernel.gradient.itemsize, sum(sizes) * kernel.dtype.itemsize
+        states = 4 if kernel.method is ADAN else 3 if "amsgrad" in options else 2
+        # Bytes without a policy, evict first, evict last.
+        gradient_traffic = traffic["gradient"]
+        assert gradient_traffic["loaded"] == [0, gradient_bytes, gradient_bytes], f"{options}: {gradient_traffic}"
+        for name, count in (("parameter", 1), ("state", states)):
+            expected = [0, count * state_bytes, 0]
+            assert traffic[name]["loaded"] == traffic[name]["stored"] == expected, f"{options}: {name} {traffic[name]}"
 
 
 # What threads tell each other by.
