@@ -16,11 +16,12 @@ STAGES ?=
 # Options of pytest: make test PYTEST="-k plan"
 PYTEST ?=
 
-.PHONY: help demo test lint format bench gpu-report clean
+.PHONY: help demo test ptx lint format bench gpu-report clean
 
 help:
 	@echo 'make demo    train a small language model with AdamW, AGR-AdamW, Adan and AGR-Adan (3 minutes)'
 	@echo 'make test    lint, and run every test (10 minutes)'
+	@echo 'make ptx     with nvcc: every test of the CUDA backend on the PTX of its kernels, and mutants of it (30 minutes)'
 	@echo 'make lint    ruff, mypy, clang-format, shellcheck'
 	@echo 'make format  what lint can mend by itself'
 	@echo 'make bench   time a step beside other optimizers'
@@ -33,6 +34,12 @@ demo: $(VENV)/examples.stamp
 # Two at a time, each file in one process, since some build programs that their tests share.
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
+
+# After a change to the kernels. AGR_PTX_SEED=2 chooses other interleavings.
+ptx: $(VENV)/development.stamp
+	AGR_PTX_MUTANTS=all $(BIN)/python -m pytest -n 2 tests/ptx/test_mutants.py $(PYTEST)
+	AGR_PTX=oldest $(BIN)/python -m pytest -n 2 --dist loadfile -k "cuda and not native" --ignore tests/ptx $(PYTEST)
+	AGR_PTX=newest $(BIN)/python -m pytest -n 2 --dist loadfile -k "cuda and not native" --ignore tests/ptx $(PYTEST)
 
 lint: $(VENV)/development.stamp
 	$(BIN)/ruff check .

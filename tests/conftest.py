@@ -10,6 +10,7 @@ from typing import Any
 # small operations are then a hundred times slower. Read when torch is loaded, so it comes before that.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import compiled
 import emulated
 import pytest
 import torch
@@ -94,8 +95,11 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(2)
     if not ON_GPU:
         interpreted.mend()
-    if agr_cuda.cuda.why_missing() is not None:
-        emulation = agr_cuda.cuda.rehearsal(emulated.launcher())
+    launcher = compiled.chosen_launcher()
+    if launcher is None and agr_cuda.cuda.why_missing() is not None:
+        launcher = emulated.launcher()
+    if launcher is not None:
+        emulation = agr_cuda.cuda.rehearsal(launcher)
         emulation.__enter__()
         config.add_cleanup(lambda: emulation.__exit__(None, None, None))
     config.addinivalue_line("filterwarnings", "ignore:.*agr=False:UserWarning")  # one-element tensors; tested once

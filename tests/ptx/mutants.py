@@ -1,0 +1,123 @@
+"""Kernels that are wrong, made from the PTX of right ones, and whether that is noticed."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import compiled
+import pytest
+import torch
+from kernel_tests import CASES, Kernel, check_cache_policies, follow
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """What is changed, as a regular expression and what takes the place of what it finds."""
+
+    name: str
+    pattern: str
+    replacement: str
+    step: int = 1  # every place of so many makes a mutant
+    at_once: bool = False  # one mutant has all places changed
+    dtype: torch.dtype = torch.float32
+    #: Mutants that are right all the same: the optimizer and the place.
+    harmless: tuple[tuple[str, int], ...] = ()
+
+    def mutants(self, optimizer: str, ptx: str) -> Iterator[tuple[int, str]]:
+        """One for each place. A mutation that finds no place is an error: it tests nothing any more."""
+        places = list(re.finditer(self.pattern, ptx))
+        assert places, f"{self.name}: {self.pattern} is not in the PTX"
+        if self.at_once:
+            yield 0, re.sub(self.pattern, self.replacement, ptx)
+            return
+        for number, place in enumerate(places[:: self.step]):
+            if (optimizer, number) not in self.harmless:
+                yield number, ptx[: place.start()] + place.expand(self.replacement) + ptx[place.end() :]
+
+
+# What stands between an instruction and one shortly after it: comments, and a few more instructions.
+BETWEEN = r"[^\n]*\n(?:[^\n]*\n){0,16}?\s*"
+# How the epoch of a word comes into %r of \2, and its comparison with this step's.
+EPOCH = rf"((?:tmp, |, 32;\s*cvt\.u32\.u64\s+)(%r\d+)\b{BETWEEN}setp\.(?:ne|eq)\.s32\s+%p\d+, (%r\d+)), \2;"
+
+# The squares' words of a chunk are also stored, if they are, where there are no squares: for all that nvcc knows.
+UNREACHABLE = (("adamw", 13), ("adan", 16))
+
+MUTATIONS = [
+    # Words of a double are told apart in float64 only: half of them have but its last bits.
+    Mutation("a word of another step is taken", EPOCH, r"\1, \3;", dtype=torch.float64),
+    Mutation(
+        "a word is stored weakly", r"st\.relaxed\.gpu\.global\.v2", "st.global.v2",
+        harmless=UNREACHABLE,
+    ),
+    Mutation("a word is loaded weakly", r"ld\.relaxed\.gpu\.global\.(v2\.)?u64", r"ld.global.\1u64"),
+    Mutation(
+        "a word is not stored", r"(st\.relaxed\.gpu\.global\.v2\.u64 \S+ \{%rd\d+), %rd\d+\}", r"\1, _}",
+        harmless=UNREACHABLE,
+    ),
+    # A ticket may be the last wherever it is drawn, but at most places seldom is.
+    Mutation("the epoch stays what it is", r"st\.relaxed\.gpu\.global\.u32[^\n]*\n", "", at_once=True),
+    Mutation("the last block does not acquire", r"atom\.acq_rel", "atom.release"),
+    Mutation("other blocks do not release", r"atom\.acq_rel", "atom.acquire"),
+    Mutation(
+        "counters do not return to 0",
+        r"(atom\.relaxed\S* %r\d+, \[%rd\d+\]), %r\d+;", r"\1, -2;", at_once=True,
+    ),
+    Mutation("all are the first to be counted", r"(atom\.relaxed\S* %r\d+, \[%rd\d+\]), %r\d+;", r"\1, 0;"),
+    Mutation("a block does not wait for its warps", r"bar\.sync\s+0;", ""),
+    # Other barriers of warps keep the compiler from moving loads: they are for speed alone.
+    Mutation(
+        "a warp does not wait for its lanes",
+        rf"(st\.shared\.u32\s+\[%r\d+\], %rd\d+;{BETWEEN})bar\.warp\.sync\s+-1;", r"\1",
+    ),
+    Mutation("all of a warp must have been last", r"vote\.sync\.any", "vote.sync.all"),
+    Mutation("a lane adds up what others do", r"shfl\.sync\.down", "shfl.sync.up", step=20),
+    Mutation("what is read again is evicted first", r"createpolicy(\S*)evict_last", r"createpolicy\1evict_first"),
+    Mutation("what is not read again is evicted last", r"createpolicy(\S*)evict_first", r"createpolicy\1evict_last"),
+    Mutation("a load is off by a vector", r"(ld\.global\.L1\S* \{[^}]*\}, \[%rd\d+)\]", r"\1+16]", step=8),
+    Mutation("a load leaves a register out", r"ld\.global\.L1(\S* \{)%r\d+,([^;]*);", r"ld.global.L1\1_,\2;", step=8),
+    Mutation("a store is missing", r"st\.global\.L2::cache_hint[^\n]*\n", "", step=3),
+    Mutation("a magnitude has a sign", r"abs\.f32(\s)", r"mov.f32\1", step=40),
+    Mutation(
+        "a step counts twice",
+        rf"(cvt\.f64\.f32\s+(%fd\d+),{BETWEEN}add\.rn\.f64\s+%fd\d+, \2), 0d3FF0{{13}};", r"\1, 0d4000000000000000;",
+    ),
+]  # fmt: skip
+
+
+LIMIT = 5_000_000  # of the instructions of a launch: these have a tenth of it
+# Small problems that together reach all of a kernel's synchronization.
+SCENARIOS = (
+    "clipped segments",
+    "segments",
+    "clipped",
+    "absent",
+    "groups",
+    "offset",
+    "clipped offset",
+    "device",
+    "scaled",
+    "launches",
+    "two chunks",
+    "no tactics in segments",
+)
+
+
+def noticed(ptx: dict[str, str], kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """How it is noticed that a kernel is wrong, or None."""
+    module = compiled.load(ptx)
+    try:
+        module.configure(seed=1, multiprocessors=4, limit=LIMIT)
+        check_cache_policies(module, kernel)
+        for seed, name in itertools.product(range(4), SCENARIOS):
+            module.configure(seed=1000 * seed, multiprocessors=3 + seed, limit=LIMIT)
+            case = CASES[name](kernel.method)
+            with monkeypatch.context() as environment:
+                case.set_environment(environment)
+                follow(kernel, case)
+    except (AssertionError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
