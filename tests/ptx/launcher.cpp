@@ -207,8 +207,9 @@ PYBIND11_MODULE(ptx_launcher, m) {
         },
         py::arg("seed"), py::arg("multiprocessors"), py::arg("blocks_each") = 1, py::arg("limit") = 50'000'000,
         py::arg("approximation_error") = 0);
-    // Runs the first kernel of a text, whose parameters are the addresses of the buffers.
-    m.def("run", [](const std::string& text, int blocks, unsigned seed, const std::vector<py::buffer>& buffers) {
+    // Runs the first kernel of a text, whose parameters are the addresses of the buffers; `in_place`: see ptx::Region.
+    m.def("run", [](const std::string& text, int blocks, unsigned seed, const std::vector<py::buffer>& buffers,
+                    bool in_place) {
         ptx::Program program = ptx::Parser::programs(text).at(0);
         std::vector<ptx::Region> memory;
         std::vector<void*> addresses;
@@ -216,6 +217,7 @@ PYBIND11_MODULE(ptx_launcher, m) {
             const py::buffer_info info = buffer.request();
             memory.push_back(ptx::Region::of("buffer " + std::to_string(addresses.size()), info.ptr,
                                              info.size * info.itemsize, !info.readonly, 4));
+            memory.back().in_place = in_place;
             addresses.push_back(info.ptr);
         }
         addresses.resize(std::size_t(program.parameter_bytes) / sizeof(void*));

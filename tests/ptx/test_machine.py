@@ -40,8 +40,8 @@ def kernel(body: str, threads: int = 32, shared: int = 64, buffers: int = 4) -> 
     """
 
 
-def run(text: str, *buffers: np.ndarray, blocks: int = 1, seed: int = 1) -> None:
-    compiled.launcher().run(text, blocks, seed, list(buffers))
+def run(text: str, *buffers: np.ndarray, blocks: int = 1, seed: int = 1, in_place: bool = False) -> None:
+    compiled.launcher().run(text, blocks, seed, list(buffers), in_place)
 
 
 def words(count: int) -> np.ndarray:
@@ -219,6 +219,39 @@ def test_a_word_is_never_seen_to_go_back() -> None:
         $done:
     """
     assert outcomes(body) == {0}
+
+
+@pytest.mark.parametrize(("waits", "in_place"), [(True, True), (True, False), (False, True)])
+def test_what_is_changed_in_place_must_have_been_read(waits: bool, in_place: bool) -> None:
+    """Block 0 reads a word, and passes on what it has read; block 1, which has waited for that, changes the word."""
+    body = f"""
+        setp.ne.u32 %p0, %thread, 0;
+        @%p0 bra $done;
+        setp.eq.u32 %p1, %block, 1;
+        @%p1 bra $writer;
+        ld.global.u32 %r1, [%a0];
+        add.u32 %r1, %r1, 1;
+        st.relaxed.gpu.global.u32 [%a0+64], %r1;
+        bra $done;
+        $writer:
+        ld.relaxed.gpu.global.u32 %r1, [%a0+64];
+        setp.eq.u32 %p2, %r1, {0 if waits else 99};
+        @%p2 bra $writer;
+        st.global.u32 [%a0], 5;
+        $done:
+    """
+    memory = np.zeros(16, np.uint64)
+
+    def run_all() -> None:
+        for seed in range(50):
+            memory[:] = 0
+            run(kernel(body, buffers=1), memory, blocks=2, seed=seed, in_place=in_place)
+
+    if waits and in_place:
+        run_all()
+    else:
+        with pytest.raises(RuntimeError, match="a race in buffer 0"):
+            run_all()
 
 
 def test_atomic_operations_lose_nothing() -> None:
