@@ -21,69 +21,96 @@ namespace ptx {
 using Clock = std::vector<u32>;
 using SharedClock = std::shared_ptr<const Clock>;
 
+// What comes with the value of a strong store, for whoever observes it.
+struct Published {
+    SharedClock knowledge;     // what an acquire gets to know
+    SharedClock dependencies;  // what the value may depend on
+};
+
 class Causality {
 public:
     explicit Causality(u32 threads)
-        : seen_(threads, std::make_shared<Clock>(threads)), time_(threads, 1), read_(threads), fenced_(threads) {}
+        : time_(threads, 1),
+          seen_(threads, std::make_shared<Clock>(threads)),
+          depends_(seen_),
+          read_(threads),
+          fenced_(threads) {}
 
     Stamp now(u32 thread) const { return {thread, time_[thread]}; }
 
-    bool happened_before(Stamp stamp, u32 thread) const {
-        return stamp.thread == thread || stamp.time <= (*seen_[thread])[stamp.thread];
-    }
+    bool happened_before(Stamp stamp, u32 thread) const { return is_in(seen_, stamp, thread); }
+
+    // Whether what the thread does now may depend on what was done then, through values that were passed on in any
+    // order. A read that this is true of cannot return what the thread writes now: the value would depend on itself
+    // (PTX ISA, axiom "No-Thin-Air").
+    bool may_depend_on(Stamp stamp, u32 thread) const { return is_in(depends_, stamp, thread); }
 
     // After a barrier, threads know what all of them have done.
     void barrier(u32 first, u32 count) {
-        std::set<const Clock*> distinct;
-        for (u32 t = first; t < first + count; ++t) distinct.insert(seen_[t].get());
-        auto joined = std::make_shared<Clock>(**distinct.begin());
-        for (const Clock* clock : distinct) join(*joined, *clock);
-        for (u32 t = first; t < first + count; ++t) (*joined)[t] = time_[t];
-        for (u32 t = first; t < first + count; ++t) {
-            seen_[t] = joined;
-            ++time_[t];
+        for (auto* clocks : {&seen_, &depends_}) {
+            std::set<const Clock*> distinct;
+            for (u32 t = first; t < first + count; ++t) distinct.insert((*clocks)[t].get());
+            auto joined = std::make_shared<Clock>(**distinct.begin());
+            for (const Clock* clock : distinct) join(*joined, *clock);
+            for (u32 t = first; t < first + count; ++t) (*joined)[t] = time_[t];
+            for (u32 t = first; t < first + count; ++t) (*clocks)[t] = joined;
         }
+        for (u32 t = first; t < first + count; ++t) ++time_[t];
     }
 
-    // What whoever observes a store of this order gets to know if he acquires it: all that the thread knows if it
-    // releases, or what it knew at its last fence.
-    SharedClock published(u32 thread, Order order) {
-        if (!releases(order)) return fenced_[thread];
-        auto clock = std::make_shared<Clock>(*seen_[thread]);
-        (*clock)[thread] = time_[thread]++;
-        return clock;
+    // What goes with a store of this order: all that the thread knows if it releases, or what it knew at its last
+    // fence.
+    Published published(u32 thread, Order order) {
+        const Published result = {releases(order) ? with_now(seen_, thread) : fenced_[thread],
+                                  with_now(depends_, thread)};
+        ++time_[thread];
+        return result;
     }
 
     // A load has observed what was published; a later fence acquires what a relaxed load has observed.
-    void observe(u32 thread, Order order, const SharedClock& clock) {
-        if (clock == nullptr) return;
+    void observe(u32 thread, Order order, const Published& published) {
         SharedClock& into = acquires(order) ? seen_[thread] : read_[thread];
-        into = joined(into, clock);
+        into = joined(into, published.knowledge);
+        depends_[thread] = joined(depends_[thread], published.dependencies);
     }
 
     void fence(u32 thread) {
         seen_[thread] = joined(seen_[thread], read_[thread]);
-        fenced_[thread] = published(thread, Order::release);
+        fenced_[thread] = with_now(seen_, thread);
+        ++time_[thread];
     }
 
+    static Published joined(const Published& a, const Published& b) {
+        return {joined(a.knowledge, b.knowledge), joined(a.dependencies, b.dependencies)};
+    }
+
+private:
+    std::vector<u32> time_;
+    std::vector<SharedClock> seen_, depends_;  // of each thread
+    std::vector<SharedClock> read_, fenced_;
+
+    static bool is_in(const std::vector<SharedClock>& clocks, Stamp stamp, u32 thread) {
+        return stamp.thread == thread || stamp.time <= (*clocks[thread])[stamp.thread];
+    }
+    SharedClock with_now(const std::vector<SharedClock>& clocks, u32 thread) const {
+        auto clock = std::make_shared<Clock>(*clocks[thread]);
+        (*clock)[thread] = time_[thread];
+        return clock;
+    }
     static SharedClock joined(const SharedClock& a, const SharedClock& b) {
         if (a == nullptr || b == nullptr) return a == nullptr ? b : a;
         auto both = std::make_shared<Clock>(*a);
         join(*both, *b);
         return both;
     }
-
-private:
-    std::vector<SharedClock> seen_;
-    std::vector<u32> time_;
-    std::vector<SharedClock> read_, fenced_;
-
     static void join(Clock& into, const Clock& from) {
         for (std::size_t t = 0; t < into.size(); ++t) into[t] = std::max(into[t], from[t]);
     }
 };
 
 // Data races: two accesses to the same bytes, at least one of them a write, that are neither ordered nor both strong.
+// In a region that is changed in place, a write that may depend on an earlier read is let be.
+//
 // After FastTrack (Flanagan and Freund, PLDI 2009): mostly, the last write and the last read are all that has to be
 // kept.
 class Races {
@@ -103,15 +130,17 @@ public:
         for (u64 k = first / region.unit; k <= last / region.unit; ++k) {
             Cell& cell = region.cells[k];
             if (unordered(cell.write, thread)) return {"write", cell.write.thread};
-            if (writes && unordered(cell.read, thread)) return {"read", cell.read.thread};
+            if (writes && read_too_late(region, cell.read, thread)) return {"read", cell.read.thread};
             if (cell.others >= 0) {
                 const Others& others = others_[std::size_t(cell.others)];
+                const auto is_unordered = [&](Stamp stamp) { return unordered(stamp, thread); };
+                const auto is_too_late = [&](Stamp stamp) { return read_too_late(region, stamp, thread); };
                 int other = -1;
-                if (!strong && (other = unordered(others.strong_writes, region, thread)) >= 0)
+                if (!strong && (other = find(others.strong_writes, region, is_unordered)) >= 0)
                     return {"strong write", u32(other)};
-                if (writes && !strong && (other = unordered(others.strong_reads, region, thread)) >= 0)
+                if (writes && !strong && (other = find(others.strong_reads, region, is_unordered)) >= 0)
                     return {"strong read", u32(other)};
-                if (writes && (other = unordered(others.weak_reads, region, thread)) >= 0) return {"read", u32(other)};
+                if (writes && (other = find(others.weak_reads, region, is_too_late)) >= 0) return {"read", u32(other)};
             }
             if (strong) {
                 Others& others = others_of(cell);
@@ -143,10 +172,14 @@ private:
     bool unordered(Stamp stamp, u32 thread) const {
         return stamp.time != 0 && !causality_.happened_before(stamp, thread);
     }
-    // One of the threads, or -1.
-    int unordered(const std::vector<u32>& times, const Region& region, u32 thread) const {
+    bool read_too_late(const Region& region, Stamp read, u32 thread) const {
+        return unordered(read, thread) && !(region.in_place && causality_.may_depend_on(read, thread));
+    }
+    // A thread whose stamp is as asked for, or -1.
+    template <class Is>
+    static int find(const std::vector<u32>& times, const Region& region, Is is) {
         for (u32 t = 0; t < times.size(); ++t)
-            if (unordered(Stamp{region.first_thread + t, times[t]}, thread)) return int(region.first_thread + t);
+            if (is(Stamp{region.first_thread + t, times[t]})) return int(region.first_thread + t);
         return -1;
     }
     Others& others_of(Cell& cell) {
@@ -171,7 +204,7 @@ public:
     // operations continue.
     void write(u64 address, u32 size, u64 value_before, u32 thread, Order order, bool atomic, u64 clock) {
         std::vector<Store>& stores = word(address, size);
-        SharedClock published = causality_.published(thread, order);
+        Published published = causality_.published(thread, order);
         if (atomic && !stores.empty()) {
             causality_.observe(thread, order, stores.back().published);
             published = Causality::joined(published, stores.back().published);
@@ -207,7 +240,7 @@ private:
         u64 value_before;
         Stamp by;
         u64 visible_at;  // to all threads, in instructions
-        SharedClock published;
+        Published published;
     };
     struct Word {
         u32 size = 0;

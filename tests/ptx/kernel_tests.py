@@ -13,9 +13,25 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 import compiled
+import numpy as np
+import oracle
 import pytest
 import torch
-from helpers import ADAMW, ADAN, METHODS, Method, assert_close, gradient, oracle_for, parameters, plain, to_numpy
+from helpers import (
+    ADAMW,
+    ADAN,
+    METHODS,
+    Method,
+    assert_close,
+    assert_rounded,
+    gradient,
+    oracle_for,
+    parameters,
+    plain,
+    relative_error,
+    same_bits,
+    to_numpy,
+)
 from torch import Tensor
 
 import agr_cuda.cuda
@@ -115,6 +131,13 @@ def at_offset(x: Tensor, offset: int) -> Tensor:
     return memory[offset:].view(x.shape).copy_(x)
 
 
+def heavy_tailed(g: Tensor, step: int) -> Tensor:
+    """With one element by which an error in the sum of the others is seen."""
+    if g.numel() > 1:
+        g[(977 * step) % g.numel() - 1] *= g.numel() ** 0.5
+    return g
+
+
 def change_options(optimizer: Any, expected: Any) -> None:
     """As a schedule does, so that no number of the last step is right in this one."""
     for group, of_oracle in zip(optimizer.param_groups, expected.groups, strict=True):
@@ -146,8 +169,7 @@ def follow(kernel: Kernel, case: Case) -> None:
         gradients: list[Any] = []
         for index, p in enumerate(everything):
             g = gradient(p.detach().to(p.grad_dtype or p.dtype), generator, step)
-            if g.numel() > 1:  # one element by which an error in the others' sum is seen
-                g[(977 * step) % g.numel() - 1] *= g.numel() ** 0.5
+            g = heavy_tailed(g, step)
             if p.dtype != kernel.dtype:
                 g *= 1e-4  # of a float64 norm, squares added in float32 must not be much
             absent = case.absent(step, index)
@@ -163,6 +185,53 @@ def follow(kernel: Kernel, case: Case) -> None:
         if not skipped:
             expected.step(gradients)
     assert_close(optimizer, expected)
+
+
+# The cases in which gradients are regularized in place.
+REGULARIZED = [name for name in CASES if name not in ("device", "absent", "launches")]
+REGULARIZED_TYPES = [kernel.dtype for kernel in KERNELS if kernel.method is ADAMW and kernel.gradient == kernel.dtype]
+
+
+def follow_regularization(dtype: torch.dtype, case: Case) -> None:
+    """regularize_gradients_ beside its equation, on the sizes of a case."""
+    generator = torch.Generator().manual_seed(5)
+    params = parameters(generator, [(size,) for size in case.sizes * len(case.groups)], dtype)
+    for step in range(case.steps):
+        scale = case.scale and case.scale * 2.0**-step
+        skipped = scale is not None and step == 1
+        gradients = [heavy_tailed(gradient(p.detach(), generator, step), step) for p in params]
+        norm = float(np.sqrt(sum(np.sum(to_numpy(g) ** 2) for g in gradients)))
+        factor = 1.0 if case.max_grad_norm is None else min(1.0, case.max_grad_norm / (norm + 1e-6))
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = at_offset(g * (scale or 1), case.offset)
+        before = [p.grad.clone() for p in params if p.grad is not None]
+        agr_cuda.regularize_gradients_(
+            params, max_norm=case.max_grad_norm, backend="cuda", grad_scale=scale,
+            found_inf=None if scale is None else torch.full((), float(skipped)),
+        )  # fmt: skip
+        for p, g, was in zip(params, gradients, before, strict=True):
+            assert p.grad is not None
+            expected = oracle.psi(factor * to_numpy(g))
+            if skipped:
+                assert same_bits(p.grad, was)
+            elif dtype in SIXTEEN_BIT:
+                assert_rounded("a gradient", p.grad, oracle.round_to(expected, str(dtype).removeprefix("torch.")))
+            else:
+                assert relative_error(p.grad, expected) <= (1e-13 if dtype == torch.float64 else 1e-6)
+
+
+def check_cache_policies_of_regularization(module: ModuleType, dtype: torch.dtype) -> None:
+    """What is regularized in place is read twice, like any gradient, and then left to the optimizer."""
+    params = parameters(torch.Generator().manual_seed(5), [(9216,), (4096,), (640,)], dtype)
+    for max_norm in (None, 0.5):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        module.take_traffic()
+        agr_cuda.regularize_gradients_(params, max_norm=max_norm, backend="cuda")
+        traffic = module.take_traffic()["gradient"]
+        read = sum(p.numel() for p in params) * dtype.itemsize
+        assert traffic["loaded"] == [0, read, read], f"{max_norm}: {traffic}"
+        assert traffic["stored"] == [read, 0, 0], f"{max_norm}: {traffic}"
 
 
 def check_cache_policies(module: ModuleType, kernel: Kernel) -> None:
@@ -216,21 +285,33 @@ class KernelTests:
         number = list(itertools.product(CASES, KERNELS)).index((name, kernel))
         case.set_environment(monkeypatch)
         # Each with another interleaving, grid and error of what hardware approximates.
-        module.configure(
-            seed=100 * number, multiprocessors=3 + number % 5, approximation_error=number % 3, limit=50_000_000
-        )
+        module.configure(seed=100 * number, multiprocessors=3 + number % 5, approximation_error=number % 3)
         follow(kernel, case)
         self.followed.add((self.architecture, name, kernel))
+
+    @pytest.mark.parametrize("dtype", REGULARIZED_TYPES, ids=str)
+    @pytest.mark.parametrize("name", REGULARIZED)
+    def test_gradients_are_regularized(
+        self, module: ModuleType, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        case = CASES[name](ADAMW)
+        number = list(itertools.product(REGULARIZED, REGULARIZED_TYPES)).index((name, dtype))
+        case.set_environment(monkeypatch)
+        module.configure(seed=100 * number, multiprocessors=3 + number % 5, approximation_error=number % 3)
+        follow_regularization(dtype, case)
+
+    @pytest.mark.parametrize("dtype", REGULARIZED_TYPES, ids=str)
+    def test_regularized_gradients_have_their_cache_policy(self, module: ModuleType, dtype: torch.dtype) -> None:
+        module.configure(seed=1, multiprocessors=4)
+        check_cache_policies_of_regularization(module, dtype)
 
     def test_all_synchronization_has_been_reached(self, module: ModuleType) -> None:
         """By the tests above: otherwise some of a kernel goes untested."""
         if not self.followed >= set(itertools.product([self.architecture], CASES, KERNELS)):
             pytest.skip("only some of the tests above have run")
-        coverage = module.coverage()
-        launched = {name for name, _, _, count in coverage if count > 0}
-        assert len(launched) > len(KERNELS)
-        missed = [(name, source, text) for name, source, text, count in coverage if name in launched and count == 0]
-        missed = [place for place in missed if SYNCHRONIZES.match(place[2])]
+        # Where gradients are regularized in place, no steps are counted, and no gradients are missing.
+        coverage = [place for place in module.coverage() if "RegularizeRules" not in place[0]]
+        missed = [place for place in coverage if SYNCHRONIZES.match(place[2]) and place[3] == 0]
         assert not missed, "\n".join(map(str, missed))
 
     @pytest.mark.parametrize("kernel", KERNELS, ids=str)

@@ -86,7 +86,9 @@ private:
         for (std::int32_t i = 0; i < args_.tensors; ++i) {
             const Row& row = args_.rows[i];
             if (kernel.family == Family::regularize) {
+                // An update writes what others have read to compute the sum that it depends on.
                 writable("gradient", gradients[i], row.elements * gradient_bytes, gradient_bytes);
+                if (gradients[i] != nullptr) regions.back().in_place = true;
                 continue;
             }
             writable("parameter", row.parameter, row.elements * bytes, bytes);

@@ -29,6 +29,7 @@ struct Region {
     std::vector<Cell> cells;
     u32 first_thread = 0, threads = 0;                                            // that can access it
     u64 loaded[policies] = {}, stored[policies] = {}, prefetched[policies] = {};  // bytes, by cache policy
+    bool in_place = false;  // all of it is read before it is written, by dependencies alone: see causality.h
     bool has_strong_stores = false;
 
     static Region of(const std::string& name, const void* begin, std::int64_t bytes, bool writable, u32 unit) {
@@ -56,6 +57,7 @@ public:
             Region& last = all_.back();
             last.end = std::max(last.end, region.end);
             last.writable |= region.writable;
+            last.in_place |= region.in_place;
             last.unit = std::min(last.unit, region.unit);
         }
     }

@@ -10,7 +10,17 @@ from dataclasses import dataclass
 import compiled
 import pytest
 import torch
-from kernel_tests import CASES, Kernel, check_cache_policies, follow
+from helpers import ADAMW
+from kernel_tests import (
+    CASES,
+    KERNELS,
+    REGULARIZED,
+    Kernel,
+    check_cache_policies,
+    check_cache_policies_of_regularization,
+    follow,
+    follow_regularization,
+)
 
 
 @dataclass(frozen=True)
@@ -106,18 +116,31 @@ SCENARIOS = (
 )
 
 
-def noticed(ptx: dict[str, str], kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> str | None:
-    """How it is noticed that a kernel is wrong, or None."""
+def noticed(ptx: dict[str, str], optimizer: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """How it is noticed that a kernel of parameters of a type is wrong, or None."""
     module = compiled.load(ptx)
     try:
         module.configure(seed=1, multiprocessors=4, limit=LIMIT)
-        check_cache_policies(module, kernel)
+        if optimizer == "regularize":
+            check_cache_policies_of_regularization(module, dtype)
+        else:
+            check_cache_policies(module, kernel_of(optimizer, dtype))
         for seed, name in itertools.product(range(4), SCENARIOS):
             module.configure(seed=1000 * seed, multiprocessors=3 + seed, limit=LIMIT)
-            case = CASES[name](kernel.method)
             with monkeypatch.context() as environment:
-                case.set_environment(environment)
-                follow(kernel, case)
+                if optimizer != "regularize":
+                    kernel = kernel_of(optimizer, dtype)
+                    case = CASES[name](kernel.method)
+                    case.set_environment(environment)
+                    follow(kernel, case)
+                elif name in REGULARIZED:
+                    case = CASES[name](ADAMW)
+                    case.set_environment(environment)
+                    follow_regularization(dtype, case)
     except (AssertionError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def kernel_of(optimizer: str, dtype: torch.dtype) -> Kernel:
+    return next(kernel for kernel in KERNELS if (kernel.method.name.lower(), kernel.dtype) == (optimizer, dtype))
