@@ -125,7 +125,8 @@ class BuildWithNinja(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Build the extension."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        folder = Path(self.build_temp).resolve()
+        # An editable installation is made anew after every change of a source: its objects stay in the checkout.
+        folder = ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp).resolve()
         for made in (folder, target.parent):
             made.mkdir(parents=True, exist_ok=True)
         nvcc = find_nvcc()

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import device_of
-from helpers import ADAMW, Method, give_gradients, parameters, run
+from helpers import ADAMW, Method, give_gradients, parameters, run, same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import agr_cuda
+from agr_cuda.native import native
 
 SMALL = [(7,), (64, 33), (31,), (), (0,)]
 
@@ -134,3 +135,31 @@ def test_any_limits_give_the_same_step(method: Method, monkeypatch, device, gene
     for other in results[1:]:
         for p, q in zip(results[0], other, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
+# What a launch can do without.
+
+
+@pytest.mark.parametrize("without", [*native().cuda_tactics, ",".join(native().cuda_tactics)])
+def test_a_tactic_changes_the_time_alone(without: str, method: Method, device, monkeypatch) -> None:
+    """Squares in float64 are another number: without clipping, all have the same bits."""
+
+    def after_steps() -> list[torch.Tensor]:
+        params = parameters(torch.Generator().manual_seed(3), [*SMALL, (9001,)], device=device)
+        groups = [{"params": params[:3]}, {"params": params[3:-1], "agr": False}, {"params": params[-1:]}]
+        optimizer = method.ours(groups, backend="cuda")
+        run(optimizer, 3)
+        return [p.detach() for p in params] + [x for p in params for x in optimizer.state[p].values()]
+
+    expected = after_steps()
+    monkeypatch.setenv("AGR_CUDA_WITHOUT", without)
+    assert all(same_bits(x, y) for x, y in zip(after_steps(), expected, strict=True))
+
+
+def test_a_tactic_that_there_is_not_is_refused(method: Method, device, generator, monkeypatch) -> None:
+    monkeypatch.setenv("AGR_CUDA_WITHOUT", "no_fences, haste")
+    optimizer = method.ours(parameters(generator, SMALL, device=device), backend="cuda")
+    before = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+    with pytest.raises(ValueError, match="AGR_CUDA_WITHOUT names 'haste'; there are prefetch_chunk, "):
+        run(optimizer, 1)
+    assert all(same_bits(p.detach(), x) for p, x in zip(optimizer.param_groups[0]["params"], before, strict=True))

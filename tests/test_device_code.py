@@ -238,9 +238,9 @@ def test_an_update_of_adamw_has_two_batches_of_loads_under_way(kernels: Kernels,
 
 
 def test_an_update_keeps_its_numbers_in_registers(kernels: Kernels) -> None:
-    """And does not read them from shared memory for every element: all else in a kernel takes 40 to 70 reads."""
+    """And does not read them from shared memory for every element: all else in a kernel takes 40 to 80 reads."""
     for (architecture, name), kernel in kernels.items():
-        assert kernel.count(r"LDS\b") <= 72, f"sm_{architecture} {name}"
+        assert kernel.count(r"LDS\b") <= 80, f"sm_{architecture} {name}"
 
 
 def test_a_chunk_is_prefetched(kernels: Kernels) -> None:

@@ -711,7 +711,7 @@ def test_the_best_values_are_those_that_are_worth_it_on_average() -> None:
 
 def test_a_sweep_times_every_setting_on_every_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "tune.json"
-    sweep = ["--chunk", "4096", "8192", "--blocks", "1", "--window", "--lead", "--sets", "2x50", "3x70"]
+    sweep = ["--chunk", "4096", "8192", "--blocks", "1", "--window", "--lead", "--prefetch", "--sets", "2x50", "3x70"]
     assert tune.main(["--device", "cpu", "--seconds", "0.01", "--copy-mebibytes", "1", "--out", str(path), *sweep]) == 0
     found = json.loads(path.read_text())["sweep"]["results"]
     settings = ["default", "chunk 4096", "chunk 8192", "blocks 1"]

@@ -189,11 +189,17 @@ class Replay:
             cache.read_bytes += streams * piece
             prefetched = min(piece, ahead)
             ahead -= prefetched
-            held = streams * min(piece - prefetched, IN_FLIGHT)
-            cache.hold(held)
-            yield pace * (overhead + self.accesses * piece)
-            overhead = 0
-            cache.release(held + streams * prefetched)
+            if prefetched:
+                # However coarse the piece, what was prefetched is used first, and then no longer held.
+                yield pace * (overhead + self.accesses * prefetched)
+                overhead = 0
+                cache.release(streams * prefetched)
+            if rest := piece - prefetched:
+                held = streams * min(rest, IN_FLIGHT)
+                cache.hold(held)
+                yield pace * (overhead + self.accesses * rest)
+                overhead = 0
+                cache.release(held)
             if streams:
                 cache.write(line + 1, streams * piece, priority)
             if self.in_place:

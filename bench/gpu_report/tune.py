@@ -1,8 +1,9 @@
 """Sweep the tunables of the CUDA launch: `python -m bench.gpu_report.tune --out FILE.json`.
 
 The cuda backend reads them from the environment when it lays a schedule: AGR_CUDA_CHUNK (elements of a chunk),
-AGR_CUDA_WINDOW and AGR_CUDA_LEAD (bytes of gradient), AGR_CUDA_BLOCKS (blocks a multiprocessor). First each is varied
-alone, then the best values of all are tried together; with --product, all combinations of the values given.
+AGR_CUDA_WINDOW and AGR_CUDA_LEAD (bytes of gradient), AGR_CUDA_BLOCKS (blocks a multiprocessor), AGR_CUDA_PREFETCH
+(bytes that updates of all blocks prefetch). First each is varied alone, then the best values of all are tried together;
+with --product, all combinations of the values given.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ SWEPT = {
     "window": (4 * MIB, 8 * MIB, 12 * MIB, 16 * MIB, 24 * MIB, 32 * MIB),
     "lead": (0, 2 * MIB, 4 * MIB, 8 * MIB, 16 * MIB),
     "blocks": (1, 2, 3, 4),
+    "prefetch": (0, 3 * MIB, 12 * MIB, 24 * MIB, 48 * MIB),
 }
+IN_MIB = ("window", "lead", "prefetch")
 SETS = ("gpt2", "vit-b-16", "llama-3.2-1b")
 WORTH = 0.99  # of the default's time, on average over the sets: what a value must beat to be combined with others
 
@@ -39,9 +42,7 @@ def variables(setting: Setting) -> Variables:
 
 def label(setting: Setting) -> str:
     """Return how a setting is shown."""
-    shown = {
-        name: f"{value / MIB:g} MiB" if name in ("window", "lead") else str(value) for name, value in setting.items()
-    }
+    shown = {name: f"{value / MIB:g} MiB" if name in IN_MIB else str(value) for name, value in setting.items()}
     return ", ".join(f"{name} {value}" for name, value in shown.items()) or "default"
 
 
