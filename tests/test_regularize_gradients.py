@@ -23,8 +23,9 @@ from helpers import (
 import agr_cuda
 from agr_cuda import regularize_gradients_
 
+# Of float32: 1/S, which PTX lets a GPU have a unit in the last place off, and three roundings.
 TOLERANCE = {
-    torch.float32: 2e-7, torch.complex64: 3e-7, torch.float64: 1e-15, torch.complex128: 1e-15,
+    torch.float32: 3e-7, torch.complex64: 3e-7, torch.float64: 1e-15, torch.complex128: 1e-15,
 }  # fmt: skip
 
 
