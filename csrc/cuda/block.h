@@ -21,7 +21,7 @@
 // is the last. There are no floating-point atomics.
 //
 // Memory order. Blocks exchange data in words alone, and all accesses to them and to counters are relaxed, so no order
-// between two addresses is ever relied on. There are two exceptions.
+// between two addresses is ever relied on. There are three exceptions.
 //
 // - The epoch is incremented by the block that draws the launch's last ticket, while others may not have read it yet,
 //   as far as the order of these accesses is concerned. But every block reads it before it draws its first ticket, and
@@ -31,6 +31,9 @@
 // - Step counts that belong to several tasks, of which none can know that it is the last, are incremented by the last
 //   block that runs out of tasks. It must not do so before all others have read them: blocks are counted with release
 //   and acquire. Launches without such counts skip this, and have no fence at all.
+// - Gradients that are regularized in place are overwritten by an UPDATE after REDUCEs of other blocks have read them,
+//   with no release and acquire between. What is written depends on the abs-sum, and this on what they have read: a
+//   read that saw the new value would depend on itself, as above.
 //
 // Launches. A launch sees everything that earlier launches in its stream wrote. Counters return to 0 by themselves; the
 // epoch increases with every launch that publishes sums, so that a captured launch can be replayed, and no word of an
