@@ -32,7 +32,7 @@ struct AbsSum {
         // to 1.
         const bool finite = rounded - rounded == T(0);
         if (!finite || rounded == T(0)) return {rounded, T(0), T(1), T(1)};
-        return {rounded, static_cast<T>(sum - static_cast<double>(rounded)), T(1) / rounded, prescale};
+        return {rounded, static_cast<T>(sum - static_cast<double>(rounded)), reciprocal(rounded), prescale};
     }
 
     // `scale` is the factor that every element is multiplied by after psi (clipping, the sign of `maximize`):

@@ -51,6 +51,16 @@ AGR_INLINE double magnitude(double x) { return fabs(x); }
 AGR_INLINE float square_root(float x) { return sqrtf(x); }
 AGR_INLINE double square_root(double x) { return sqrt(x); }
 
+// 1 / x, rounded once. On a GPU, a division of float32 may be two units in the last place off (-prec-div=false).
+AGR_INLINE float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+    return __frcp_rn(x);
+#else
+    return 1 / x;
+#endif
+}
+AGR_INLINE double reciprocal(double x) { return 1 / x; }
+
 // Returns a where x is positive, and b where x is negative or -0. Written with bit operations because nvcc compiles a
 // loop twice if it contains a condition that does not change within the loop.
 AGR_INLINE float select_by_sign(float x, float a, float b) {
