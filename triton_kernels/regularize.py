@@ -3,9 +3,8 @@
 import triton
 import triton.language as tl
 
-from . import tables as t
 from .rules import aligned, regularized
-from .update import _abs_sum, _load, _store
+from .update import _abs_sum, _load, _store, _task
 
 
 @triton.jit
@@ -27,15 +26,8 @@ def regularize_step(
     GRADIENT: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """Replace the gradients by clip / grad_scale * psi, or do nothing if `found_inf` is nonzero."""
-    skipped = tl.load(found_inf) != 0.0
-    tensor = tl.load(tasks + 2 * tl.program_id(0))
-    chunk = tl.load(tasks + 2 * tl.program_id(0) + 1)
-    row = rows + tensor * t.ROW
-    chunk_elements = tl.load(limits + 1)
-    first = chunk * chunk_elements
-    count = tl.minimum(tl.load(row + t.ELEMENTS) - first, chunk_elements).to(tl.int32)
-    address = tl.load(gradients + tensor)
-    count = tl.where(skipped | (address == 0), 0, count)
+    skipped = (tl.load(found_inf) != 0.0).to(tl.int32)
+    _, _, row, first, count, address = _task(limits, rows, tasks, gradients, skipped)
     # Rounded as in the step of an optimizer, which computes the first factor in its first launch.
     scale = 1.0 / tl.load(grad_scale).to(tl.float64) * tl.load(clip)
     total, rest, inverse, lift = _abs_sum(row, sums, scale, TYPE, SUMS)

@@ -103,13 +103,11 @@ def _update_elements(
 
 
 @triton.jit
-def update_step(
-    limits, rows, tasks, gradients, groups, sums, coefficients, clip, found_inf,
-    ADAN: tl.constexpr, PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, TYPE: tl.constexpr,
-    BLOCK: tl.constexpr, REST: tl.constexpr, SUMS: tl.constexpr,
-):  # fmt: skip
-    """Update every chunk and count the step, or do nothing if `found_inf` is nonzero."""
-    skipped = (tl.load(found_inf) != 0.0).to(tl.int32)
+def _task(limits, rows, tasks, gradients, skipped):
+    """Return the program's tensor and chunk, the tensor's row, the chunk's place in it, and the gradient's address.
+
+    The chunk has no elements if the step is skipped, or if the tensor has no gradient in this step.
+    """
     tensor = tl.load(tasks + 2 * tl.program_id(0))
     chunk = tl.load(tasks + 2 * tl.program_id(0) + 1)
     row = rows + tensor * t.ROW
@@ -117,8 +115,18 @@ def update_step(
     first = chunk * chunk_elements
     count = tl.minimum(tl.load(row + t.ELEMENTS) - first, chunk_elements).to(tl.int32)
     address = tl.load(gradients + tensor)
-    # A tensor without a gradient in this step stays unchanged.
-    count = tl.where((skipped != 0) | (address == 0), 0, count)
+    return tensor, chunk, row, first, tl.where((skipped != 0) | (address == 0), 0, count), address
+
+
+@triton.jit
+def update_step(
+    limits, rows, tasks, gradients, groups, sums, coefficients, clip, found_inf,
+    ADAN: tl.constexpr, PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, TYPE: tl.constexpr,
+    BLOCK: tl.constexpr, REST: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """Update every chunk and count the step, or do nothing if `found_inf` is nonzero."""
+    skipped = (tl.load(found_inf) != 0.0).to(tl.int32)
+    tensor, chunk, row, first, count, address = _task(limits, rows, tasks, gradients, skipped)
 
     coefficients += tensor * t.COEFFICIENTS
     scale = tl.load(coefficients + t.GRADIENT_SCALE) * tl.load(clip)
