@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -279,3 +282,30 @@ def snapshot(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
                 assert same(now[name], values[name]), f"{name} changed"
 
     return check
+
+
+def assert_child_ends_well(locks: Sequence[Any], target: Callable[..., None], *args: Any) -> None:
+    """Call `target` in a child that is forked while another thread holds these locks: it must not wait for them."""
+    held, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock)
+            held.set()
+            go.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    try:
+        child = multiprocessing.get_context("fork").Process(target=target, args=args)
+        child.start()
+        child.join(60)
+        hanging = child.is_alive()
+        child.kill()
+        assert not hanging
+        assert child.exitcode == 0
+    finally:
+        go.set()
+        thread.join()

@@ -727,6 +727,25 @@ def test_bad_arguments_are_refused_by_name(
     assert allowed in message
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *(("latency", x) for x in ("--gpus=h900", "--sets=gpt5", "--rules=SGD", "--dtype=float64", "--kernels=2.0")),
+        *(("traffic", x) for x in ("--sets=gpt5", "--l2=0", "--blocks=-1", "--share=0", "--dtype=int8", "--tag=../x")),
+    ],
+)
+def test_bad_arguments_of_a_prediction_are_refused_by_name(
+    command: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, option])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    name, _, value = option.partition("=")
+    assert name in message
+    assert repr(value) in message
+
+
 @pytest.mark.usefixtures("threads")
 def test_a_missing_peer_gets_a_row_that_names_its_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

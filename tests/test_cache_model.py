@@ -293,14 +293,3 @@ def test_a_sweep_says_which_window_and_lead_are_best(tmp_path: Path, capsys: pyt
     )
     highest = max(row["reach"] for row in own)
     assert float(line.rpartition(" ")[2].rstrip("%")) == pytest.approx(100 * highest, abs=0.16)
-
-
-@pytest.mark.parametrize("option", ["--sets=gpt5", "--l2=0", "--blocks=-1", "--share=0", "--dtype=int8", "--tag=../x"])
-def test_bad_arguments_are_refused_by_name(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["traffic", option])
-    assert stopped.value.code == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    name, _, value = option.partition("=")
-    assert name in message
-    assert repr(value) in message

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import threading
 import time
 
 import pytest
 import torch
-from helpers import Method, all_params, copies, parameters, run, same_bits
+from helpers import Method, all_params, assert_child_ends_well, copies, parameters, run, same_bits
 
 import agr_cuda
 
@@ -19,27 +18,7 @@ def test_a_child_forked_in_the_midst_of_a_step_steps_and_saves(on_cpu: str, meth
     """Another thread holds the lock that a step holds: it stands for a step that the fork came into."""
     optimizer = method.ours(parameters(generator, [(64, 33), (31,)]), backend=on_cpu)
     run(optimizer, 1)
-    held, go = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with optimizer._lock:
-            held.set()
-            go.wait()
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    held.wait()
-    try:
-        child = multiprocessing.get_context("fork").Process(target=step_and_save, args=(optimizer,))
-        child.start()
-        child.join(60)
-        hanging = child.is_alive()
-        child.kill()
-        assert not hanging
-        assert child.exitcode == 0
-    finally:
-        go.set()
-        thread.join()
+    assert_child_ends_well([optimizer._lock], step_and_save, optimizer)
     run(optimizer, range(1, 3))
 
 

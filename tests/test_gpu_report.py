@@ -13,10 +13,12 @@ import tarfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import agr_cuda
 from bench.__main__ import build_parser
 from bench.gpu_report import counters, digests, exercise, runner, stages, tactics, tune, variants
 from bench.gpu_report.__main__ import main
@@ -551,9 +553,9 @@ def test_every_variant_steps_with_its_variables_and_leaves_none_behind(monkeypat
     seen: dict[torch.optim.Optimizer, list[str | None]] = {}
     step = variants.agr_cuda.Adan.step
 
-    def watched(self: torch.optim.Optimizer) -> None:
+    def watched(self: agr_cuda.Adan) -> None:
         assert self.param_groups[0]["params"][0].dtype == torch.bfloat16
-        assert self.max_grad_norm == 1.0  # type: ignore[attr-defined]
+        assert self.max_grad_norm == 1.0
         seen.setdefault(self, []).append(os.environ.get("AGR_CUDA_WITHOUT"))
         step(self)
 
@@ -638,8 +640,8 @@ def test_tactics_are_timed_one_by_one_and_those_not_worth_it_together(
     monkeypatch.setattr(tactics, "CASES", {name: Case(name, name, steps=2) for name in ("2x50", "3x70")})
     ratios = {"none": 1.0, "none (control)": 1.0, "one": 1.0, "two": 1.1, "three": 0.9, "one, three": 1.05}
 
-    def measured(case: Case, tried: variants.Variants, *rest: object) -> list[Result]:
-        measure(case, tried, *rest)  # type: ignore[arg-type]
+    def measured(case: Case, tried: variants.Variants, *rest: Any) -> list[Result]:
+        measure(case, tried, *rest)
         exact = [results(name, [ratios[name]])[0] for name in tried]
         return [dataclasses.replace(result, case=case.name) for result in exact]
 

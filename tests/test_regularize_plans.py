@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import threading
 import weakref
 
@@ -10,7 +9,17 @@ import oracle
 import pytest
 import torch
 from conftest import device_of
-from helpers import copies, give_gradients, gradient, parameters, relative_error, same_bits, to_numpy
+from helpers import (
+    assert_child_ends_well,
+    copies,
+    give_gradients,
+    gradient,
+    parameters,
+    relative_error,
+    same_bits,
+    to_numpy,
+)
+from test_cuda_launches import Operations
 from torch import Tensor
 
 import agr_cuda
@@ -280,27 +289,7 @@ def test_a_child_forked_in_the_midst_of_a_call(on_cpu: str, cache, generator) ->
     give_gradients(params, generator)
     regularize_gradients_(params, backend=on_cpu)
     (plan,) = cache._plans.values()
-    held, go = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with plan.lock, cache._lock:
-            held.set()
-            go.wait()
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    held.wait()
-    try:
-        child = multiprocessing.get_context("fork").Process(target=regularize_again, args=(params, on_cpu))
-        child.start()
-        child.join(60)
-        hanging = child.is_alive()
-        child.kill()
-        assert not hanging
-        assert child.exitcode == 0
-    finally:
-        go.set()
-        thread.join()
+    assert_child_ends_well([plan.lock, cache._lock], regularize_again, params, on_cpu)
 
 
 def regularize_again(params: list[Tensor], backend: str) -> None:
@@ -397,10 +386,6 @@ def test_a_captured_launch_that_no_longer_fits_stays(on_device: str, capture, ca
 
 
 def test_a_call_is_one_launch_and_nothing_else(generator) -> None:
-    if "cuda" not in ON_DEVICES:
-        pytest.skip("there is no cuda backend")
-    from test_cuda_launches import Operations
-
     device = device_of("cuda")
     flags = {"grad_scale": torch.full((), 8.0, device=device), "found_inf": torch.zeros((), device=device)}
     for count, uploads in ((20, 0), (1000, 2)):

@@ -298,14 +298,3 @@ def test_the_memory_is_checked_without_writing(tmp_path: Path, capsys: pytest.Ca
     assert main(["latency", "--check-memory", "--out", str(tmp_path)]) == 0
     assert "triad" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("option", ["--gpus=h900", "--sets=gpt5", "--rules=SGD", "--dtype=float64", "--kernels=2.0"])
-def test_bad_arguments_are_refused_by_name(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["latency", option])
-    assert stopped.value.code == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    name, _, value = option.partition("=")
-    assert name in message
-    assert repr(value) in message
