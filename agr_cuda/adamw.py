@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from .groups import ParameterGroup
 from .optimizer import AGROptimizer
 from .options import number, number_or_tensor, scalar_or_number
+from .precision import PRECISION_OPTIONS
 from .tensors import StateTensor
 
 #: The entry that torch.optim.AdamW adds to its parameter groups, and so to its checkpoints, since PyTorch 2.7.
@@ -20,10 +21,10 @@ _TORCH_ENTRIES = {"decoupled_weight_decay": True} if "decoupled_weight_decay" in
 
 _STATE_SPECS = (
     StateTensor("exp_avg"),
-    StateTensor("exp_avg_sq"),
+    StateTensor("exp_avg_sq", signed=False),
     StateTensor("step", role="count", dtype=torch.float32),
 )
-_AMSGRAD_STATE_SPECS = (*_STATE_SPECS[:2], StateTensor("max_exp_avg_sq"), *_STATE_SPECS[2:])
+_AMSGRAD_STATE_SPECS = (*_STATE_SPECS[:2], StateTensor("max_exp_avg_sq", signed=False), *_STATE_SPECS[2:])
 
 
 class AdamW(AGROptimizer, torch.optim.AdamW):
@@ -67,6 +68,16 @@ class AdamW(AGROptimizer, torch.optim.AdamW):
             synchronize with the device; gradients stay scaled (default: None).
         backend: "cuda", "triton", "cpu" or "reference" for all parameters; None chooses one for each parameter
             (default: None).
+        state_dtype: the type of the averages: torch.float32, torch.bfloat16, or "8bit" for blocks of 8-bit codes with a
+            scale (of parameters with 4,096 elements or more; others keep float32). None is the parameter's type, or
+            float32 with master weights (default: None).
+        master_weights: whether bfloat16 and float16 parameters have a float32 copy, state "master_param", that steps
+            update and then round to the parameter. A program that writes into such a parameter calls
+            `reset_master_weights` afterwards, or the next step undoes what it wrote (default: False).
+        stochastic_rounding: whether bfloat16 parameters without master weights, and bfloat16 averages, are rounded up
+            or down at random so that the expectation is exact (default: False).
+        rounding_seed: the seed of those random numbers, which is saved in state dicts: an integer of at least 0 and
+            less than 2**53 (default: 0). All replicas of a parameter must have the same.
 
     Raises:
         TypeError: for an option that is not a number, or not a boolean, but should be.
@@ -76,7 +87,7 @@ class AdamW(AGROptimizer, torch.optim.AdamW):
 
     _rule = "adamw"
     _num_betas = 2
-    _launch_options = ("agr", "amsgrad", "foreach", "fused", "capturable", "differentiable")
+    _launch_options = ("agr", "amsgrad", "foreach", "fused", "capturable", "differentiable", *PRECISION_OPTIONS)
 
     def __init__(
         self,
@@ -95,6 +106,10 @@ class AdamW(AGROptimizer, torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         backend: str | None = None,
+        state_dtype: torch.dtype | str | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -110,6 +125,10 @@ class AdamW(AGROptimizer, torch.optim.AdamW):
             "fused": fused,
             "max_grad_norm": max_grad_norm,
             "backend": backend,
+            "state_dtype": state_dtype,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
+            "rounding_seed": rounding_seed,
         }
         super().__init__(params, defaults)
 
@@ -150,11 +169,12 @@ class AdamW(AGROptimizer, torch.optim.AdamW):
     def _clip_eps(self) -> float:
         return 1e-6  # the constant of torch.nn.utils.clip_grad_norm_
 
-    def _state_specs(self, group: dict[str, Any]) -> tuple[StateTensor, ...]:
+    def _declared_state(self, group: dict[str, Any]) -> tuple[StateTensor, ...]:
         return _AMSGRAD_STATE_SPECS if group["amsgrad"] else _STATE_SPECS
 
     def _hyperparameters(self, group: dict[str, Any]) -> tuple[Any, ...]:
         differentiable = group["differentiable"]
         beta1, beta2 = [x if type(x) is float else scalar_or_number(x, differentiable) for x in group["betas"]]
         sign = -1.0 if group["maximize"] else 1.0
-        return number_or_tensor(group["lr"]), beta1, beta2, number(group["eps"]), number(group["weight_decay"]), sign
+        lr, eps, weight_decay = number_or_tensor(group["lr"]), number(group["eps"]), number(group["weight_decay"])
+        return lr, beta1, beta2, eps, weight_decay, sign, float(group["rounding_seed"])

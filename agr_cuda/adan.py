@@ -13,13 +13,14 @@ from .groups import ParameterGroup
 from .optimizer import AGROptimizer
 from .options import format_value, number, number_or_tensor
 from .plan import StepPlan
+from .precision import PRECISION_OPTIONS, Precision
 from .scaling import Scaling
-from .tensors import StateTensor, is_wrapper
+from .tensors import StateTensor, is_wrapper, scales_key, stored_state
 
 _STATE_SPECS = (
     StateTensor("exp_avg"),
     StateTensor("exp_avg_diff"),
-    StateTensor("exp_avg_sq"),
+    StateTensor("exp_avg_sq", signed=False),
     # NaN marks an element that has no previous gradient. A checkpoint without this key marks the whole parameter.
     StateTensor("neg_pre_grad", initial=math.nan, optional=True),
 )
@@ -69,6 +70,16 @@ class Adan(AGROptimizer):
             since the GPU decides whether a step is skipped.
         backend: "cuda", "triton", "cpu" or "reference" for all parameters; None chooses one for each parameter
             (default: None).
+        state_dtype: the type of the averages: torch.float32, torch.bfloat16, or "8bit" for blocks of 8-bit codes with a
+            scale (of parameters with 4,096 elements or more; others keep float32). None is the parameter's type, or
+            float32 with master weights (default: None).
+        master_weights: whether bfloat16 and float16 parameters have a float32 copy, state "master_param", that steps
+            update and then round to the parameter. A program that writes into such a parameter calls
+            `reset_master_weights` afterwards, or the next step undoes what it wrote (default: False).
+        stochastic_rounding: whether bfloat16 parameters without master weights, and bfloat16 averages, are rounded up
+            or down at random so that the expectation is exact (default: False).
+        rounding_seed: the seed of those random numbers, which is saved in state dicts: an integer of at least 0 and
+            less than 2**53 (default: 0). All replicas of a parameter must have the same.
 
     Raises:
         TypeError: for an option that is not a number, or not a boolean, but should be.
@@ -78,7 +89,7 @@ class Adan(AGROptimizer):
 
     _rule = "adan"
     _num_betas = 3
-    _launch_options = ("agr", "no_prox", "foreach", "fused", "capturable")
+    _launch_options = ("agr", "no_prox", "foreach", "fused", "capturable", *PRECISION_OPTIONS)
 
     def __init__(
         self,
@@ -96,6 +107,10 @@ class Adan(AGROptimizer):
         maximize: bool = False,
         capturable: bool = False,
         backend: str | None = None,
+        state_dtype: torch.dtype | str | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -110,6 +125,10 @@ class Adan(AGROptimizer):
             "capturable": capturable,
             "max_grad_norm": max_grad_norm,
             "backend": backend,
+            "state_dtype": state_dtype,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
+            "rounding_seed": rounding_seed,
         }
         super().__init__(params, defaults)
 
@@ -141,14 +160,14 @@ class Adan(AGROptimizer):
         # sail-sg's restart_opt() leaves old gradients in the state, and ignores them because the group's step is 0.
         restarted = {i for group in adapted["param_groups"] if not group["step"] for i in group["params"]}
         state = {
-            i: {key: value for key, value in parameter_state.items() if key != "neg_pre_grad"}
+            i: {key: x for key, x in parameter_state.items() if key not in ("neg_pre_grad", scales_key("neg_pre_grad"))}
             if i in restarted
             else parameter_state
             for i, parameter_state in adapted["state"].items()
         }
         return {**adapted, "state": state}
 
-    def _state_specs(self, group: dict[str, Any]) -> tuple[StateTensor, ...]:
+    def _declared_state(self, group: dict[str, Any]) -> tuple[StateTensor, ...]:
         return _STATE_SPECS
 
     def _hyperparameters(self, group: dict[str, Any]) -> tuple[Any, ...]:
@@ -157,7 +176,7 @@ class Adan(AGROptimizer):
         no_prox = 1.0 if group["no_prox"] else 0.0
         sign = -1.0 if group["maximize"] else 1.0
         lr, steps = map(number_or_tensor, (group["lr"], group["step"]))
-        return lr, beta1, beta2, beta3, eps, weight_decay, no_prox, sign, steps
+        return lr, beta1, beta2, beta3, eps, weight_decay, no_prox, sign, steps, float(group["rounding_seed"])
 
     def _clip_eps(self) -> float:
         return number(self.param_groups[0]["eps"])  # as in sail-sg's Adan
@@ -206,8 +225,8 @@ class Adan(AGROptimizer):
                 group["step"] = 0
             for parameter in group["params"]:
                 state = self.state.get(parameter, {})
-                for spec in _STATE_SPECS:
-                    if isinstance(state.get(spec.key), Tensor):
+                for spec in stored_state(_STATE_SPECS, Precision.of(parameter, group)):
+                    if spec.role != "master" and isinstance(state.get(spec.key), Tensor):
                         spec.fill_initial(state[spec.key])
 
 

@@ -7,13 +7,21 @@ from torch import Tensor
 
 from . import cuda, triton
 from . import native as core
-from .tensors import GradientKind, is_dense, is_plain
+from .precision import Precision
+from .tensors import GradientKind, is_dense, is_plain, kernel_types
 
 #: All backends, in order of preference.
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 #: The parameter dtypes that the cuda, triton and cpu backends take.
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+#: The gradients of another type than their parameter that these backends take, as (parameter, gradient).
+MIXED_GRADIENTS = (
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+    (torch.float32, torch.bfloat16),
+)
 
 
 def why_missing(backend: str) -> str | None:
@@ -47,13 +55,16 @@ def check_backend(backend: str | None) -> None:
         raise RuntimeError(f"backend={backend!r} is not there: {reason}. There are {there}")
 
 
-def why_not(backend: str, parameter: Tensor, gradient: GradientKind | None = None) -> str | None:
+def why_not(
+    backend: str, parameter: Tensor, gradient: GradientKind | None = None, precision: Precision | None = None
+) -> str | None:
     """Return why `backend` does not take `parameter`, or None if it does. The backend must be available.
 
     Args:
         backend: the name of an available backend.
         parameter: the parameter.
         gradient: the kind of its gradients; None to check the parameter alone.
+        precision: how its numbers are stored; None for state of the parameter's type.
     """
     if backend == "reference":
         return None
@@ -75,20 +86,32 @@ def why_not(backend: str, parameter: Tensor, gradient: GradientKind | None = Non
         return f"the {backend} backend takes dense parameters, not strides {parameter.stride()}"
     if gradient is not None and not gradient.plain:
         return f"the {backend} backend takes gradients that are plain tensors, not {gradient.class_.__name__}"
-    if gradient is not None and gradient.dtype != parameter.dtype:
-        sixteen_bits = parameter.dtype in (torch.bfloat16, torch.float16)
-        if not (sixteen_bits and gradient.dtype == torch.float32):
-            return f"the {backend} backend takes no {gradient.dtype} gradients of {parameter.dtype} parameters"
+    of_gradient = parameter.dtype if gradient is None else gradient.dtype
+    if of_gradient != parameter.dtype and (parameter.dtype, of_gradient) not in MIXED_GRADIENTS:
+        return f"the {backend} backend takes no {of_gradient} gradients of {parameter.dtype} parameters"
+    if backend == "cuda":
+        types = kernel_types(parameter.dtype, of_gradient, precision or Precision(parameter.dtype))
+        if not core.native().cuda_compiled("adamw", types):
+            return f"no kernel of the cuda backend is compiled for {describe_types(types)}"
     return None
+
+
+def describe_types(types: tuple[str, str, str, bool, bool]) -> str:
+    """Return what a kernel is chosen by in words; see `kernel_types`."""
+    parameter, gradient, state, master, stochastic = types
+    words = f"{parameter} parameters, {gradient} gradients and {state} state"
+    return words + (" with master weights" if master else "") + (" and stochastic rounding" if stochastic else "")
 
 
 def _device_types(backend: str) -> tuple[str, ...]:
     return {"cpu": lambda: ("cpu",), "cuda": cuda.device_types, "triton": triton.device_types}[backend]()
 
 
-def choose(parameter: Tensor, gradient: GradientKind | None = None) -> str:
+def choose(
+    parameter: Tensor, gradient: GradientKind | None = None, precision: Precision | None = None
+) -> str:
     """Return the first available backend that takes `parameter`."""
     # A GPU backend that runs on the CPU (a rehearsal, or Triton's interpreter) is used only if asked for by name.
     emulated = [b for b in ("cuda", "triton") if "cpu" in _device_types(b)]
     names = (b for b in available_backends() if b not in emulated)
-    return next(b for b in names if why_not(b, parameter, gradient) is None)
+    return next(b for b in names if why_not(b, parameter, gradient, precision) is None)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from . import backends
 from .backends import choose, why_not
+from .precision import Precision
 from .state import StateChange, check_complete, check_no_overlap, needed_change, why_not_movable, written_tensors
-from .tensors import Binding, GradientKind, StateTensor, has_memory, is_plain, is_wrapper, ordinary_mode
+from .tensors import Binding, GradientKind, StateTensor, has_memory, is_plain, is_wrapper, ordinary_mode, stored_state
 
 if TYPE_CHECKING:
     from .optimizer import AGROptimizer
@@ -54,8 +55,14 @@ def bind(optimizer: AGROptimizer, previous: Sequence[Binding]) -> list[Binding]:
 
 def state_change(optimizer: AGROptimizer, binding: Binding) -> StateChange:
     """Return the changes that a parameter's state needs before its step; see `needed_change`."""
-    capturable = bool(optimizer.param_groups[binding.group]["capturable"])
-    return needed_change(binding, capturable or binding.backend in ("cuda", "triton"))
+    group = optimizer.param_groups[binding.group]
+    on_device = bool(group["capturable"]) or binding.backend in ("cuda", "triton")
+    return needed_change(binding, on_device, converts_state(group))
+
+
+def converts_state(group: dict[str, Any]) -> bool:
+    """Whether a group's options say of what type its state is, so that state of another type is converted."""
+    return group["state_dtype"] is not None or bool(group["master_weights"])
 
 
 class _Location:
@@ -72,15 +79,21 @@ class _Location:
 
 def _bind(location: _Location, parameter: Tensor, kind: GradientKind | None) -> Binding:
     """Return the binding of a parameter to its gradient, or to a future gradient of `kind` if it has none now."""
-    specs = location.optimizer._state_specs(location.group)
+    precision = Precision.of(parameter, location.group)
+    specs = stored_state(location.optimizer._declared_state(location.group), precision)
     state = location.optimizer.state.get(parameter, {})
+    if precision.quantized and is_wrapper(parameter):
+        raise RuntimeError(
+            f"state_dtype is '8bit', and {location.name} is a {type(parameter).__name__}; the state of such tensors can "
+            "be torch.float32 or torch.bfloat16"
+        )
     check_tensors(location.name, parameter, state, specs)
     check_complete(location.name, state, specs)
     if kind is None:
         gradient = parameter.grad
         assert gradient is not None
         kind = GradientKind.of(parameter, gradient)
-    backend = choose_backend(location, parameter, kind, state, specs)
+    backend = choose_backend(location, parameter, kind, state, specs, precision)
     if backend == "reference":
         check_writable(location.name, parameter, state)
     staged = None
@@ -88,7 +101,7 @@ def _bind(location: _Location, parameter: Tensor, kind: GradientKind | None) -> 
         with ordinary_mode():
             staged = torch.empty_like(parameter, dtype=kind.dtype, memory_format=torch.preserve_format)
     return Binding(
-        location.index, location.group_index, location.name, parameter, kind, state, specs, backend,
+        location.index, location.group_index, location.name, parameter, kind, state, specs, precision, backend,
         regularize=bool(location.group["agr"]), amsgrad=bool(location.group.get("amsgrad")), staged=staged,
     )  # fmt: skip
 
@@ -106,8 +119,7 @@ def _bind_without_gradient(location: _Location, previous: Binding) -> Binding | 
         return None
     if change or binding.backend != previous.backend:
         return None
-    tensors = (binding.parameter, *binding.averages, *([] if binding.count is None else [binding.count]))
-    return binding if all(map(has_memory, tensors)) else None
+    return binding if all(map(has_memory, (binding.parameter, *binding.state_tensors))) else None
 
 
 def _merge(present: list[Binding], absent: list[Binding]) -> list[Binding]:
@@ -131,7 +143,6 @@ def check_tensors(place: str, parameter: Tensor, state: dict[str, Any], specs: S
         raise RuntimeError(f"{place} is expanded: its elements share memory, so that they cannot be updated")
     if parameter.grad is not None:
         _check_gradient(place, parameter, parameter.grad)
-    wanted = tuple(parameter.shape)
     for spec in specs:
         key, value = spec.key, state.get(spec.key)
         if spec.role == "count":
@@ -141,7 +152,8 @@ def check_tensors(place: str, parameter: Tensor, state: dict[str, Any], specs: S
             continue
         elif not isinstance(value, Tensor):
             raise RuntimeError(f"{key} of {place} is a {type(value).__name__}; it must be a tensor")
-        elif value.shape != parameter.shape:
+        elif value.shape != spec.shape_for(parameter):
+            wanted = tuple(spec.shape_for(parameter))
             raise RuntimeError(f"{key} of {place} has shape {tuple(value.shape)}; it must be {wanted}")
         elif value.device != parameter.device:
             raise RuntimeError(f"{key} of {place} is on {value.device}; it must be on {parameter.device}")
@@ -173,7 +185,12 @@ def check_writable(place: str, parameter: Tensor, state: dict[str, Any]) -> None
 
 
 def choose_backend(
-    location: _Location, parameter: Tensor, kind: GradientKind, state: dict[str, Any], specs: Sequence[StateTensor]
+    location: _Location,
+    parameter: Tensor,
+    kind: GradientKind,
+    state: dict[str, Any],
+    specs: Sequence[StateTensor],
+    precision: Precision,
 ) -> str:
     """Return the backend that updates `parameter`.
 
@@ -184,10 +201,10 @@ def choose_backend(
     backend = requested
     if backend is None:
         wants_reference = group["foreach"] or group.get("differentiable")
-        backend = "reference" if wants_reference else choose(parameter, kind)
-    reason = why_not(backend, parameter, kind)
+        backend = "reference" if wants_reference else choose(parameter, kind, precision)
+    reason = why_not(backend, parameter, kind, precision)
     if reason is None and backend != "reference":
-        reason = _why_state_unsupported(parameter, state, specs)
+        reason = _why_state_unsupported(parameter, state, specs, converts_state(group))
         if reason is not None:
             backend = "reference"
     if requested is not None and reason is not None:
@@ -195,16 +212,22 @@ def choose_backend(
     # For a DTensor, fused=True is accepted with the reference backend, since no other backend takes DTensors.
     if group["fused"] and backend == "reference" and not is_wrapper(parameter):
         others = [name for name in backends.available_backends() if name != "reference"]
-        reasons = [reason] if reason else [why_not(name, parameter, kind) for name in others]
+        reasons = [reason] if reason else [why_not(name, parameter, kind, precision) for name in others]
         because = "; ".join(r for r in reasons if r) or "no other backend is there"
         raise RuntimeError(f"fused=True refuses the reference backend, which alone takes {location.name}: {because}")
     return backend
 
 
-def _why_state_unsupported(parameter: Tensor, state: dict[str, Any], specs: Sequence[StateTensor]) -> str | None:
+def _why_state_unsupported(
+    parameter: Tensor, state: dict[str, Any], specs: Sequence[StateTensor], converts: bool
+) -> str | None:
     """Return why the kernels do not take a parameter with this state, or None if they do."""
-    averages = {s.key: (s, state[s.key]) for s in specs if s.role == "average" and state.get(s.key) is not None}
-    for spec, value in averages.values():
-        if value.dtype != spec.dtype_for(parameter) or not is_plain(value):
+    there = {s.key: (s, state[s.key]) for s in specs if s.role != "count" and state.get(s.key) is not None}
+    kept = {}
+    for key, (spec, value) in there.items():
+        if value.dtype == spec.dtype and is_plain(value):
+            if spec.role != "scales":
+                kept[key] = value
+        elif not is_plain(value) or not (converts or value.dtype == torch.uint8):
             return f"its state is a {value.dtype} {type(value).__name__}, the parameter {parameter.dtype}"
-    return why_not_movable(parameter, {key: value for key, (_, value) in averages.items()})
+    return why_not_movable(parameter, kept)

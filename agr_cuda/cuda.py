@@ -115,10 +115,9 @@ class CudaLaunch(DeviceLaunch):
         super().__init__(bindings, counts)
         _C = native()
         self.squares = torch.zeros((), dtype=torch.float64, device=self.device) if clip else None
-        types = str(bindings[0].parameter.dtype), str(bindings[0].gradient.dtype)
         with self._current_device():
             chunk, window, lead, prefetched, resident, multiprocessors = _C.cuda_limits(
-                rule, *types, self._device_index
+                rule, bindings[0].types, self._device_index
             )
         plan = _C.Plan(
             plan_entries(bindings),

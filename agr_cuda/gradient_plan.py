@@ -16,6 +16,7 @@ from .cuda import CudaLaunch
 from .launch import DeviceLaunch, Launch, capturing_on
 from .native import native
 from .plan import device_launches
+from .precision import Precision
 from .reference import ReferenceGradientLaunch
 from .scaling import Scaling
 from .state import check_no_overlap
@@ -218,5 +219,5 @@ def _bindings(gradients: Mapping[int, Tensor], chosen: Mapping[int, str]) -> dic
             stand_in = element[g.dtype, g.device].expand(g.numel())
             kind = GradientKind(type(g), g.dtype, plain=True, same_layout=True)
             place = f"parameter {i}"
-            bindings[i] = Binding(i, 0, place, stand_in, kind, {}, (), chosen[i], regularize=True, amsgrad=False)
+            bindings[i] = Binding(i, 0, place, stand_in, kind, {}, (), Precision(g.dtype), chosen[i], regularize=True, amsgrad=False)
     return bindings

@@ -1,45 +1,63 @@
-"""The parameter group: a dictionary of options, one of which (`agr`) is left out of checkpoints."""
+"""The parameter group: a dictionary of options, some of which (such as `agr`) are left out of checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from typing import Any
 
+from .precision import PRECISION_OPTIONS
+
+#: The options that are read and set like any other, but that iteration leaves out.
+HIDDEN_OPTIONS = ("agr", *PRECISION_OPTIONS)
+#: Those, and one that is left out where it has no meaning.
+UNSAVED_OPTIONS = (*HIDDEN_OPTIONS, "rounding_seed")
+
 
 class ParameterGroup(dict[str, Any]):
-    """The options of a parameter group. `agr` is read and set like any other option, but iteration leaves it out.
+    """The options of a parameter group. Some are read and set like any other option, but iteration leaves them out.
 
     Code that saves, loads or compares groups iterates over their keys, and torch.distributed.checkpoint requires each
-    key in the checkpoint. Checkpoints of torch.optim.AdamW have no `agr`, and load into this package's optimizers as
-    well as the other way round. Iterating over a group therefore gives exactly the keys of torch's group.
+    key in the checkpoint. Checkpoints of torch.optim.AdamW have neither `agr` nor the options that say how numbers are
+    stored, and load into this package's optimizers as well as the other way round. Iterating over a group therefore
+    gives exactly the keys of torch's group, and `rounding_seed` where numbers are rounded by it.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
         super().__init__(options)
-        if "agr" in options:
-            self["agr"] = options["agr"]
+        if isinstance(options, ParameterGroup):
+            self.update(options._hidden())
+
+    def _hides(self, key: str) -> bool:
+        return key in HIDDEN_OPTIONS or (key == "rounding_seed" and not self.get("stochastic_rounding"))
+
+    def _hidden(self) -> dict[str, Any]:
+        return {key: self[key] for key in super().__iter__() if self._hides(key)}
 
     def __iter__(self) -> Iterator[str]:
-        return (key for key in super().__iter__() if key != "agr")
+        return (key for key in super().__iter__() if not self._hides(key))
 
     def __len__(self) -> int:
-        return super().__len__() - ("agr" in self)
+        return sum(1 for _ in self)
 
-    def keys(self) -> KeysView[str]:  # type: ignore[override]  # dict's own view would include `agr`
-        """Return a view of the keys, without `agr`."""
+    def keys(self) -> KeysView[str]:  # type: ignore[override]  # dict's own view would include hidden options
+        """Return a view of the keys that are not hidden."""
         return KeysView(self)
 
     def values(self) -> ValuesView[Any]:  # type: ignore[override]  # as in keys()
-        """Return a view of the values, without that of `agr`."""
+        """Return a view of the values whose keys are not hidden."""
         return ValuesView(self)
 
     def items(self) -> ItemsView[str, Any]:  # type: ignore[override]  # as in keys()
-        """Return a view of the (key, value) pairs, without `agr`."""
+        """Return a view of the (key, value) pairs whose keys are not hidden."""
         return ItemsView(self)
 
     def copy(self) -> ParameterGroup:
-        """Return a shallow copy, including `agr`."""
+        """Return a shallow copy, including hidden options."""
         return type(self)(self)
 
+    def everything(self) -> dict[str, Any]:
+        """Return a plain dictionary of all options, including hidden ones."""
+        return {**self, **self._hidden()}
+
     def __reduce__(self) -> tuple[Any, ...]:  # used by copy.copy, copy.deepcopy and pickle
-        return type(self), ({**self, **({"agr": self["agr"]} if "agr" in self else {})},)
+        return type(self), (self.everything(),)

@@ -178,8 +178,6 @@ class DeviceLaunch(Launch):
         """Yield every tensor that a captured launch reads or writes, except parameters, gradients and options."""
         yield from self.buffers()
         for b in self.bindings:
-            yield from b.averages
-            if b.count is not None:
-                yield b.count
+            yield from b.state_tensors
             if b.staged is not None:
                 yield b.staged

@@ -17,12 +17,15 @@ from .backends import check_backend
 from .bind import bind, check_tensors, check_writable, state_change
 from .clipping import Clipping, prepare_clipping
 from .fork import renew_lock_after_fork
-from .groups import ParameterGroup
+from .groups import UNSAVED_OPTIONS, ParameterGroup
 from .hooks import caller_stacklevel, exclude_from_compile, with_step_hooks
+from .masters import MasterSource, master_sources, set_parameter
 from .options import BOOLEAN_OPTIONS, check_betas, check_flag, check_nonnegative, convert_to_builtin, number
 from .plan import StepPlan
+from .precision import PRECISION_OPTIONS, Precision, check_precision, check_precision_options
 from .scaling import Scaling
-from .tensors import Binding, StateTensor, is_plain
+from .loading import keep_dtypes, take_loaded
+from .tensors import MASTER, Binding, StateTensor, is_plain, ordinary_mode, stored_state
 
 #: The options that hold for the whole optimizer. They are in its `defaults` and in no parameter group.
 OPTIMIZER_OPTIONS = ("max_grad_norm", "backend")
@@ -44,8 +47,8 @@ def _values_to_check(group: dict[str, Any]) -> Any:
     A change of the other options, `_launch_options`, makes a new plan, and they are checked then.
     """
     numbers = (group["lr"], group["eps"], group["weight_decay"], *group["betas"])
-    optimizer_options = group.get("max_grad_norm"), group.get("backend")
-    return [x if type(x) is float else _comparable(x) for x in numbers], group["maximize"], optimizer_options
+    others = group["maximize"], group["rounding_seed"], group.get("max_grad_norm"), group.get("backend")
+    return [x if type(x) is float else _comparable(x) for x in numbers], others
 
 
 class AGROptimizer(torch.optim.Optimizer):
@@ -111,8 +114,8 @@ class AGROptimizer(torch.optim.Optimizer):
 
     # Defined by each optimizer.
 
-    def _state_specs(self, group: dict[str, Any]) -> tuple[StateTensor, ...]:
-        """Return the state tensors of each parameter of a group, in the order of the update rule."""
+    def _declared_state(self, group: dict[str, Any]) -> tuple[StateTensor, ...]:
+        """Return the state tensors that the update rule has for each parameter of a group, in the rule's order."""
         raise NotImplementedError
 
     def _hyperparameters(self, group: dict[str, Any]) -> tuple[Any, ...]:
@@ -171,6 +174,7 @@ class AGROptimizer(torch.optim.Optimizer):
         check_betas(group["betas"], self._num_betas)
         check_nonnegative("eps", group["eps"])
         check_nonnegative("weight_decay", group["weight_decay"])
+        check_precision_options(group)
         if group["fused"]:
             if group["foreach"]:
                 raise RuntimeError("fused=True refuses the reference backend, and foreach=True asks for it")
@@ -228,9 +232,27 @@ class AGROptimizer(torch.optim.Optimizer):
             TypeError: for an option of the wrong type.
             RuntimeError: for options that contradict each other and, in Adan, for a group with state but no "step".
         """
-        # This hook runs after those that the program has registered, which may convert a foreign state dict.
-        with self._temporary_hook(self.register_load_state_dict_pre_hook, self._adapt_state_dict):
+        # The first hook runs after those that the program has registered, which may convert a foreign state dict; the
+        # second before the program's, which see the state as it is going to be.
+        with (
+            self._temporary_hook(self.register_load_state_dict_post_hook, lambda _: self._take_loaded(), prepend=True),
+            self._temporary_hook(
+                self.register_load_state_dict_pre_hook, lambda saved: keep_dtypes(self._adapt_state_dict(saved))
+            ),
+        ):
             super().load_state_dict(state_dict)
+
+    def _take_loaded(self) -> None:
+        """Store the loaded state as the groups' options say."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                specs = stored_state(self._declared_state(group), Precision.of(parameter, group))
+                if parameter in self.state and take_loaded(parameter, self.state[parameter], specs):
+                    self._warn_once(
+                        "masters",
+                        "the loaded state dict has master weights, and a group without master_weights=True takes none: "
+                        "load_master_weights(state_dict) sets its parameters to them",
+                    )
 
     @contextmanager
     def _temporary_hook(
@@ -242,7 +264,7 @@ class AGROptimizer(torch.optim.Optimizer):
                 yield
                 return
             self._active_hooks.add(register.__name__)
-            registered = register(lambda _, state_dict: change(state_dict), **where)
+            registered = register(lambda *arguments: change(arguments[-1]), **where)
             try:
                 yield
             finally:
@@ -255,7 +277,7 @@ class AGROptimizer(torch.optim.Optimizer):
         if len(groups) == len(self.param_groups):
             for i, (group, here) in enumerate(zip(groups, self.param_groups, strict=True)):
                 kept = {k: here.get(k, v) for k, v in self.defaults.items() if k not in OPTIMIZER_OPTIONS}
-                own = {k: kept[k] for k in ("foreach", "fused")}
+                own = {k: kept[k] for k in ("foreach", "fused", *PRECISION_OPTIONS)}
                 groups[i] = {**kept, **self._options_if_missing(), **group, **own}
                 for name in OPTIMIZER_OPTIONS:  # These stay this optimizer's own.
                     groups[i].pop(name, None)
@@ -267,11 +289,46 @@ class AGROptimizer(torch.optim.Optimizer):
         """Return values for options that a checkpoint may lack and that must not keep their current value then."""
         return {}
 
+    # Master weights.
+
+    def load_master_weights(self, weights: MasterSource) -> None:
+        """Set the parameters, and their master weights in float32, to these values: to start from a float32 checkpoint.
+
+        Args:
+            weights: tensors of any dtype and device. A mapping from parameters' names (those of the named parameters
+                that the optimizer was made from), in which other names may be; an iterable with one tensor for each
+                parameter, in the order of the groups; or the state dict of an optimizer that had master weights, of
+                which only parameters with a master copy there are set.
+
+        Parameters without master weights are set too.
+
+        Raises:
+            KeyError: for a name that is missing.
+            ValueError: for a wrong number of tensors, or a tensor of the wrong shape.
+            RuntimeError: for names, if the optimizer does not know its parameters' names.
+        """
+        with self._lock, ordinary_mode():
+            found = master_sources(self.param_groups, weights)
+            group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+            for parameter, value in found:
+                has_master = Precision.of(parameter, group_of[id(parameter)]).master
+                set_parameter(parameter, value, self.state[parameter] if has_master else {}, has_master)
+
+    def reset_master_weights(self) -> None:
+        """Set all master weights to their parameters' values, after a program has written into the parameters.
+
+        Without this call, the next step replaces what was written by the rounded master weights.
+        """
+        with self._lock, torch.no_grad():
+            for parameter, state in self.state.items():
+                if isinstance(state.get(MASTER.key), Tensor):
+                    state[MASTER.key].copy_(parameter)
+
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]
         for i, group in enumerate(self.param_groups):
             lines.append(f"Parameter Group {i}")
-            shown = {**group, "agr": group.get("agr")}
+            shown = group.everything() if isinstance(group, ParameterGroup) else group
             lines += [f"    {key}: {shown[key]}" for key in sorted(shown) if key != "params"]
         return "\n".join([*lines, ")"])
 
@@ -343,10 +400,12 @@ class AGROptimizer(torch.optim.Optimizer):
     def _check_changed_values(self) -> None:
         """Check all options if any value differs from those that were last checked."""
         for i, group in enumerate(self.param_groups):
-            # The program may have replaced a group by a plain copy, which lacks `agr`; see ParameterGroup.
-            if "agr" not in group:
-                group["agr"] = self.defaults["agr"]
-                self._warn_once("agr", f"parameter group {i} came without agr; it has the default, {group['agr']}")
+            # The program may have replaced a group by a plain copy, which lacks some options; see ParameterGroup.
+            missing = {name: self.defaults[name] for name in UNSAVED_OPTIONS if name not in group}
+            if missing:
+                group.update(missing)
+                default = ", ".join(f"{name}={value!r}" for name, value in missing.items())
+                self._warn_once("copied", f"parameter group {i} came without these options, and has the defaults: {default}")
         values = [self.max_grad_norm, *map(_values_to_check, self.param_groups)]
         if values != self._checked_values:
             if self.max_grad_norm is not None:
@@ -368,8 +427,9 @@ class AGROptimizer(torch.optim.Optimizer):
             and self._reference_state_ready(plan.reference_bindings)
         ):
             return plan
-        for group in self.param_groups:
+        for i, group in enumerate(self.param_groups):
             self._check_group(group)
+            check_precision(f"group {i}", group["params"], group)
         self._plan = None
         bindings = bind(self, [] if plan is None else plan.bindings)
         self._warn_about_single_elements(bindings)

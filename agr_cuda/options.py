@@ -11,7 +11,10 @@ from torch import Tensor
 #: The options of a group that are single numbers; `betas` is a tuple of them.
 NUMERIC_OPTIONS = ("lr", "eps", "weight_decay")
 #: The options that are booleans.
-BOOLEAN_OPTIONS = ("agr", "amsgrad", "no_prox", "maximize", "capturable", "differentiable", "foreach", "fused")
+BOOLEAN_OPTIONS = (
+    *("agr", "amsgrad", "no_prox", "maximize", "capturable", "differentiable", "foreach", "fused"),
+    *("master_weights", "stochastic_rounding"),
+)
 #: The boolean options that may be None, to leave the choice to the optimizer.
 MAY_BE_NONE = ("foreach", "fused")
 

@@ -117,8 +117,8 @@ def _second_owners(bindings: Sequence[Binding]) -> list[Tensor]:
     views = []
     with ordinary_mode():
         for b in bindings:
-            for tensor in (*b.averages, b.count) if b.backend != "reference" else ():
-                if tensor is not None and not tensor.is_inference():
+            for tensor in b.state_tensors if b.backend != "reference" else ():
+                if not tensor.is_inference():
                     views.append(tensor.view_as(tensor))
                     views[-1].data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return views
@@ -145,7 +145,7 @@ def device_launches(
     by_types = defaultdict(list)
     for b in bindings:
         if b.backend in classes:
-            by_types[b.backend, b.parameter.device, b.parameter.dtype, b.gradient.dtype].append(b)
+            by_types[b.backend, b.parameter.device, b.types].append(b)
     # This order does not depend on which parameters have gradients, so the partial norms are always added up in it.
     keys = sorted(by_types, key=str)
     # The last launch on each device increments the groups' step counts there.

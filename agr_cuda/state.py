@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tensors import Binding, StateTensor, same_layout
+from .quantization import dequantize, quantize
+from .tensors import MASTER, Binding, StateTensor, same_layout, scales_key
 
 
 @dataclass
@@ -22,15 +23,19 @@ class StateChange:
     #: Existing tensors, each with the new memory that it gets. The tensor object stays the same, so that other holders
     #: of it (the program that made it, another optimizer) still see its values.
     moved: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    #: The keys of what another precision has left, and nothing updates any more.
+    removed: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.added or self.moved)
+        return bool(self.added or self.moved or self.removed)
 
     def apply(self, state: dict[str, Any]) -> None:
         """Apply the changes to `state`, the parameter's state dictionary."""
         for tensor, memory in self.moved:
             tensor.data = memory
         state.update(self.added)
+        for key in self.removed:
+            del state[key]
 
 
 def check_complete(place: str, state: dict[str, Any], specs: Sequence[StateTensor]) -> None:
@@ -40,7 +45,7 @@ def check_complete(place: str, state: dict[str, Any], specs: Sequence[StateTenso
     remember. If all state is missing, the parameter starts from its first step.
     """
     missing = [spec.key for spec in specs if state.get(spec.key) is None and not spec.optional]
-    found = [spec.key for spec in specs if state.get(spec.key) is not None]
+    found = [spec.key for spec in specs if state.get(spec.key) is not None and spec.role != "master"]
     if missing and found:
         raise RuntimeError(
             f"the state of {place} has {', '.join(found)} and lacks {', '.join(missing)}; it must have all, or none to "
@@ -48,24 +53,31 @@ def check_complete(place: str, state: dict[str, Any], specs: Sequence[StateTenso
         )
 
 
-def needed_change(binding: Binding, counts_on_device: bool) -> StateChange:
+def needed_change(binding: Binding, counts_on_device: bool, converts: bool) -> StateChange:
     """Return the changes that a parameter's state needs: missing tensors, and memory that its backend can use.
 
     Args:
         binding: the parameter with its state.
         counts_on_device: whether its step count must be on its device, because a graph may be captured or because the
             launch increments it there (as torch.optim.AdamW's fused operation does). Otherwise the count is on the CPU.
+        converts: whether state of another dtype than its options say is converted. State that a program has given a
+            group without such options is used as it is.
 
     Call it within `ordinary_mode`.
     """
-    change = StateChange()
+    change = stored_as_asked(binding.parameter, binding.state, binding.specs, converts)
     for spec in binding.specs:
         value = binding.state.get(spec.key)
         if spec.role == "count":
             device = binding.parameter.device if counts_on_device else torch.device("cpu")
             _change_count(change, binding, spec, value, device)
+        elif spec.key in change.added:
+            continue
         elif value is None:
             change.added[spec.key] = spec.create(binding.parameter, binding.parameter.device)
+        elif spec.role == "scales":
+            if binding.backend != "reference" and not value.is_contiguous():
+                change.added[spec.key] = value.contiguous()
         elif binding.backend != "reference" and not same_layout(binding.parameter, value):
             memory = torch.empty_like(binding.parameter, dtype=value.dtype, memory_format=torch.preserve_format)
             memory.copy_(value)
@@ -77,9 +89,48 @@ def needed_change(binding: Binding, counts_on_device: bool) -> StateChange:
     return change
 
 
+def stored_as_asked(
+    parameter: Tensor, state: dict[str, Any], specs: Sequence[StateTensor], converts: bool
+) -> StateChange:
+    """Return the changes by which a parameter's averages and master are stored as `specs` say.
+
+    Codes of 8 bits become numbers, and the other way round; where codes are in another memory layout than the
+    parameter, and so in other blocks, they are made anew. Numbers of one type become numbers of another if `converts`.
+    What is missing stays missing, and what another precision has left is removed.
+    """
+    change = StateChange()
+    wanted = {spec.key: spec for spec in specs}
+    for spec in specs:
+        value, scales = state.get(spec.key), state.get(scales_key(spec.key))
+        if spec.role in ("count", "scales") or not isinstance(value, Tensor):
+            continue
+        coded = value.dtype == torch.uint8 and isinstance(scales, Tensor)
+        if spec.dtype == torch.uint8:
+            if not coded or not same_layout(parameter, value):
+                values = dequantize(value, scales, spec.signed) if coded else value
+                change.added.update(quantized_like(parameter, values, spec))
+        elif coded or (converts and value.dtype != spec.dtype):
+            values = dequantize(value, scales, spec.signed) if coded else value.detach()
+            memory = torch.empty_like(parameter, dtype=spec.dtype, memory_format=torch.preserve_format)
+            change.added[spec.key] = memory.copy_(values)
+        if spec.role == "average" and scales is not None and scales_key(spec.key) not in wanted:
+            change.removed.append(scales_key(spec.key))
+    if MASTER.key in state and MASTER.key not in wanted:
+        change.removed.append(MASTER.key)
+    return change
+
+
+def quantized_like(parameter: Tensor, values: Tensor, spec: StateTensor) -> dict[str, Tensor]:
+    """Return the codes and scales of an average, by their keys, in the memory layout of its parameter."""
+    like_parameter = torch.empty_like(parameter, dtype=torch.float32, memory_format=torch.preserve_format)
+    codes, scales = quantize(like_parameter.copy_(values), spec.signed)
+    return {spec.key: codes, scales_key(spec.key): scales}
+
+
 def _change_count(change: StateChange, binding: Binding, spec: StateTensor, value: Any, device: torch.device) -> None:
     """Add to `change` what makes a step count a tensor of the declared dtype on `device`."""
-    dtype = spec.dtype_for(binding.parameter)
+    dtype = spec.dtype
+    assert dtype is not None
     if not isinstance(value, Tensor):  # older releases of PyTorch saved a plain number
         made = spec.create(binding.parameter, device)
         change.added[spec.key] = made if value is None else made.fill_(value)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .precision import Precision
+from .quantization import scale_count
 
 
 @dataclass(frozen=True)
@@ -21,29 +24,57 @@ class StateTensor:
 
     #: The key in the parameter's state dictionary.
     key: str
-    #: An average has the parameter's shape and memory layout; a count is a scalar, the number of steps.
-    role: Literal["average", "count"] = "average"
+    #: An average has the parameter's shape and memory layout. If it is stored as codes of 8 bits, it has scales, one
+    #: for each block of its memory. A master is the parameter in float32. A count is a scalar, the number of steps.
+    role: Literal["average", "scales", "master", "count"] = "average"
     #: The value of every element before the parameter's first step.
     initial: float = 0.0
-    #: The dtype; None means the parameter's.
+    #: The dtype; None, in an update rule's own declaration of an average, stands for what the group's options say.
     dtype: torch.dtype | None = None
     #: Whether a checkpoint that has the other state tensors of a parameter may omit this one.
     optional: bool = False
+    #: Whether an average may be negative. Those that may not have codes of their own.
+    signed: bool = True
 
-    def dtype_for(self, parameter: Tensor) -> torch.dtype:
-        """Return the dtype of this tensor for `parameter`."""
-        return parameter.dtype if self.dtype is None else self.dtype
+    def shape_for(self, parameter: Tensor) -> torch.Size:
+        """Return the shape of this tensor for `parameter`."""
+        if self.role == "scales":
+            return torch.Size([scale_count(parameter.numel())])
+        return torch.Size([]) if self.role == "count" else parameter.shape
 
     def create(self, parameter: Tensor, device: torch.device) -> Tensor:
         """Return a new tensor with the values from before the first step of `parameter`."""
-        dtype = self.dtype_for(parameter)
-        if self.role == "count":
-            return torch.full((), self.initial, dtype=dtype, device=device)
-        return self.fill_initial(torch.empty_like(parameter, dtype=dtype, memory_format=torch.preserve_format))
+        if self.role in ("count", "scales"):
+            return torch.full(self.shape_for(parameter), self.initial, dtype=self.dtype, device=device)
+        made = torch.empty_like(parameter, dtype=self.dtype, memory_format=torch.preserve_format)
+        return made.copy_(parameter) if self.role == "master" else self.fill_initial(made)
 
     def fill_initial(self, tensor: Tensor) -> Tensor:
         """Reset `tensor` in place to its value before the first step, and return it."""
         return tensor.fill_(complex(self.initial, self.initial) if tensor.is_complex() else self.initial)
+
+
+#: The float32 copy of a 16-bit parameter. A checkpoint without it loads; the copy is then made from the parameter.
+MASTER = StateTensor("master_param", role="master", dtype=torch.float32, optional=True)
+
+
+def scales_key(key: str) -> str:
+    """Return the key of the scales of the average at `key`."""
+    return f"{key}_scale"
+
+
+def stored_state(declared: Sequence[StateTensor], precision: Precision) -> tuple[StateTensor, ...]:
+    """Return the state tensors of one parameter, given those that its update rule declares."""
+    averages = [replace(spec, dtype=precision.state) for spec in declared if spec.role == "average"]
+    scales = []
+    if precision.quantized:
+        scales = [
+            replace(spec, key=scales_key(spec.key), role="scales", dtype=torch.float32, optional=True)
+            for spec in averages
+        ]
+        averages = [replace(spec, initial=0.0) for spec in averages]
+    masters = [MASTER] if precision.master else []
+    return (*averages, *scales, *masters, *(spec for spec in declared if spec.role == "count"))
 
 
 class GradientKind(NamedTuple):
@@ -75,6 +106,7 @@ class Binding:
     gradient: GradientKind
     state: dict[str, Any]
     specs: tuple[StateTensor, ...]  # in the order in which the update rule takes them
+    precision: Precision
     backend: str
     regularize: bool  # whether AGR applies
     amsgrad: bool
@@ -83,18 +115,48 @@ class Binding:
 
     @property
     def averages(self) -> tuple[Tensor, ...]:
-        """The state tensors of the parameter's shape, in the order in which the update rule takes them."""
-        return tuple(self.state[spec.key] for spec in self.specs if spec.role == "average")
+        """The averages, or their codes, in the order in which the update rule takes them."""
+        return self._of_role("average")
+
+    @property
+    def scales(self) -> tuple[Tensor, ...]:
+        """The scales of averages that are stored as codes, in the same order; empty for others."""
+        return self._of_role("scales")
+
+    @property
+    def master(self) -> Tensor | None:
+        """The float32 copy of the parameter, if it has one."""
+        return next(iter(self._of_role("master")), None)
 
     @property
     def count(self) -> Tensor | None:
         """The parameter's own step count; None if its group holds the count, as for Adan."""
-        return next((self.state[spec.key] for spec in self.specs if spec.role == "count"), None)
+        return next(iter(self._of_role("count")), None)
+
+    @property
+    def state_tensors(self) -> tuple[Tensor, ...]:
+        """All tensors that a step writes besides the parameter."""
+        return tuple(self.state[spec.key] for spec in self.specs)
+
+    def _of_role(self, role: str) -> tuple[Tensor, ...]:
+        return tuple(self.state[spec.key] for spec in self.specs if spec.role == role)
+
+    @property
+    def types(self) -> tuple[str, str, str, bool, bool]:
+        """What kernels are chosen by: the dtypes of parameter, gradient and averages, master, stochastic rounding."""
+        return kernel_types(self.parameter.dtype, self.gradient.dtype, self.precision)
 
     @property
     def plain(self) -> bool:
         """Whether the parameter is an ordinary tensor in a device's memory; see `is_plain`."""
         return is_plain(self.parameter)
+
+
+def kernel_types(
+    parameter: torch.dtype, gradient: torch.dtype, precision: Precision
+) -> tuple[str, str, str, bool, bool]:
+    """Return what a kernel is chosen by, as the native core takes it."""
+    return str(parameter), str(gradient), str(precision.state), precision.master, precision.stochastic
 
 
 @contextmanager
@@ -113,15 +175,20 @@ def plan_entries(bindings: Sequence[Binding]) -> list[tuple[int, int, bool]]:
 
 
 def executor_rows(rule: str, bindings: Sequence[Binding]) -> list[tuple[Any, ...]]:
-    """Return the native executors' row for each tensor: rule, group, index, parameter, gradient's dtype, state."""
+    """Return the native executors' row for each tensor.
+
+    It is: rule, group, index, types, parameter, averages, scales of averages, master, step count.
+    """
     return [
         (
             f"{rule}_amsgrad" if b.amsgrad else rule,
             b.group,
             b.index,
+            b.types,
             b.parameter,
-            str(b.gradient.dtype),
             b.averages,
+            b.scales,
+            b.master,
             b.count,
         )
         for b in bindings

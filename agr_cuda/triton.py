@@ -271,9 +271,9 @@ class TritonLaunch(DeviceLaunch):
     def _group_words(self, hyperparameters: Hyperparameters) -> bytes:
         """Return a group's row of the groups' table; see triton_kernels/tables.py."""
         if self._constants["ADAN"]:
-            lr, beta1, beta2, beta3, eps, weight_decay, no_prox, sign, steps = hyperparameters
+            lr, beta1, beta2, beta3, eps, weight_decay, no_prox, sign, steps, seed = hyperparameters
         else:
-            lr, beta1, beta2, eps, weight_decay, sign = hyperparameters
+            lr, beta1, beta2, eps, weight_decay, sign, seed = hyperparameters
             beta3, no_prox, steps = 0.0, 0.0, 0
         single, double, count = 0, 0, 0
         if isinstance(lr, Tensor):

@@ -178,7 +178,7 @@ constexpr Kernels table = {
 
 template <class P>
 const Kernels* with_gradient(Type parameter, const Types& types) {
-    if (types.state != parameter) return nullptr;
+    if (types.state != parameter || types.master || types.stochastic) return nullptr;
     if (types.gradient == parameter) return &table<P, P, P>;
     if constexpr (sizeof(P) == 2) {
         if (types.gradient == Type::float32) return &table<P, float, P>;

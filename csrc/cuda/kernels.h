@@ -20,8 +20,7 @@ struct Kernel {
 };
 
 inline bool operator==(const Kernel& a, const Kernel& b) {
-    return a.family == b.family && a.types.parameter == b.types.parameter && a.types.gradient == b.types.gradient &&
-           a.types.state == b.types.state;
+    return a.family == b.family && a.types == b.types;
 }
 
 // Whether a kernel is compiled: the state has the parameter's type, and gradients have that type or, for 16-bit
@@ -29,7 +28,7 @@ inline bool operator==(const Kernel& a, const Kernel& b) {
 constexpr bool is_compiled(const Kernel& kernel) {
     const Types& types = kernel.types;
     const bool mixed = kernel.family != Family::regularize && bytes_of(types.parameter) == 2;
-    return types.state == types.parameter &&
+    return types.state == types.parameter && !types.master && !types.stochastic &&
            (types.gradient == types.parameter || (mixed && types.gradient == Type::float32));
 }
 

@@ -125,14 +125,17 @@ private:
     }
 };
 
+// Whether a kernel is compiled for tensors of these types (see types_of).
+bool cuda_compiled(const std::string& rule, const py::tuple& types) {
+    return cuda::is_compiled({cuda::family_of(rule_named(rule)), types_of(types)});
+}
+
 // (chunk_elements, window_bytes, lead_bytes, prefetched bytes, blocks of a multiprocessor, multiprocessors) of a launch
-// for tensors of types that are called so.
+// for tensors of these types.
 std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, int, int> cuda_limits(const std::string& rule,
-                                                                                         const std::string& parameter,
-                                                                                         const std::string& gradient,
+                                                                                         const py::tuple& of_tensors,
                                                                                          int device) {
-    const Type type = type_named(parameter);
-    const Types types{type, type_named(gradient), type};
+    const Types types = types_of(of_tensors);
     const cuda::Kernel kernel{cuda::family_of(rule_named(rule)), types};
     const cuda::Launcher::Device properties = launcher().device(device);
     const int resident = launcher().resident_blocks(kernel, device);
@@ -159,7 +162,8 @@ void bind_cuda(py::module_& m) {
     m.attr("cuda_tactics") = tactics;
     use_launcher(py::none());
     m.def("use_launcher", &use_launcher, py::arg("which"));
-    m.def("cuda_limits", &cuda_limits, py::arg("rule"), py::arg("parameter"), py::arg("gradient"), py::arg("device"));
+    m.def("cuda_compiled", &cuda_compiled, py::arg("rule"), py::arg("types"));
+    m.def("cuda_limits", &cuda_limits, py::arg("rule"), py::arg("types"), py::arg("device"));
 
     py::class_<CudaExecutor>(m, "CudaExecutor")
         .def(py::init<const Plan&, const py::list&, int, int, int, std::int64_t, std::uint32_t>())

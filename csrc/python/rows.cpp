@@ -25,6 +25,11 @@ TensorView on_device(py::handle tensor, const char* role, DeviceType type, std::
     return view;
 }
 
+Types types_of(const py::tuple& types) {
+    auto named = [&](std::size_t i) { return type_named(py::cast<std::string>(types[i])); };
+    return {named(0), named(1), named(2), py::cast<bool>(types[3]), py::cast<bool>(types[4])};
+}
+
 Rows rows_of(const py::list& tensors, DeviceType type, std::int32_t index) {
     Rows rows;
     for (py::handle item : tensors) {
@@ -34,28 +39,33 @@ Rows rows_of(const py::list& tensors, DeviceType type, std::int32_t index) {
         tensor.group = py::cast<std::int32_t>(row[1]);
         rows.groups = std::max(rows.groups, static_cast<std::size_t>(tensor.group) + 1);
         tensor.index = py::cast<std::int32_t>(row[2]);
-        const TensorView parameter = on_device(row[3], "parameter", type, index);
+        tensor.types = types_of(py::cast<py::tuple>(row[3]));
+        const TensorView parameter = on_device(row[4], "parameter", type, index);
+        if (parameter.type() != tensor.types.parameter) throw std::invalid_argument("a parameter has another type");
         tensor.span.parameter = parameter.data();
         tensor.span.elements = parameter.elements();
-        tensor.types.parameter = *parameter.type();
-        tensor.types.gradient = type_named(py::cast<std::string>(row[4]));
-        tensor.types.state = tensor.types.parameter;  // for a rule without state
+        // A tensor of this type and size.
+        auto data_of = [&](py::handle given, const char* role, Type wanted, std::int64_t elements) {
+            const TensorView view = on_device(given, role, type, index);
+            if (view.type() != wanted) throw std::invalid_argument(std::string("a ") + role + " has the wrong type");
+            if (view.elements() != elements) throw std::invalid_argument(std::string("a ") + role + " has the wrong size");
+            return view.data();
+        };
+        const std::int64_t elements = tensor.span.elements;
         const auto states = py::cast<py::tuple>(row[5]);
-        if (static_cast<int>(states.size()) != states_of(tensor.rule))
+        const auto scales = py::cast<py::tuple>(row[6]);
+        if (static_cast<int>(states.size()) != states_of(tensor.rule) ||
+            scales.size() != (tensor.types.state == Type::code8 ? states.size() : 0))
             throw std::invalid_argument("a rule was given the wrong number of state tensors");
-        for (std::size_t k = 0; k < states.size(); ++k) {
-            const TensorView state = on_device(states[k], "state", type, index);
-            if (state.elements() != tensor.span.elements)
-                throw std::invalid_argument("a state tensor has the wrong size");
-            tensor.span.state[k] = state.data();
-            tensor.types.state = *state.type();
-        }
-        if (!row[6].is_none()) {
-            const TensorView step = on_device(row[6], "step", type, index);
-            if (step.type() != Type::float32 || step.elements() != 1)
-                throw std::invalid_argument("a step count is one float32");
-            tensor.step = static_cast<float*>(step.data());
-        }
+        for (std::size_t k = 0; k < states.size(); ++k)
+            tensor.span.state[k] = data_of(states[k], "state", tensor.types.state, elements);
+        for (std::size_t k = 0; k < scales.size(); ++k)
+            tensor.span.scales[k] = static_cast<float*>(
+                data_of(scales[k], "scale", Type::float32, (elements + scale_block - 1) / scale_block));
+        if (row[7].is_none() == tensor.types.master) throw std::invalid_argument("a master is missing, or not asked for");
+        if (tensor.types.master)
+            tensor.span.master = static_cast<float*>(data_of(row[7], "master", Type::float32, elements));
+        if (!row[8].is_none()) tensor.step = static_cast<float*>(data_of(row[8], "step", Type::float32, 1));
         rows.rule = tensor.rule;
         rows.tensors.push_back(tensor);
     }
@@ -64,10 +74,10 @@ Rows rows_of(const py::list& tensors, DeviceType type, std::int32_t index) {
 
 GroupNumbers group_of(py::handle item, Rule rule) {
     const auto tuple = py::cast<py::tuple>(item);
-    const std::size_t size = rule == Rule::adan ? 9 : rule == Rule::regularize ? 1 : 6;
+    const std::size_t size = rule == Rule::adan ? 10 : rule == Rule::regularize ? 1 : 7;
     if (tuple.size() != size) throw std::invalid_argument("a group has " + std::to_string(size) + " numbers");
     GroupNumbers numbers;
-    double x[9] = {};
+    double x[10] = {};
     for (std::size_t i = 0; i < size; ++i) {
         PyObject* value = PyTuple_GET_ITEM(tuple.ptr(), i);
         if (!PyFloat_Check(value) && !PyLong_Check(value) && rule != Rule::regularize && (i == 0 || i == 8)) {
@@ -77,12 +87,13 @@ GroupNumbers group_of(py::handle item, Rule rule) {
         x[i] = PyFloat_AsDouble(value);
         if (x[i] == -1 && PyErr_Occurred()) throw py::error_already_set();
     }
+    const auto seed = static_cast<std::uint64_t>(x[size - 1]);
     if (rule == Rule::regularize)
-        numbers.group = {{}, {}, 0, x[0]};
+        numbers.group = {{}, {}, 0, x[0], 0};
     else if (rule == Rule::adan)
-        numbers.group = {{}, {x[0], x[1], x[2], x[3], x[4], x[5], x[6]}, x[8] + 1, x[7]};
+        numbers.group = {{}, {x[0], x[1], x[2], x[3], x[4], x[5], x[6]}, x[8] + 1, x[7], seed};
     else
-        numbers.group = {{x[0], x[1], x[2], x[3], x[4]}, {}, 0, x[5]};
+        numbers.group = {{x[0], x[1], x[2], x[3], x[4]}, {}, 0, x[5], seed};
     return numbers;
 }
 

@@ -10,7 +10,7 @@ namespace agr::python {
 namespace {
 
 // DLPack's numbering of types.
-constexpr std::uint8_t floating_point = 2, brain_float = 4;
+constexpr std::uint8_t unsigned_integer = 1, floating_point = 2, brain_float = 4;
 
 struct NamedType {
     const char* name;
@@ -22,6 +22,7 @@ constexpr NamedType types[] = {
     {"bfloat16", Type::bfloat16, brain_float, 16},
     {"float16", Type::float16, floating_point, 16},
     {"float64", Type::float64, floating_point, 64},
+    {"uint8", Type::code8, unsigned_integer, 8},
 };
 
 // The part of DLPack's binary interface, version 1.3, that is used here.

@@ -1,0 +1,102 @@
+"""State of 8 bits: blocks of 256 elements, each with one scale, by dynamic tree quantization (arXiv 2110.02861).
+
+This is the definition, in PyTorch's operations; the backends do the same within their kernels.
+
+An element x of a block is stored as a code of y = |x| / scale, where the scale is the largest |x| of the block. A code
+has some leading zero bits (the decade E of y), a one bit, and the bits f of a linear fraction within that decade, in the
+middle of its interval: y = 10^-E (0.1 + 0.9 (f + 1/2) / 2^bits). Codes of first moments have a sign bit and 7 more bits,
+of which E to 6 are the fraction's; those of second moments have no sign and one more bit of fraction. Two codes
+are special: 0 is 0, and the code for which no decade is left is 1, so that the largest element is kept exactly (a negative
+one of a signed block is not). Signed codes are a sign and a magnitude; the code of "-0" is 1.
+
+A second moment that is not 0 gets a code that is not 0. It divides a step, and would make a step of any size if it
+vanished while the first moment, which is larger than its square, did not.
+
+A block with an infinite element or NaN has a scale of NaN, and is NaN as a whole.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+#: The number of neighbouring elements, in the order of memory, that share a scale.
+BLOCK = 256
+#: The number of decades, and of fraction bits in the first one.
+DECADES = 7
+
+
+def _fraction_bits(signed: bool) -> int:
+    """Return the bits of fraction in the decade from 0.1 to 1."""
+    return 6 if signed else 7
+
+
+@functools.cache
+def code_values(signed: bool) -> tuple[float, ...]:
+    """Return what each of the 256 codes stands for, in units of the scale."""
+    most = _fraction_bits(signed)
+    positive = [0.0]
+    for bits in range(most - DECADES + 1, most + 1):
+        decade = 10.0 ** (bits - most)
+        positive += [decade * (0.1 + 0.9 * (f + 0.5) / 2**bits) for f in range(2**bits)]
+    if signed:
+        return (*positive, 1.0, *(-value for value in positive[1:]))
+    return (*positive, 1.0)
+
+
+def scale_count(elements: int) -> int:
+    """Return the number of scales of a tensor with this many elements."""
+    return -(-elements // BLOCK)
+
+
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """Return a view of a dense tensor's elements, in one dimension, in the order of memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Return the codes (uint8, in the values' shape and memory layout) and the float32 scales of dense `values`.
+
+    For the largest decade E with y < 10^-E, y is multiplied by 10 E times, one after the other: the order in which the
+    kernels do it too.
+    """
+    flat = in_memory_order(values.detach()).float()
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).reshape(-1, BLOCK)
+    largest = blocks.abs().amax(1) if blocks.numel() else blocks.new_zeros(0)
+    scales = torch.where(largest.isfinite(), largest, torch.nan)
+    tiny = torch.finfo(torch.float32).tiny
+    inverse = torch.where(largest.isfinite() & (largest >= tiny), 1 / largest, 0.0)
+    y = blocks.abs() * inverse[:, None]
+    y = torch.where(y > 0, y, 0.0)  # not NaN
+    most = _fraction_bits(signed)
+    one = y > 1 - 0.225 / 2**most
+    size = torch.full_like(y, 2.0**most)  # of the decade, in codes
+    scaled = y
+    for _ in range(DECADES - 1):
+        below = scaled < 0.1
+        scaled = torch.where(below, scaled * 10, scaled)
+        size = torch.where(below, size * 0.5, size)
+    code = (size * (1 + (scaled - 0.1) * (10 / 9))).to(torch.int32)
+    code = torch.minimum(code, (2 * size).to(torch.int32) - 1)
+    if signed:
+        code = torch.where(y < 0.275e-6, 0, code)  # half of the smallest value
+        negative = blocks < 0
+        code = torch.where(one & ~negative, 128, torch.where(negative & (code > 0), code + 128, code))
+    else:
+        code = torch.where(y > 0, torch.clamp(code - 1, min=1), 0)
+        code = torch.where(one, 255, code)
+    codes = torch.empty_like(values, dtype=torch.uint8, memory_format=torch.preserve_format)
+    in_memory_order(codes).copy_(code.reshape(-1)[: values.numel()])
+    return codes, scales
+
+
+def dequantize(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
+    """Return the float32 values of dense `codes`, in their shape and memory layout."""
+    table = torch.tensor(code_values(signed), dtype=torch.float32, device=codes.device)
+    flat = table[in_memory_order(codes).long()]
+    flat = flat * scales.repeat_interleave(BLOCK)[: flat.numel()]
+    values = torch.empty_like(codes, dtype=torch.float32, memory_format=torch.preserve_format)
+    in_memory_order(values).copy_(flat)
+    return values
