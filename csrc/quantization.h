@@ -1,4 +1,5 @@
-// State of 8 bits: blocks of scale_block elements, each with one scale, by dynamic tree quantization (arXiv 2110.02861).
+// State of 8 bits: blocks of scale_block elements, each with one scale, by dynamic tree quantization (arXiv
+// 2110.02861).
 //
 // agr_cuda/quantization.py defines the codes and describes them. Like the update rules, these functions take values of
 // a type V, float or a vector of float, and U, the unsigned 32-bit integer or the vector of them, of the same shape.
@@ -17,9 +18,7 @@ template <bool is_signed>
 constexpr int fraction_bits = is_signed ? 6 : 7;
 
 // Whether the state tensor at this index may be negative, and so has signed codes.
-AGR_INLINE constexpr bool is_signed_state(Rule rule, int index) {
-    return rule == Rule::adan ? index != 2 : index == 0;
-}
+AGR_INLINE constexpr bool is_signed_state(Rule rule, int index) { return rule == Rule::adan ? index != 2 : index == 0; }
 
 // What a code stands for, in units of the scale.
 template <bool is_signed>

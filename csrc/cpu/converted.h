@@ -1,5 +1,5 @@
-// Conversions between what is stored and float32: blocks of elements are widened to float32, updated there, and narrowed
-// again. Only kernels.cpp includes this file; it is compiled once for each instruction set.
+// Conversions between what is stored and float32: blocks of elements are widened to float32, updated there, and
+// narrowed again. Only kernels.cpp includes this file; it is compiled once for each instruction set.
 #pragma once
 
 #include "../quantization.h"
@@ -9,8 +9,8 @@
 namespace agr::cpu {
 namespace {
 
-// The elements that are converted together. Their float32 values stay in the first-level cache. A block of codes has one
-// scale.
+// The elements that are converted together. Their float32 values stay in the first-level cache. A block of codes has
+// one scale.
 constexpr int converted_elements = scale_block;
 
 constexpr int float_lanes = AGR_VECTOR_BYTES / 4;
@@ -74,10 +74,11 @@ AGR_INLINE void narrow(Type type, const float* from, int n, void* to) {
 }
 
 // Rounds n elements to bfloat16, the first of which is the element `first` of its tensor.
-AGR_INLINE void narrow_stochastically(const RoundingKey& key, std::uint32_t array, std::int64_t first, const float* from,
-                                      int n, void* to) {
+AGR_INLINE void narrow_stochastically(const RoundingKey& key, std::uint32_t array, std::int64_t first,
+                                      const float* from, int n, void* to) {
     // The numbers of whole counters, of which there may be one more than the elements fill.
-    constexpr int counters = (converted_elements / elements_of_counter + 1 + float_lanes - 1) / float_lanes * float_lanes;
+    constexpr int counters =
+        (converted_elements / elements_of_counter + 1 + float_lanes - 1) / float_lanes * float_lanes;
     alignas(64) std::uint32_t words[4][counters];
     const std::int64_t first_counter = first / elements_of_counter;
     const int used = static_cast<int>((first + n - 1) / elements_of_counter - first_counter) + 1;
