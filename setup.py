@@ -68,7 +68,7 @@ LATEST_ARCHITECTURE = 199  # leaves room for future architectures, but refuses 9
 
 def cuda_kernels() -> list[tuple[str, str]]:
     """Return the families of rules and the units, for each of which cuda/kernels.cu is compiled once, in parallel."""
-    units = re.findall(r"^using (\w+) = FormatList<", (CSRC / "cuda/format.h").read_text(), re.MULTILINE)
+    units = re.findall(r"^using (\w+)\s*=\s*FormatList<", (CSRC / "cuda/format.h").read_text(), re.MULTILINE)
     return [
         *((family, unit) for family in ("adamw", "adan") for unit in units if unit != "gradients"),
         ("regularize", "gradients"),
