@@ -444,6 +444,7 @@ def test_restart_opt_starts_afresh(source: Any, target: Any) -> None:
     twin.load_master_weights(optimizer.state_dict())
     optimizer.param_groups[0]["state_dtype"] = target
     optimizer.restart_opt()
+    assert not any(optimizer.state[p]["exp_avg"].any() for p in all_params(optimizer))
     for o in (optimizer, twin):
         run(o, range(3, 5))
     assert_same_bits(optimizer, twin)
