@@ -13,9 +13,9 @@ from .groups import ParameterGroup
 from .optimizer import AGROptimizer
 from .options import format_value, number, number_or_tensor
 from .plan import StepPlan
-from .precision import PRECISION_OPTIONS, Precision
+from .precision import PRECISION_OPTIONS
 from .scaling import Scaling
-from .tensors import StateTensor, is_wrapper, scales_key, stored_state
+from .tensors import StateTensor, is_wrapper, scales_key
 
 _STATE_SPECS = (
     StateTensor("exp_avg"),
@@ -225,9 +225,13 @@ class Adan(AGROptimizer):
                 group["step"] = 0
             for parameter in group["params"]:
                 state = self.state.get(parameter, {})
-                for spec in stored_state(_STATE_SPECS, Precision.of(parameter, group)):
-                    if spec.role != "master" and isinstance(state.get(spec.key), Tensor):
-                        spec.fill_initial(state[spec.key])
+                for spec in _STATE_SPECS:
+                    value, scales = state.get(spec.key), state.get(scales_key(spec.key))
+                    if isinstance(scales, Tensor) and isinstance(value, Tensor):
+                        spec.fill_initial(scales)  # Each code of 0 then stands for that value.
+                        value.zero_()
+                    elif isinstance(value, Tensor):
+                        spec.fill_initial(value)
 
 
 def _convert_for_saving(saved: dict[str, Any]) -> dict[str, Any]:

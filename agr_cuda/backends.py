@@ -107,9 +107,7 @@ def _device_types(backend: str) -> tuple[str, ...]:
     return {"cpu": lambda: ("cpu",), "cuda": cuda.device_types, "triton": triton.device_types}[backend]()
 
 
-def choose(
-    parameter: Tensor, gradient: GradientKind | None = None, precision: Precision | None = None
-) -> str:
+def choose(parameter: Tensor, gradient: GradientKind | None = None, precision: Precision | None = None) -> str:
     """Return the first available backend that takes `parameter`."""
     # A GPU backend that runs on the CPU (a rehearsal, or Triton's interpreter) is used only if asked for by name.
     emulated = [b for b in ("cuda", "triton") if "cpu" in _device_types(b)]

@@ -10,9 +10,27 @@ from torch import Tensor
 
 from . import backends
 from .backends import choose, why_not
-from .precision import Precision
-from .state import StateChange, check_complete, check_no_overlap, needed_change, why_not_movable, written_tensors
-from .tensors import Binding, GradientKind, StateTensor, has_memory, is_plain, is_wrapper, ordinary_mode, stored_state
+from .precision import Precision, says_state
+from .state import (
+    StateChange,
+    check_codes,
+    check_complete,
+    check_no_overlap,
+    needed_change,
+    why_not_movable,
+    written_tensors,
+)
+from .tensors import (
+    Binding,
+    GradientKind,
+    StateTensor,
+    has_memory,
+    is_distributed,
+    is_plain,
+    is_wrapper,
+    ordinary_mode,
+    stored_state,
+)
 
 if TYPE_CHECKING:
     from .optimizer import AGROptimizer
@@ -37,7 +55,7 @@ def bind(optimizer: AGROptimizer, previous: Sequence[Binding]) -> list[Binding]:
             index += 1
             location = _Location(optimizer, index, group_index, position)
             if parameter.grad is not None:
-                present.append(_bind(location, parameter, None))
+                present.append(_bind(location, parameter, None, previous_of.get(id(parameter))))
             elif id(parameter) in previous_of:
                 rebound = _bind_without_gradient(location, previous_of[id(parameter)])
                 if rebound is not None:
@@ -57,12 +75,7 @@ def state_change(optimizer: AGROptimizer, binding: Binding) -> StateChange:
     """Return the changes that a parameter's state needs before its step; see `needed_change`."""
     group = optimizer.param_groups[binding.group]
     on_device = bool(group["capturable"]) or binding.backend in ("cuda", "triton")
-    return needed_change(binding, on_device, converts_state(group))
-
-
-def converts_state(group: dict[str, Any]) -> bool:
-    """Whether a group's options say of what type its state is, so that state of another type is converted."""
-    return group["state_dtype"] is not None or bool(group["master_weights"])
+    return needed_change(binding, on_device)
 
 
 class _Location:
@@ -77,15 +90,24 @@ class _Location:
             self.name += f" ({names[position]!r})"
 
 
-def _bind(location: _Location, parameter: Tensor, kind: GradientKind | None) -> Binding:
+def _bind(
+    location: _Location, parameter: Tensor, kind: GradientKind | None, previous: Binding | None = None
+) -> Binding:
     """Return the binding of a parameter to its gradient, or to a future gradient of `kind` if it has none now."""
     precision = Precision.of(parameter, location.group)
+    # The options may be back at their defaults; the state of before is still converted.
+    converts = says_state(location.group) or (previous is not None and previous.converts)
     specs = stored_state(location.optimizer._declared_state(location.group), precision)
     state = location.optimizer.state.get(parameter, {})
     if precision.quantized and is_wrapper(parameter):
         raise RuntimeError(
-            f"state_dtype is '8bit', and {location.name} is a {type(parameter).__name__}; the state of such tensors can "
-            "be torch.float32 or torch.bfloat16"
+            f"state_dtype is '8bit', and {location.name} is a {type(parameter).__name__}; the state of such tensors "
+            "can be torch.float32 or torch.bfloat16"
+        )
+    if precision.stochastic and is_wrapper(parameter) and not is_distributed(parameter):
+        raise RuntimeError(
+            f"stochastic_rounding is True, and {location.name} is a {type(parameter).__name__}, whose elements have no "
+            "known place in memory: stochastic_rounding=False"
         )
     check_tensors(location.name, parameter, state, specs)
     check_complete(location.name, state, specs)
@@ -93,7 +115,7 @@ def _bind(location: _Location, parameter: Tensor, kind: GradientKind | None) -> 
         gradient = parameter.grad
         assert gradient is not None
         kind = GradientKind.of(parameter, gradient)
-    backend = choose_backend(location, parameter, kind, state, specs, precision)
+    backend = choose_backend(location, parameter, kind, state, specs, precision, converts)
     if backend == "reference":
         check_writable(location.name, parameter, state)
     staged = None
@@ -103,6 +125,7 @@ def _bind(location: _Location, parameter: Tensor, kind: GradientKind | None) -> 
     return Binding(
         location.index, location.group_index, location.name, parameter, kind, state, specs, precision, backend,
         regularize=bool(location.group["agr"]), amsgrad=bool(location.group.get("amsgrad")), staged=staged,
+        converts=converts,
     )  # fmt: skip
 
 
@@ -112,7 +135,7 @@ def _bind_without_gradient(location: _Location, previous: Binding) -> Binding | 
     An unusable parameter is no error here, since this step does not update it.
     """
     try:
-        binding = _bind(location, previous.parameter, previous.gradient)
+        binding = _bind(location, previous.parameter, previous.gradient, previous)
         with ordinary_mode():
             change = state_change(location.optimizer, binding)
     except (RuntimeError, TypeError, AttributeError):
@@ -157,6 +180,7 @@ def check_tensors(place: str, parameter: Tensor, state: dict[str, Any], specs: S
             raise RuntimeError(f"{key} of {place} has shape {tuple(value.shape)}; it must be {wanted}")
         elif value.device != parameter.device:
             raise RuntimeError(f"{key} of {place} is on {value.device}; it must be on {parameter.device}")
+    check_codes(place, parameter, state, specs)
 
 
 def _check_gradient(place: str, parameter: Tensor, gradient: Tensor) -> None:
@@ -191,6 +215,7 @@ def choose_backend(
     state: dict[str, Any],
     specs: Sequence[StateTensor],
     precision: Precision,
+    converts: bool,
 ) -> str:
     """Return the backend that updates `parameter`.
 
@@ -204,7 +229,7 @@ def choose_backend(
         backend = "reference" if wants_reference else choose(parameter, kind, precision)
     reason = why_not(backend, parameter, kind, precision)
     if reason is None and backend != "reference":
-        reason = _why_state_unsupported(parameter, state, specs, converts_state(group))
+        reason = _why_state_unsupported(parameter, state, specs, converts)
         if reason is not None:
             backend = "reference"
     if requested is not None and reason is not None:

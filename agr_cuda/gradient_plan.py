@@ -219,5 +219,7 @@ def _bindings(gradients: Mapping[int, Tensor], chosen: Mapping[int, str]) -> dic
             stand_in = element[g.dtype, g.device].expand(g.numel())
             kind = GradientKind(type(g), g.dtype, plain=True, same_layout=True)
             place = f"parameter {i}"
-            bindings[i] = Binding(i, 0, place, stand_in, kind, {}, (), Precision(g.dtype), chosen[i], regularize=True, amsgrad=False)
+            bindings[i] = Binding(
+                i, 0, place, stand_in, kind, {}, (), Precision(g.dtype), chosen[i], regularize=True, amsgrad=False
+            )
     return bindings

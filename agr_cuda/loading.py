@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .state import stored_as_asked
-from .tensors import MASTER, StateTensor, ordinary_mode
+from .tensors import MASTER, StateTensor, ordinary_mode, scales_key
 
 
 @dataclass(eq=False)
@@ -22,9 +22,10 @@ class _Kept:
 
 def keep_dtypes(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a state dict whose state, except for step counts, is not cast when it is loaded."""
+    indices = {index for group in state_dict["param_groups"] for index in group["params"]}
     state = {
         index: {key: _Kept(x) if isinstance(x, Tensor) and key != "step" else x for key, x in values.items()}
-        if isinstance(values, dict)
+        if index in indices and isinstance(values, dict)
         else values
         for index, values in state_dict["state"].items()
     }
@@ -42,21 +43,14 @@ def take_loaded(parameter: Tensor, state: dict[str, Any], specs: Sequence[StateT
     Returns:
         Whether there was a master copy that the parameter does not have.
     """
-    wanted = {spec.key: spec for spec in specs}
+    wanted = {spec.key for spec in specs}
+    tensors = {key: kept.tensor.to(parameter.device) for key, kept in state.items() if isinstance(kept, _Kept)}
+    codes = {key for key, value in tensors.items() if value.dtype == torch.uint8 and scales_key(key) in tensors}
+    stays = wanted | codes | {scales_key(key) for key in codes}
+    for key, value in tensors.items():
+        # torch.optim.Optimizer casts all that it does not know.
+        state[key] = value.to(parameter.dtype) if key not in stays and parameter.is_floating_point() else value
     had_master = MASTER.key in state and MASTER.key not in wanted
     with ordinary_mode():
-        for key, kept in state.items():
-            if isinstance(kept, _Kept):
-                value = kept.tensor.to(parameter.device)
-                # As torch.optim.Optimizer does with what it does not know.
-                if key not in wanted and value.is_floating_point() and parameter.is_floating_point():
-                    value = value.to(parameter.dtype) if not _belongs_to_codes(state, key) else value
-                state[key] = value
-        stored_as_asked(parameter, state, specs, converts=True).apply(state)
+        stored_as_asked(parameter, state, specs, converts=parameter.is_floating_point()).apply(state)
     return had_master
-
-
-def _belongs_to_codes(state: dict[str, Any], key: str) -> bool:
-    codes = state.get(key.removesuffix("_scale"))
-    codes = codes.tensor if isinstance(codes, _Kept) else codes
-    return isinstance(codes, Tensor) and codes.dtype == torch.uint8

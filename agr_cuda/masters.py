@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tensors import MASTER
+from .tensors import MASTER, is_wrapper
 
 #: What master weights are loaded from: tensors by parameters' names, a state dict of an optimizer that had master
 #: weights, or one tensor for each parameter, in the order of the groups.
@@ -46,6 +46,11 @@ def master_sources(groups: Sequence[dict[str, Any]], source: MasterSource) -> li
         if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
             what = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"master weight {i} is {what}; it must be a tensor of shape {tuple(parameter.shape)}")
+        if is_wrapper(tensor) != is_wrapper(parameter):
+            kinds = type(tensor.detach()).__name__, type(parameter.detach()).__name__
+            raise ValueError(
+                f"master weight {i} is a {kinds[0]}, and its parameter a {kinds[1]}; both must be of one kind"
+            )
     return found
 
 
@@ -61,12 +66,10 @@ def _of_state_dict(parameters: list[Tensor], saved: Mapping[str, Any]) -> list[t
 
 
 @torch.no_grad()
-def set_parameter(parameter: Tensor, value: Tensor, state: dict[str, Any], has_master: bool) -> None:
-    """Set a parameter, and its master if it has one, to `value`."""
+def set_parameter(parameter: Tensor, value: Tensor, state: dict[str, Any] | None) -> None:
+    """Set a parameter to `value`, and also its master, which is in `state`; without one, `state` is None."""
+    if state is not None:
+        if not isinstance(state.get(MASTER.key), Tensor):
+            state[MASTER.key] = MASTER.create(parameter, parameter.device)
+        value = state[MASTER.key].copy_(value)
     parameter.copy_(value)
-    if not has_master:
-        return
-    if isinstance(state.get(MASTER.key), Tensor):
-        state[MASTER.key].copy_(value)
-    else:
-        state[MASTER.key] = MASTER.create(parameter, parameter.device).copy_(value)

@@ -19,12 +19,12 @@ from .clipping import Clipping, prepare_clipping
 from .fork import renew_lock_after_fork
 from .groups import UNSAVED_OPTIONS, ParameterGroup
 from .hooks import caller_stacklevel, exclude_from_compile, with_step_hooks
+from .loading import keep_dtypes, take_loaded
 from .masters import MasterSource, master_sources, set_parameter
 from .options import BOOLEAN_OPTIONS, check_betas, check_flag, check_nonnegative, convert_to_builtin, number
 from .plan import StepPlan
 from .precision import PRECISION_OPTIONS, Precision, check_precision, check_precision_options
 from .scaling import Scaling
-from .loading import keep_dtypes, take_loaded
 from .tensors import MASTER, Binding, StateTensor, is_plain, ordinary_mode, stored_state
 
 #: The options that hold for the whole optimizer. They are in its `defaults` and in no parameter group.
@@ -250,8 +250,8 @@ class AGROptimizer(torch.optim.Optimizer):
                 if parameter in self.state and take_loaded(parameter, self.state[parameter], specs):
                     self._warn_once(
                         "masters",
-                        "the loaded state dict has master weights, and a group without master_weights=True takes none: "
-                        "load_master_weights(state_dict) sets its parameters to them",
+                        "the loaded state dict has master weights of parameters that have none here: "
+                        "load_master_weights(state_dict) sets the parameters to them",
                     )
 
     @contextmanager
@@ -312,7 +312,7 @@ class AGROptimizer(torch.optim.Optimizer):
             group_of = {id(p): group for group in self.param_groups for p in group["params"]}
             for parameter, value in found:
                 has_master = Precision.of(parameter, group_of[id(parameter)]).master
-                set_parameter(parameter, value, self.state[parameter] if has_master else {}, has_master)
+                set_parameter(parameter, value, self.state[parameter] if has_master else None)
 
     def reset_master_weights(self) -> None:
         """Set all master weights to their parameters' values, after a program has written into the parameters.
@@ -328,7 +328,7 @@ class AGROptimizer(torch.optim.Optimizer):
         lines = [f"{type(self).__name__} ("]
         for i, group in enumerate(self.param_groups):
             lines.append(f"Parameter Group {i}")
-            shown = group.everything() if isinstance(group, ParameterGroup) else group
+            shown = {name: group.get(name) for name in (*group, *UNSAVED_OPTIONS)}  # a plain copy may lack some
             lines += [f"    {key}: {shown[key]}" for key in sorted(shown) if key != "params"]
         return "\n".join([*lines, ")"])
 
@@ -404,8 +404,10 @@ class AGROptimizer(torch.optim.Optimizer):
             missing = {name: self.defaults[name] for name in UNSAVED_OPTIONS if name not in group}
             if missing:
                 group.update(missing)
-                default = ", ".join(f"{name}={value!r}" for name, value in missing.items())
-                self._warn_once("copied", f"parameter group {i} came without these options, and has the defaults: {default}")
+                defaults = ", ".join(f"{name}={value!r}" for name, value in missing.items())
+                self._warn_once(
+                    "copied", f"parameter group {i} came without options that now have their defaults: {defaults}"
+                )
         values = [self.max_grad_norm, *map(_values_to_check, self.param_groups)]
         if values != self._checked_values:
             if self.max_grad_norm is not None:
@@ -448,6 +450,8 @@ class AGROptimizer(torch.optim.Optimizer):
             check_tensors(b.place, b.parameter, b.state, b.specs)
             check_writable(b.place, b.parameter, b.state)
             # A parameter whose gradient no other backend took goes back to another when its gradients are plain again.
+            if Precision.of(b.parameter, self.param_groups[b.group]) != b.precision:  # It has another dtype now.
+                return False
             if not b.gradient.plain and b.parameter.grad is not None and is_plain(b.parameter.grad):
                 return False
         return not any(state_change(self, b) for b in present)

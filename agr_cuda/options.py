@@ -48,6 +48,7 @@ def convert_to_builtin(options: dict[str, Any]) -> None:
     for name in BOOLEAN_OPTIONS:
         if options.get(name) is not None:
             options[name] = bool(options[name])
+    options["rounding_seed"] = int(options["rounding_seed"])
 
 
 def check_number(name: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""How a parameter's numbers are stored: the type of its state, a float32 master copy, and how stored numbers are rounded.
+"""How a parameter's numbers are stored: the type of its state, a float32 master copy, and how they are rounded.
 
 docs/precision.md describes the options, and lists what each backend takes.
 """
@@ -6,6 +6,7 @@ docs/precision.md describes the options, and lists what each backend takes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -54,8 +55,13 @@ class Precision(NamedTuple):
         return cls(state, master, bool(group["stochastic_rounding"]) and rounds)
 
 
+def says_state(group: dict[str, Any]) -> bool:
+    """Whether a group's options say of what type its state is."""
+    return group["state_dtype"] is not None or bool(group["master_weights"])
+
+
 def check_precision_options(group: dict[str, Any]) -> None:
-    """Raise ValueError for a `state_dtype` or a `rounding_seed` out of range, RuntimeError for a contradiction."""
+    """Raise TypeError or ValueError for a `state_dtype` or a `rounding_seed`, RuntimeError for a contradiction."""
     state_dtype = group["state_dtype"]
     if not any(state_dtype is allowed or state_dtype == allowed for allowed in STATE_DTYPES):
         raise ValueError(
@@ -63,9 +69,9 @@ def check_precision_options(group: dict[str, Any]) -> None:
             f"{EIGHT_BIT!r}"
         )
     seed = group["rounding_seed"]
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"rounding_seed is {seed!r}; it must be an integer")
-    if not 0 <= seed < 2**53:
+    if not 0 <= int(seed) < 2**53:
         raise ValueError(f"rounding_seed is {seed}; it must be at least 0 and less than 2**53")
     if group.get("differentiable"):
         for name in PRECISION_OPTIONS:
@@ -81,6 +87,8 @@ def check_precision(place: str, parameters: Sequence[Tensor], group: dict[str, A
         parameters: all parameters of the group.
         group: the options.
     """
+    if not parameters:
+        return
     dtypes = [parameter.dtype for parameter in parameters]
     found = ", ".join(sorted({str(dtype) for dtype in dtypes}))
     if group["state_dtype"] is not None:

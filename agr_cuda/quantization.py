@@ -3,11 +3,11 @@
 This is the definition, in PyTorch's operations; the backends do the same within their kernels.
 
 An element x of a block is stored as a code of y = |x| / scale, where the scale is the largest |x| of the block. A code
-has some leading zero bits (the decade E of y), a one bit, and the bits f of a linear fraction within that decade, in the
-middle of its interval: y = 10^-E (0.1 + 0.9 (f + 1/2) / 2^bits). Codes of first moments have a sign bit and 7 more bits,
-of which E to 6 are the fraction's; those of second moments have no sign and one more bit of fraction. Two codes
-are special: 0 is 0, and the code for which no decade is left is 1, so that the largest element is kept exactly (a negative
-one of a signed block is not). Signed codes are a sign and a magnitude; the code of "-0" is 1.
+has some leading zero bits (the decade E of y), a one bit, and the bits f of a linear fraction within that decade, in
+the middle of its interval: y = 10^-E (0.1 + 0.9 (f + 1/2) / 2^bits). Codes of first moments have a sign bit and 7 more
+bits, of which E to 6 are the fraction's; those of second moments have no sign and one more bit of fraction. Two codes
+are special: 0 is 0, and the code for which no decade is left is 1, so that the largest element is kept exactly (a
+negative one of a signed block is not). Signed codes are a sign and a magnitude; the code of "-0" is 1.
 
 A second moment that is not 0 gets a code that is not 0. It divides a step, and would make a step of any size if it
 vanished while the first moment, which is larger than its square, did not.

@@ -10,7 +10,7 @@ Sources: AGR is from arXiv 2407.16944, AdamW from arXiv 1711.05101, Adan from ar
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .launch import Hyperparameters, Launch
 from .scaling import Scaling
+from .storage import read_numbers, write_numbers
 from .tensors import Binding
 
 if TYPE_CHECKING:
@@ -95,13 +96,15 @@ def _scaled_quotient(average: Tensor, denominator: Tensor, scale: Number) -> Ten
 
 
 def adamw(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, w: Tensor | None, t: Number,
-    *, lr: Number, betas: tuple[Number, Number], eps: float, weight_decay: float,
+    p: Tensor, g: Tensor, averages: Sequence[Tensor], t: Number,
+    *, lr: Number, betas: Sequence[Number], eps: float, weight_decay: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return the parameter `p`, exp_avg `m`, exp_avg_sq `v` and, if given, max_exp_avg_sq `w` after AdamW's step `t`.
+    """Return the parameter `p` and its averages after AdamW's step `t`; steps are counted from 1.
 
-    Steps are counted from 1.
+    The averages are exp_avg `m`, exp_avg_sq `v` and, for AMSGrad, max_exp_avg_sq `w`.
     """
+    m, v, *maximum = averages
+    w = maximum[0] if maximum else None
     b1, b2 = betas
     # lerp computes m + (1 - b1) (g - m) from the nearer end; by itself that formula loses a g that is small beside m.
     m = torch.lerp(m, g, (1 - b1).to(m) if isinstance(b1, Tensor) else 1 - b1)
@@ -120,17 +123,18 @@ def adamw(
 
 
 def adan(
-    p: Tensor, g: Tensor, m: Tensor, u: Tensor, n: Tensor, neg_previous: Tensor, t: int, first: bool,
-    *, lr: Number, betas: tuple[Number, Number, Number], eps: float, weight_decay: float, no_prox: bool,
+    p: Tensor, g: Tensor, averages: Sequence[Tensor], t: Number,
+    *, lr: Number, betas: Sequence[Number], eps: float, weight_decay: float, no_prox: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return the parameter `p`, exp_avg `m`, exp_avg_diff `u`, exp_avg_sq `n` and neg_pre_grad after Adan's step `t`.
+    """Return the parameter `p` and its averages after Adan's step `t`; steps are counted from 1.
 
-    Steps are counted from 1. `neg_previous` is the negated previous gradient, or NaN before an element's first step;
-    the difference of gradients is then 0, as in the group's `first` step. After a gradient of NaN, `m` is NaN too, and
-    m - m keeps it.
+    The averages are exp_avg `m`, exp_avg_diff `u`, exp_avg_sq `n` and neg_pre_grad. The latter is the negated previous
+    gradient, or NaN before an element's first step; the difference of gradients is then 0, as in the group's first
+    step. After a gradient of NaN, `m` is NaN too, and m - m keeps it.
     """
+    m, u, n, neg_previous = averages
     b1, b2, b3 = betas
-    d = torch.zeros_like(g) if first else torch.where(neg_previous.isnan(), m - m, g + neg_previous)
+    d = torch.zeros_like(g) if t == 1 else torch.where(neg_previous.isnan(), m - m, g + neg_previous)
     m = b1 * m + (1 - b1) * g
     u = b2 * u + (1 - b2) * d
     look_ahead = g + b2 * d
@@ -162,10 +166,12 @@ def foreach_psi(grads: list[Tensor]) -> list[Tensor]:
 
 
 def foreach_adamw(
-    p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], w: list[Tensor] | None, t: float,
-    *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+    p: list[Tensor], g: list[Tensor], averages: Sequence[list[Tensor]], t: float,
+    *, lr: float, betas: Sequence[float], eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """Do `adamw` for lists of tensors, in place."""
+    m, v, *maximum = averages
+    w = maximum[0] if maximum else None
     b1, b2 = betas
     torch._foreach_lerp_(m, g, 1 - b1)
     torch._foreach_mul_(v, b2)
@@ -188,14 +194,14 @@ def foreach_adamw(
 
 
 def foreach_adan(
-    p: list[Tensor], g: list[Tensor], m: list[Tensor], u: list[Tensor], n: list[Tensor],
-    neg_previous: list[Tensor], t: int, first: bool,
-    *, lr: float, betas: tuple[float, float, float], eps: float, weight_decay: float, no_prox: bool,
+    p: list[Tensor], g: list[Tensor], averages: Sequence[list[Tensor]], t: float,
+    *, lr: float, betas: Sequence[float], eps: float, weight_decay: float, no_prox: bool,
 ) -> None:  # fmt: skip
     """Do `adan` for lists of tensors, in place."""
+    m, u, n, neg_previous = averages
     b1, b2, b3 = betas
     d = list(torch._foreach_add(neg_previous, g))
-    if first:
+    if t == 1:
         torch._foreach_zero_(d)
     else:
         d = [torch.where(was.isnan(), average - average, x) for was, average, x in zip(neg_previous, m, d, strict=True)]
@@ -224,14 +230,20 @@ def foreach_adan(
             n[i].masked_fill_(m_gone & u_gone & _negligible(n[i], eps), 0)
 
 
-def _rule_options(hyperparameters: tuple[Any, ...], betas: int) -> dict[str, Any]:
-    """Return the keyword arguments that `adamw` and `adan` share, from a group's hyperparameters."""
-    return {
-        "lr": hyperparameters[0],
-        "betas": hyperparameters[1 : 1 + betas],
-        "eps": hyperparameters[1 + betas],
-        "weight_decay": hyperparameters[2 + betas],
-    }
+#: Each rule for one tensor, which returns new tensors, and for lists of tensors, in place.
+_RULES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Callable[..., None]]] = {
+    "adamw": (adamw, foreach_adamw),
+    "adan": (adan, foreach_adan),
+}
+
+
+def _rule_options(rule: str, hyperparameters: Hyperparameters) -> dict[str, Any]:
+    """Return the keyword arguments of a rule, from a group's hyperparameters in the native core's order."""
+    if rule == "adan":
+        lr, *betas, eps, weight_decay, no_prox, _, _, _ = hyperparameters
+        return {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "no_prox": bool(no_prox)}
+    lr, *betas, eps, weight_decay, _, _ = hyperparameters
+    return {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
 
 
 class ReferenceLaunch(Launch):
@@ -240,7 +252,6 @@ class ReferenceLaunch(Launch):
     def __init__(self, rule: str, bindings: Sequence[Binding]) -> None:
         super().__init__(bindings)
         self.rule = rule
-        self._num_betas = 3 if rule == "adan" else 2
         self._groups: Sequence[dict[str, Any]] = []
         self._options: list[dict[str, Any]] = []
         self._scaling = Scaling(None, None)
@@ -250,7 +261,7 @@ class ReferenceLaunch(Launch):
     ) -> None:
         """Keep the hyperparameters unchanged, tensors included; see Launch.prepare."""
         self._groups, self._scaling = groups, scaling
-        self._options = [_rule_options(values, self._num_betas) for values in hyperparameters]
+        self._options = [_rule_options(self.rule, values) for values in hyperparameters]
 
     def square_sum(self) -> Number:
         """Return the sum of squares as a tensor, so that the host does not wait for it; see Launch.square_sum."""
@@ -278,12 +289,13 @@ class ReferenceLaunch(Launch):
             group = self._groups[binding.group]
             if self._uses_foreach(binding, group):
                 t = self._step_count(binding, group)
-                foreach_batches[binding.group, binding.parameter.device, binding.parameter.dtype, t].append(binding)
+                key = binding.group, binding.parameter.device, binding.parameter.dtype, binding.precision, t
+                foreach_batches[key].append(binding)
                 continue
             with torch.set_grad_enabled(bool(group.get("differentiable", False))):
                 self._update_one(binding, group, clip)
         with torch.no_grad():
-            for (_, _, _, t), bindings in foreach_batches.items():
+            for (*_, t), bindings in foreach_batches.items():
                 self._update_foreach(bindings, clip, t)
         for group in counted:
             group["step"] += 1
@@ -292,6 +304,8 @@ class ReferenceLaunch(Launch):
         if group.get("differentiable") or group["capturable"] or isinstance(group["lr"], Tensor):
             return False
         if binding.parameter.is_complex() or not binding.plain:
+            return False
+        if binding.precision.quantized or binding.precision.stochastic:  # There are no such operations on lists.
             return False
         if group["foreach"] is None:  # torch.optim makes the same choice
             return binding.parameter.device.type != "cpu"
@@ -317,23 +331,19 @@ class ReferenceLaunch(Launch):
         g = g.to(compute_dtype(p.dtype)) * scale
         if group["agr"]:
             g = psi(g)
-        stored = [p, *binding.averages]
+        stored = read_numbers(binding)
         if p.is_complex():
             stored = [torch.view_as_real(x) for x in stored]
             g = torch.view_as_real(g)
         # Always copies, because autograd may save these tensors, and the originals are changed in place below.
-        now = [x.to(g.dtype) if x.dtype != g.dtype else x.clone() for x in stored]
+        now, *averages = [x.to(g.dtype, copy=True) for x in stored]
         t = self._step_count(binding, group)
         options = self._options[binding.group]
         lr = options["lr"]
         if isinstance(lr, Tensor):  # It has one element, but perhaps several dimensions.
-            options = {**options, "lr": lr.reshape(()).to(torch.promote_types(lr.dtype, now[0].real.dtype))}
-        if self.rule == "adan":
-            after = adan(now[0], g, now[1], now[2], now[3], now[4], t, t == 1, **options, no_prox=group["no_prox"])
-        else:
-            after = adamw(now[0], g, now[1], now[2], now[3] if group["amsgrad"] else None, t, **options)
-        for x, value in zip(stored, after, strict=True):
-            x.copy_(value)
+            options = {**options, "lr": lr.reshape(()).to(torch.promote_types(lr.dtype, now.real.dtype))}
+        update, _ = _RULES[self.rule]
+        write_numbers(binding, stored, update(now, g, averages, t, **options), t, group["rounding_seed"])
         if binding.count is not None:
             binding.count.add_(1)
 
@@ -348,18 +358,18 @@ class ReferenceLaunch(Launch):
             g = list(torch._foreach_mul(g, -clip if group["maximize"] else clip))
         if group["agr"]:
             g = foreach_psi(g)
-        stored = [parameters, *(list(column) for column in zip(*(b.averages for b in bindings), strict=True))]
-        now = [[x.to(dtype) for x in column] for column in stored]  # the tensors themselves if the dtypes agree
-        if self.rule == "adan":
-            foreach_adan(now[0], g, now[1], now[2], now[3], now[4], t, t == 1, **options, no_prox=group["no_prox"])
-        else:
-            foreach_adamw(now[0], g, now[1], now[2], now[3] if group["amsgrad"] else None, t, **options)
+        stored = [list(column) for column in zip(*map(read_numbers, bindings), strict=True)]
+        now, *averages = [[x.to(dtype) for x in column] for column in stored]  # the tensors themselves if they can be
+        _, update = _RULES[self.rule]
+        update(now, g, averages, t, **options)
         counts = [b.count for b in bindings if b.count is not None]
         if counts:
             torch._foreach_add_(counts, 1)
-        for column, values in zip(stored, now, strict=True):
+        for column, values in zip(stored, [now, *averages], strict=True):
             if any(x is not value for x, value in zip(column, values, strict=True)):
                 torch._foreach_copy_(column, values)
+        if bindings[0].precision.master:
+            torch._foreach_copy_(parameters, stored[0])
 
 
 class ReferenceGradientLaunch(Launch):

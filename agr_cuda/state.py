@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .quantization import dequantize, quantize
-from .tensors import MASTER, Binding, StateTensor, same_layout, scales_key
+from .quantization import dequantize, quantize, scale_count
+from .tensors import MASTER, Binding, StateTensor, is_dense, is_wrapper, same_layout, scales_key, state_like
 
 
 @dataclass
@@ -53,19 +53,39 @@ def check_complete(place: str, state: dict[str, Any], specs: Sequence[StateTenso
         )
 
 
-def needed_change(binding: Binding, counts_on_device: bool, converts: bool) -> StateChange:
+def check_codes(place: str, parameter: Tensor, state: dict[str, Any], specs: Sequence[StateTensor]) -> None:
+    """Raise RuntimeError if an average is stored as codes of 8 bits, and its scales are not those of the parameter."""
+    for spec in specs:
+        value = state.get(spec.key)
+        if spec.role == "average" and _is_coded(value) and not _has_scales(parameter, state, spec.key):
+            key, wanted = scales_key(spec.key), scale_count(parameter.numel())
+            scales = state.get(key)
+            found = f"of shape {tuple(scales.shape)}" if isinstance(scales, Tensor) else "missing"
+            raise RuntimeError(
+                f"{spec.key} of {place} has codes of 8 bits, and {key} is {found}; it must have {wanted} elements"
+            )
+
+
+def _is_coded(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.uint8
+
+
+def _has_scales(parameter: Tensor, state: dict[str, Any], key: str) -> bool:
+    scales = state.get(scales_key(key))
+    return isinstance(scales, Tensor) and scales.shape == (scale_count(parameter.numel()),)
+
+
+def needed_change(binding: Binding, counts_on_device: bool) -> StateChange:
     """Return the changes that a parameter's state needs: missing tensors, and memory that its backend can use.
 
     Args:
         binding: the parameter with its state.
         counts_on_device: whether its step count must be on its device, because a graph may be captured or because the
             launch increments it there (as torch.optim.AdamW's fused operation does). Otherwise the count is on the CPU.
-        converts: whether state of another dtype than its options say is converted. State that a program has given a
-            group without such options is used as it is.
 
     Call it within `ordinary_mode`.
     """
-    change = stored_as_asked(binding.parameter, binding.state, binding.specs, converts)
+    change = stored_as_asked(binding.parameter, binding.state, binding.specs, binding.converts)
     for spec in binding.specs:
         value = binding.state.get(spec.key)
         if spec.role == "count":
@@ -73,11 +93,11 @@ def needed_change(binding: Binding, counts_on_device: bool, converts: bool) -> S
             _change_count(change, binding, spec, value, device)
         elif spec.key in change.added:
             continue
-        elif value is None:
+        elif value is None or (spec.role == "scales" and spec.codes_key in change.added):
             change.added[spec.key] = spec.create(binding.parameter, binding.parameter.device)
         elif spec.role == "scales":
-            if binding.backend != "reference" and not value.is_contiguous():
-                change.added[spec.key] = value.contiguous()
+            if value.dtype != spec.dtype or not value.is_contiguous():
+                change.added[spec.key] = value.to(spec.dtype).contiguous()
         elif binding.backend != "reference" and not same_layout(binding.parameter, value):
             memory = torch.empty_like(binding.parameter, dtype=value.dtype, memory_format=torch.preserve_format)
             memory.copy_(value)
@@ -96,28 +116,37 @@ def stored_as_asked(
 
     Codes of 8 bits become numbers, and the other way round; where codes are in another memory layout than the
     parameter, and so in other blocks, they are made anew. Numbers of one type become numbers of another if `converts`.
-    What is missing stays missing, and what another precision has left is removed.
+    What is missing stays missing, what another precision has left is removed, and what does not fit the parameter is
+    left for the checks before a step to refuse.
     """
     change = StateChange()
     wanted = {spec.key: spec for spec in specs}
     for spec in specs:
-        value, scales = state.get(spec.key), state.get(scales_key(spec.key))
-        if spec.role in ("count", "scales") or not isinstance(value, Tensor):
+        value, its_scales = state.get(spec.key), scales_key(spec.key)
+        if spec.role in ("count", "scales") or not isinstance(value, Tensor) or value.shape != parameter.shape:
             continue
-        coded = value.dtype == torch.uint8 and isinstance(scales, Tensor)
-        if spec.dtype == torch.uint8:
-            if not coded or not same_layout(parameter, value):
-                values = dequantize(value, scales, spec.signed) if coded else value
-                change.added.update(quantized_like(parameter, values, spec))
-        elif coded or (converts and value.dtype != spec.dtype):
-            values = dequantize(value, scales, spec.signed) if coded else value.detach()
-            memory = torch.empty_like(parameter, dtype=spec.dtype, memory_format=torch.preserve_format)
-            change.added[spec.key] = memory.copy_(values)
-        if spec.role == "average" and scales is not None and scales_key(spec.key) not in wanted:
-            change.removed.append(scales_key(spec.key))
+        to_codes, coded = spec.dtype == torch.uint8, _is_coded(value)
+        if (to_codes and is_wrapper(parameter)) or (coded and not _has_scales(parameter, state, spec.key)):
+            continue
+        if coded and not (to_codes and same_layout(state_like(parameter), value)):
+            dense = value if is_dense(value) else value.clone()
+            value = dequantize(dense, state[its_scales], spec.signed)
+        if to_codes and not _is_coded(value):
+            change.added.update(quantized_like(parameter, value, spec))
+        elif not to_codes and (coded or (converts and value.dtype != spec.dtype)):
+            change.added[spec.key] = _converted(parameter, value.detach(), spec.dtype)
+        if spec.role == "average" and its_scales in state and its_scales not in wanted:
+            change.removed.append(its_scales)
     if MASTER.key in state and MASTER.key not in wanted:
         change.removed.append(MASTER.key)
     return change
+
+
+def _converted(parameter: Tensor, values: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return state in another dtype, in the memory layout of its parameter unless either is a wrapper."""
+    if is_wrapper(parameter) or is_wrapper(values):
+        return values.to(dtype)
+    return torch.empty_like(parameter, dtype=dtype, memory_format=torch.preserve_format).copy_(values)
 
 
 def quantized_like(parameter: Tensor, values: Tensor, spec: StateTensor) -> dict[str, Tensor]:

@@ -17,6 +17,9 @@ from torch import Tensor
 from .precision import Precision
 from .quantization import scale_count
 
+#: What the key of an average's scales ends with.
+_SCALES = "_scale"
+
 
 @dataclass(frozen=True)
 class StateTensor:
@@ -35,6 +38,11 @@ class StateTensor:
     optional: bool = False
     #: Whether an average may be negative. Those that may not have codes of their own.
     signed: bool = True
+
+    @property
+    def codes_key(self) -> str:
+        """The key of the codes that these scales belong to."""
+        return self.key.removesuffix(_SCALES)
 
     def shape_for(self, parameter: Tensor) -> torch.Size:
         """Return the shape of this tensor for `parameter`."""
@@ -60,7 +68,7 @@ MASTER = StateTensor("master_param", role="master", dtype=torch.float32, optiona
 
 def scales_key(key: str) -> str:
     """Return the key of the scales of the average at `key`."""
-    return f"{key}_scale"
+    return key + _SCALES
 
 
 def stored_state(declared: Sequence[StateTensor], precision: Precision) -> tuple[StateTensor, ...]:
@@ -112,11 +120,19 @@ class Binding:
     amsgrad: bool
     #: A staging buffer in the parameter's memory layout. A gradient of another layout is copied into it in each step.
     staged: Tensor | None = None
+    #: Whether state of another type than `specs` say is converted. State that a program has given a group whose options
+    #: have never said of what type it is, is used as it is.
+    converts: bool = False
 
     @property
     def averages(self) -> tuple[Tensor, ...]:
         """The averages, or their codes, in the order in which the update rule takes them."""
         return self._of_role("average")
+
+    @property
+    def average_specs(self) -> tuple[StateTensor, ...]:
+        """The declarations of the averages, in the same order."""
+        return tuple(spec for spec in self.specs if spec.role == "average")
 
     @property
     def scales(self) -> tuple[Tensor, ...]:
@@ -200,6 +216,11 @@ def is_wrapper(tensor: Tensor) -> bool:
     return type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether `tensor` is a DTensor."""
+    return is_wrapper(tensor) and hasattr(tensor, "device_mesh")
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether `tensor` is an ordinary tensor, whose elements are in a device's memory with their own values."""
     if is_wrapper(tensor):
@@ -225,6 +246,13 @@ def is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def state_like(parameter: Tensor) -> Tensor:
+    """Return a tensor whose memory layout is that of new state: the parameter's, without any gaps."""
+    if is_wrapper(parameter) or is_dense(parameter):
+        return parameter
+    return torch.empty_like(parameter, device="meta", memory_format=torch.preserve_format)
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:

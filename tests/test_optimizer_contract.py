@@ -43,13 +43,17 @@ def signature(function: Any) -> dict[str, tuple[Any, bool]]:
 
 def test_arguments_and_their_defaults() -> None:
     adamw, adan = signature(agr_cuda.AdamW), signature(agr_cuda.Adan)
-    assert adamw == {
+    precision = {
+        "state_dtype": (None, False), "master_weights": (False, False), "stochastic_rounding": (False, False),
+        "rounding_seed": (0, False),
+    }  # fmt: skip
+    assert adamw == precision | {
         "lr": (1e-3, True), "betas": ((0.9, 0.999), True), "eps": (1e-8, True), "weight_decay": (1e-2, True),
         "amsgrad": (False, True), "agr": (True, False), "max_grad_norm": (None, False),
         "maximize": (False, False), "foreach": (None, False), "capturable": (False, False),
         "differentiable": (False, False), "fused": (None, False), "backend": (None, False),
     }  # fmt: skip
-    assert adan == {
+    assert adan == precision | {
         "lr": (1e-3, True), "betas": ((0.98, 0.92, 0.99), True), "eps": (1e-8, True),
         "weight_decay": (0.0, True), "max_grad_norm": (0.0, True), "no_prox": (False, True),
         "foreach": (None, True), "fused": (None, True), "agr": (True, False), "maximize": (False, False),

@@ -94,7 +94,7 @@ def test_a_group_replaced_by_a_plain_dictionary_has_the_default(method: Method, 
     run(optimizer, 1)
     optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
     held = optimizer.param_groups[0]
-    with pytest.warns(UserWarning, match="group 0 came without agr; it has the default, True"):
+    with pytest.warns(UserWarning, match="group 0 came without options that now have their defaults: agr=True"):
         run(optimizer, range(1, 2))
     assert optimizer.param_groups[0] is held  # so that what the program holds goes on to be what counts
     run(twin, 1)
