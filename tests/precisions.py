@@ -157,8 +157,9 @@ def average_of(p: Tensor, state: dict[str, Tensor], key: str) -> np.ndarray:
 def assert_between(label: str, x: np.ndarray, low: np.ndarray, high: np.ndarray, certain: float = 0.0) -> None:
     """Every x is from low to high. At least the `certain` part has a single value that it can be."""
     off = ~((low <= x) & (x <= high))
-    i = int(np.argmax(off))
-    assert not off.any(), f"{label}: {off.mean():.1%}, the first {x[i]} at {i}, not from {low[i]} to {high[i]}"
+    if off.any():
+        i = int(np.argmax(off))
+        raise AssertionError(f"{label}: {off.mean():.1%}, the first {x[i]} at {i}, not from {low[i]} to {high[i]}")
     if x.size >= 1000:
         assert np.mean(low == high) >= certain, f"{label}: the oracle knows the bits of only {np.mean(low == high):.1%}"
 

@@ -28,7 +28,7 @@ class Approximate(np.lib.mixins.NDArrayOperatorsMixin):
 
     def __init__(self, value: Any, error: Any = 0.0) -> None:
         self.value = np.asarray(value, np.float64)
-        self.error = np.broadcast_to(error, self.value.shape)
+        self.error = error if np.shape(error) == self.value.shape else np.full(self.value.shape, error)
 
     def __array_ufunc__(self, ufunc: np.ufunc, how: str, *operands: Any) -> Any:
         assert how == "__call__"
@@ -85,6 +85,7 @@ def philox(counter: Sequence[Any], key: tuple[int, int]) -> list[Array]:
     return [c0, c1, c2, c3]
 
 
+@functools.lru_cache(64)
 def random_bits(count: int, *, seed: int, step: int, index: int, array: int) -> Array:
     """16 random bits for each of the first `count` elements: each block of 8 shares four words, low halves first."""
     blocks = np.arange(-(-count // 8), dtype=np.uint64)
@@ -141,7 +142,7 @@ def in_code(y: Array, signed: bool) -> Array:
 
 def of_blocks(x: Array) -> Array:
     """The largest of each block."""
-    return np.maximum.reduceat(x, np.arange(0, x.size, BLOCK))
+    return np.maximum.reduceat(x, np.arange(0, x.size, BLOCK)) if x.size else x
 
 
 def each(scales: Array, count: int) -> Array:
