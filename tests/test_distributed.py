@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -182,3 +183,72 @@ def test_a_redundancy_optimizer_hands_options_on(options: dict, method: Method) 
     run(sharded, 3)
     run(plain, 3)
     assert same_bits(ps[0], qs[0])
+
+
+PRECISIONS = [
+    (torch.bfloat16, {"state_dtype": torch.float32}),
+    (torch.float32, {"state_dtype": torch.bfloat16}),
+    (torch.bfloat16, {"master_weights": True}),
+    (torch.bfloat16, {"stochastic_rounding": True}),
+    (torch.bfloat16, {"stochastic_rounding": True, "master_weights": True, "state_dtype": torch.bfloat16}),
+]
+#: Shape, placements, and whether the dimensions are in another order in memory. Parts differ in size, or are empty.
+PLACES = [
+    ((7, 6), [Shard(0), Replicate()], False),
+    ((7, 6), [Shard(1), Replicate()], True),
+    ((1,), [Shard(0), Replicate()], False),
+    ((), [Replicate(), Replicate()], False),
+    ((5, 2, 3), [Shard(2), Shard(0)], False),
+]
+
+
+def step_as_whole_tensors_do(rank: int, path: str, method: Method) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))
+    for dtype, options in PRECISIONS:
+        generator = torch.Generator().manual_seed(1)
+        whole, parts = [], []
+        for shape, placements, transposed in PLACES:
+            value = torch.randn(shape, generator=generator).to(dtype)
+            value = value.t().contiguous().t() if transposed else value
+            whole.append(torch.nn.Parameter(value.clone()))
+            parts.append(torch.nn.Parameter(distribute_tensor(value, mesh, placements)))
+        one, other = (method.ours(ps, lr=0.05, agr=False, backend="reference", **options) for ps in (whole, parts))
+        for _ in range(3):
+            for p, q, (shape, placements, _) in zip(whole, parts, PLACES, strict=True):
+                p.grad = torch.randn(shape, generator=generator).to(dtype)
+                q.grad = distribute_tensor(p.grad, mesh, placements)
+            one.step()
+            other.step()
+        for p, q in zip(whole, parts, strict=True):
+            assert same_bits(p, q.full_tensor()), (options, tuple(p.shape))
+            assert one.state[p].keys() == other.state[q].keys()
+            for key, value in one.state[p].items():
+                mine = other.state[q][key]
+                assert same_bits(value, mine.full_tensor() if isinstance(mine, DTensor) else mine), (options, key)
+    dist.destroy_process_group()
+
+
+def test_parts_of_tensors_are_stored_as_whole_ones(method: Method, tmp_path) -> None:
+    """Two processes hold a part each, and round it with the random numbers of its place in the whole."""
+    context = multiprocessing.get_context("fork")
+    path = str(tmp_path / "store")
+    ranks = [context.Process(target=step_as_whole_tensors_do, args=(rank, path, method)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0, 0]
+
+
+@pytest.mark.usefixtures("alone")
+def test_codes_of_dtensors_are_refused(method: Method) -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    p = torch.nn.Parameter(distribute_tensor(torch.zeros(64, 64), mesh, [Shard(0)]))
+    p.grad = torch.ones_like(p)
+    optimizer = method.ours([p], state_dtype="8bit")
+    with pytest.raises(RuntimeError, match="state_dtype is '8bit', and group 0, parameter 0 is a DTensor"):
+        optimizer.step()
+    assert not optimizer.state[p]
