@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -59,7 +59,11 @@ class Case(NamedTuple):
 
 def valid_cases() -> Iterator[Case]:
     """All that make sense and differ. float64 and complex parameters have state of their own type, and are not here."""
-    gradients = {"float32": ("float32", "bfloat16"), "bfloat16": ("bfloat16", "float32"), "float16": ("float16", "float32")}
+    gradients = {
+        "float32": ("float32", "bfloat16"),
+        "bfloat16": ("bfloat16", "float32"),
+        "float16": ("float16", "float32"),
+    }
     states = (None, "float32", "bfloat16", "8bit")
     for parameter, master in product(DTYPES, (False, True)):
         own = "float32" if master else parameter
@@ -84,14 +88,14 @@ TAKEN = {backend: [case for case in CASES if takes(backend, case)] for backend i
 
 
 def on_cases(
-    wanted: Callable[[Case], bool] = lambda case: True, rules: Iterable[str] = RULES, every: int = 1, rest: int = 0
+    wanted: Sequence[Case] = CASES, rules: Iterable[str] = RULES, every: int = 1, rest: int = 0
 ) -> list[tuple[str, str, Case]]:
     """(backend, rule, case) for each wanted case that the backend takes. Where Python interprets it, one of `every`."""
     found = []
     for backend, cases in TAKEN.items():
-        all_of_it = list(product(filter(wanted, cases), rules))
-        few = all_of_it[rest % every :: every] if interpreted_by_python(backend) else all_of_it
-        found += [(backend, rule, case) for case, rule in few]
+        all_of_it = list(product([case for case in wanted if case in cases], rules))
+        some = all_of_it[rest % every :: every] if interpreted_by_python(backend) else all_of_it
+        found += [(backend, rule, case) for case, rule in some]
     return found
 
 
@@ -165,7 +169,13 @@ def assert_between(label: str, x: np.ndarray, low: np.ndarray, high: np.ndarray,
 
 
 def assert_stored(
-    label: str, x: Tensor, like: Tensor, scales: Tensor | None, y: Approximate, signed: bool, draw: dict[str, int] | None
+    label: str,
+    x: Tensor,
+    like: Tensor,
+    scales: Tensor | None,
+    y: Approximate,
+    signed: bool,
+    draw: dict[str, int] | None,
 ) -> None:
     """A tensor has what the oracle's y is stored as; `draw` says by which random numbers, if by any."""
     slack = 4 * y.error

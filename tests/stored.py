@@ -2,8 +2,8 @@
 
 Rounding to bfloat16 at random and codes of 8 bits are written here from their description: as arithmetic where the
 package works on bits, and as a table of intervals where the package computes the code. Rounding to nearest is the
-oracle's. All of them are monotone, so that the number which float32 arithmetic found, known to be between two others, is
-stored as one that is between those two as stored.
+oracle's. All of them are monotone: a number that float32 arithmetic found, known to be between two others, is stored
+as one that is between those two as stored.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ SMALLEST = 2.0**-149  # float32's smallest number
 class Approximate(np.lib.mixins.NDArrayOperatorsMixin):
     """A float64 array, and how far from it float32 arithmetic may be. The oracle computes with these as with arrays.
 
-    Every operation hands on its operands' errors, to first order, and adds one rounding, but for what is exact. Computed
-    in another order, a result may be a few times farther off.
+    Every operation hands on its operands' errors, to first order, and adds one rounding, but for what is exact.
+    Computed in another order, a result may be a few times farther off.
     """
 
     def __init__(self, value: Any, error: Any = 0.0) -> None:

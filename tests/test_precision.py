@@ -1,7 +1,7 @@
 """State of other types, master weights, codes of 8 bits and rounding at random, on every backend that takes them.
 
-Each step starts from what is stored, and is compared with the float64 oracle's step from the same numbers, stored in the
-same way: what a backend stores must be what a number is stored as that float32 arithmetic may have found; see
+Each step starts from what is stored, and is compared with the float64 oracle's step from the same numbers, stored in
+the same way: what a backend stores must be what a number is stored as that float32 arithmetic may have found; see
 tests/stored.py. So the bits of nearly all elements are known, of those rounded at random too.
 
 Where Python interprets the kernels, some of the cases are followed, for fewer steps.
@@ -10,28 +10,23 @@ Where Python interprets the kernels, some of the cases are followed, for fewer s
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import stored
 import torch
 from conftest import case_id, device_of, interpreted_by_python
 from helpers import STEPS, all_params, assert_same_bits, relative_error, same_bits, snapshot
 from precisions import (
-    CASES,
     DTYPES,
     LARGE,
-    RULES,
-    SMALL,
     TAKEN,
     UNSIGNED,
     Case,
     exact,
     fill_gradients,
-    flat,
     leaf,
     made,
     on_cases,
@@ -40,27 +35,57 @@ from precisions import (
 )
 from torch import Tensor
 
-import agr_cuda
 from agr_cuda.quantization import code_values, dequantize, quantize
 from agr_cuda.rounding import philox, random_bits, round_stochastically
 
 SEED = 2**40 + 7  # with something in both words of the key
 
 
-def of_kind(case: Case) -> bool:
-    """One case of each way to store what a step writes, and gradients of both types."""
-    return case in KINDS
+IN_FLOAT32 = Case("float32", "float32", None, master=False, stochastic=False)
+IN_CODES = Case("float32", "float32", "8bit", master=False, stochastic=False)
+AT_RANDOM = Case("bfloat16", "bfloat16", None, master=False, stochastic=True)
+WITH_MASTER = Case("bfloat16", "bfloat16", None, master=True, stochastic=False)
 
-
+#: Every way to store what a step writes, with gradients of both types.
 KINDS = [
+    IN_CODES,
+    AT_RANDOM,
     Case("float32", "bfloat16", "bfloat16", master=False, stochastic=True),
-    Case("float32", "float32", "8bit", master=False, stochastic=False),
-    Case("bfloat16", "bfloat16", None, master=False, stochastic=True),
     Case("bfloat16", "float32", "bfloat16", master=True, stochastic=True),
     Case("bfloat16", "bfloat16", "8bit", master=True, stochastic=False),
     Case("float16", "float16", None, master=True, stochastic=False),
     Case("float16", "float32", "8bit", master=False, stochastic=False),
 ]
+
+
+#: The ways to store numbers that make sense and differ: parameter, gradient and state, master, rounding at random.
+ALL = """
+    float32-float32-own float32-float32-bfloat16 float32-float32-bfloat16-stochastic float32-float32-8bit
+    float32-bfloat16-own float32-bfloat16-bfloat16 float32-bfloat16-bfloat16-stochastic float32-bfloat16-8bit
+    bfloat16-bfloat16-own bfloat16-bfloat16-own-stochastic bfloat16-bfloat16-float32
+    bfloat16-bfloat16-float32-stochastic bfloat16-bfloat16-8bit bfloat16-bfloat16-8bit-stochastic
+    bfloat16-float32-own bfloat16-float32-own-stochastic bfloat16-float32-float32 bfloat16-float32-float32-stochastic
+    bfloat16-float32-8bit bfloat16-float32-8bit-stochastic
+    bfloat16-bfloat16-own-master bfloat16-bfloat16-bfloat16-master bfloat16-bfloat16-bfloat16-master-stochastic
+    bfloat16-bfloat16-8bit-master
+    bfloat16-float32-own-master bfloat16-float32-bfloat16-master bfloat16-float32-bfloat16-master-stochastic
+    bfloat16-float32-8bit-master
+    float16-float16-own float16-float16-float32 float16-float16-bfloat16 float16-float16-bfloat16-stochastic
+    float16-float16-8bit
+    float16-float32-own float16-float32-float32 float16-float32-bfloat16 float16-float32-bfloat16-stochastic
+    float16-float32-8bit
+    float16-float16-own-master float16-float16-bfloat16-master float16-float16-bfloat16-master-stochastic
+    float16-float16-8bit-master
+    float16-float32-own-master float16-float32-bfloat16-master float16-float32-bfloat16-master-stochastic
+    float16-float32-8bit-master
+"""
+#: Those that each backend takes. docs/precision.md has the same list. What cuda takes depends on what is compiled.
+TAKES = {"cpu": ALL, "triton": ALL, "reference": ALL}
+
+
+@pytest.mark.parametrize("on", [on for on in TAKEN if on != "cuda"])
+def test_what_each_backend_takes(on: str) -> None:
+    assert [str(case) for case in TAKEN[on]] == TAKES[on].split()
 
 
 # Beside the oracle.
@@ -77,7 +102,8 @@ def follow(on: str, rule: str, case: Case, params: Any, generator: torch.Generat
 @pytest.mark.parametrize(("on", "rule", "case"), on_cases(every=4), ids=case_id)
 def test_every_way_to_store_numbers(on: str, rule: str, case: Case, generator) -> None:
     """With AGR and without. The type of a gradient matters where it is read; that is the same in every step."""
-    with_agr, without = problem(on, case, generator, [(LARGE,), (LARGE,)])
+    size = LARGE if case.state == "8bit" else 1003
+    with_agr, without = problem(on, case, generator, [(size,), (size,)])
     groups = [{"params": [with_agr]}, {"params": [without], "agr": False}]
     follow(on, rule, case, groups, generator, STEPS if case.gradient == case.parameter else 3)
 
@@ -87,12 +113,12 @@ def test_every_way_to_store_numbers(on: str, rule: str, case: Case, generator) -
     [{"max_grad_norm": 0.5}, {"capturable": True}, {"maximize": True, "weight_decay": 0.0}, {"lr": 0.0}, {"eps": 1e-8}],
     ids=str,
 )
-@pytest.mark.parametrize(("on", "rule", "case"), on_cases(of_kind, ("amsgrad", "adan"), every=5), ids=case_id)
+@pytest.mark.parametrize(("on", "rule", "case"), on_cases(KINDS, ("amsgrad", "adan"), every=5), ids=case_id)
 def test_each_option_in_turn(on: str, rule: str, case: Case, options: dict[str, Any], generator) -> None:
     follow(on, rule, case, problem(on, case, generator), generator, 2, **options)
 
 
-@pytest.mark.parametrize(("on", "rule", "case"), on_cases(of_kind, ("amsgrad", "adan"), every=5, rest=1), ids=case_id)
+@pytest.mark.parametrize(("on", "rule", "case"), on_cases(KINDS, ("amsgrad", "adan"), every=5, rest=1), ids=case_id)
 def test_sizes_around_those_of_blocks(on: str, rule: str, case: Case, generator) -> None:
     """256 elements share a scale; tensors of fewer than 4096 have none."""
     sizes = [(0,), (1,), (255,), (256,), (257,), (4095,), (4096,), (4097,), (4351,), (4352,), (64, 65)]
@@ -123,7 +149,7 @@ LAYOUTS: list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = [
 ]
 
 
-@pytest.mark.parametrize(("on", "rule", "case"), on_cases(of_kind, ("amsgrad", "adan"), every=5, rest=2), ids=case_id)
+@pytest.mark.parametrize(("on", "rule", "case"), on_cases(KINDS, ("amsgrad", "adan"), every=5, rest=2), ids=case_id)
 def test_other_memory_orders_and_alignments(on: str, rule: str, case: Case, generator) -> None:
     """Random numbers and blocks of codes go by the order of memory."""
     params = []
@@ -144,7 +170,7 @@ def amp_step(step: Callable[[], None], optimizer: Any, grad_scale: float, found_
     del optimizer.grad_scale, optimizer.found_inf
 
 
-@pytest.mark.parametrize(("on", "rule", "case"), on_cases(of_kind, every=5), ids=case_id)
+@pytest.mark.parametrize(("on", "rule", "case"), on_cases(KINDS, every=5), ids=case_id)
 def test_scaled_gradients_and_skipped_steps(on: str, rule: str, case: Case, generator) -> None:
     """A skipped step changes nothing at all, and is not counted: the next has its random numbers."""
     optimizer = made(on, rule, case, problem(on, case, generator), rounding_seed=SEED)
@@ -160,19 +186,21 @@ def test_scaled_gradients_and_skipped_steps(on: str, rule: str, case: Case, gene
 
 
 @pytest.mark.parametrize(
-    ("on", "rule", "case"), on_cases(lambda c: c.parameter == "float16" and c in KINDS, ("adamw", "adan")), ids=case_id
+    ("on", "rule", "case"),
+    on_cases([case for case in KINDS if case.parameter == "float16"], ("adamw", "adan")),
+    ids=case_id,
 )
 def test_a_model_that_overflows_under_grad_scaler(on: str, rule: str, case: Case, generator) -> None:
-    """The scaler halves its scale until nothing overflows; until then nothing changes. The reference, which the scaler
-    unscales for, has gradients in float32: the scaler refuses float16."""
-    fused, device = on != "reference", device_of(on)
-    if not fused:
-        case = case._replace(gradient="float32")
-    shape = (64, 65)
-    p, twin = (problem(on, case, torch.Generator().manual_seed(0), [shape])[0] for _ in range(2))
+    """The scaler halves its scale until nothing overflows; until then nothing changes, and then as if never scaled.
+
+    The scaler unscales for the reference, and refuses to in float16: its gradients are in float32.
+    """
+    fused, device, shape = on != "reference", device_of(on), (64, 65)
+    in_float32 = case._replace(gradient="float32")
+    case = case if fused else in_float32
+    (p,), (twin,) = (problem(on, c, torch.Generator().manual_seed(0), [shape]) for c in (case, in_float32))
     inputs = torch.randn(16, shape[0], generator=generator).to(device, torch.float16)
-    optimizer = made(on, rule, case, [p], fused=fused)
-    plainly = made(on, rule, case._replace(gradient="float32"), [leaf(twin.detach(), torch.zeros(shape, device=device))])
+    optimizer, unscaled = made(on, rule, case, [p], fused=fused), made(on, rule, in_float32, [twin])
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**20)
     taken = []
     for _ in range(6):
@@ -180,23 +208,21 @@ def test_a_model_that_overflows_under_grad_scaler(on: str, rule: str, case: Case
         weights = p.detach().clone().requires_grad_()
         scaler.scale((inputs @ weights).float().square().mean()).backward()
         p.grad.copy_(weights.grad)
-        check = [(x, x.clone()) for x in (p.detach(), *optimizer.state.get(p, {}).values())]
+        before = [(x, x.clone()) for x in (p.detach(), *optimizer.state.get(p, {}).values())]
         scaler.step(optimizer)
         scaler.update()
-        taken.append(scaler.get_scale() == scale)
-        assert taken[-1] == bool(weights.grad.isfinite().all())
+        taken.append(bool(weights.grad.isfinite().all()))
+        assert scaler.get_scale() == (scale if taken[-1] else scale / 2)
         if taken[-1]:
-            all_params(plainly)[0].grad.copy_(weights.grad.float() / scale)
-            plainly.step()
+            twin.grad.copy_(weights.grad.float() / scale)
+            unscaled.step()
         else:
-            assert all(same_bits(x, before) for x, before in check)
-            assert set(optimizer.state[p]) in (set(), {*RULES[rule][2]} | set(optimizer.state[p]))
-    assert taken[:2] == [False, False]
-    assert taken[-3:] == [True, True, True]
-    same = plainly.state[all_params(plainly)[0]]
-    key = "master_param" if case.master else None
-    one, other = (optimizer.state[p][key], same[key]) if key else (p, all_params(plainly)[0])
-    assert relative_error(one, exact(other)) <= (1e-6 if case.master else 2.0**-10)
+            assert all(same_bits(x, was) for x, was in before)
+    assert taken == [False, False, False, True, True, True]
+    if case.master:
+        assert relative_error(optimizer.state[p]["master_param"], exact(unscaled.state[twin]["master_param"])) <= 1e-6
+    else:
+        assert relative_error(p, exact(twin)) <= 2.0**-11
 
 
 # Master weights.
@@ -204,7 +230,7 @@ def test_a_model_that_overflows_under_grad_scaler(on: str, rule: str, case: Case
 
 @pytest.mark.parametrize(
     ("on", "rule", "case"),
-    on_cases(lambda c: c.master and c.state is None and c.parameter == "bfloat16", ("adamw", "adan"), every=3),
+    on_cases([WITH_MASTER, WITH_MASTER._replace(gradient="float32")], ("adamw", "adan"), every=3),
     ids=case_id,
 )
 def test_masters_follow_training_in_float32(on: str, rule: str, case: Case, generator) -> None:
@@ -212,7 +238,7 @@ def test_masters_follow_training_in_float32(on: str, rule: str, case: Case, gene
     whole = leaf(p.detach().float(), torch.zeros(300, device=p.device))
     options = {"lr": 1e-3, "eps": 1e-8}
     optimizer = made(on, rule, case, [p], **options)
-    in_float32 = made(on, rule, Case("float32", "float32", None, False, False), [whole], **options)
+    in_float32 = made(on, rule, IN_FLOAT32, [whole], **options)
     start = exact(p)
     for _ in range(15 if interpreted_by_python(on) else 100):
         fill_gradients([p], generator)
@@ -271,20 +297,21 @@ def decayed(on: str, rule: str, value: Tensor, decay: float, **options: Any) -> 
     """bfloat16 values of a new parameter after a step without a gradient, which makes them p (1 - decay)."""
     p = leaf(value.bfloat16(), torch.zeros_like(value, dtype=torch.bfloat16))
     own = {"no_prox": True} if rule == "adan" else {}
-    made(on, rule, KINDS[2], [p], lr=1.0, weight_decay=decay, **own, **options).step()
+    made(on, rule, AT_RANDOM, [p], lr=1.0, weight_decay=decay, **own, **options).step()
     return p.detach()
 
 
-def rounds_parameters(case: Case) -> bool:
-    return case == KINDS[2]
-
-
-@pytest.mark.parametrize(("on", "rule", "case"), on_cases(rounds_parameters, ("adamw", "adan")), ids=case_id)
+@pytest.mark.parametrize(("on", "rule", "case"), on_cases([AT_RANDOM], ("adamw", "adan")), ids=case_id)
 def test_the_mean_of_rounded_numbers_is_exact(on: str, rule: str, case: Case) -> None:
     """Over the whole range of exponents: to 5 standard errors of a million draws (where Python draws, of 100,000)."""
     few = interpreted_by_python(on)
     exponents = torch.tensor([-130, -126, -60, -10, 0, 1, 50, 127])
-    values = torch.ldexp(torch.tensor([1.0, -1.6640625, 1.9921875])[:, None].double(), exponents).bfloat16().float().reshape(-1)
+    values = (
+        torch.ldexp(torch.tensor([1.0, -1.6640625, 1.9921875])[:, None].double(), exponents)
+        .bfloat16()
+        .float()
+        .reshape(-1)
+    )
     count = (100_000 if few else 1_000_000) // len(values)
     decay = 1 / 300
     p = values.to(device_of(on)).repeat_interleave(count)
@@ -303,7 +330,7 @@ def test_the_mean_of_rounded_numbers_is_exact(on: str, rule: str, case: Case) ->
     assert abs(together) <= 5
 
 
-@pytest.mark.parametrize(("on", "rule", "case"), on_cases(rounds_parameters, ("adamw", "adan")), ids=case_id)
+@pytest.mark.parametrize(("on", "rule", "case"), on_cases([AT_RANDOM], ("adamw", "adan")), ids=case_id)
 def test_the_bits_are_those_of_the_definition(on: str, rule: str, case: Case, generator) -> None:
     """Where float32 arithmetic is exact: p (1 - 2^-9), then that of it, in the parameters 0 and 1 of two steps."""
     params = [leaf(x.detach(), x.grad) for x in problem(on, case, generator)]
@@ -318,7 +345,7 @@ def test_the_bits_are_those_of_the_definition(on: str, rule: str, case: Case, ge
             assert same_bits(p, round_stochastically(x * (1 - 2.0**-9), bits))
 
 
-@pytest.mark.parametrize(("on", "rule", "case"), on_cases(rounds_parameters, ("adan",)), ids=case_id)
+@pytest.mark.parametrize(("on", "rule", "case"), on_cases([AT_RANDOM], ("adan",)), ids=case_id)
 def test_all_random_numbers_differ(on: str, rule: str, case: Case) -> None:
     """Of seeds, of steps, of parameters and of arrays: halfway between two numbers, half of the elements differ."""
     halfway = 2 - 2.0**-8  # between bfloat16's 2 and the number before it
@@ -341,13 +368,15 @@ def test_all_random_numbers_differ(on: str, rule: str, case: Case) -> None:
             assert 0.4 < (up != its).double().mean() < 0.6, f"{name} and {other}"
 
 
-@pytest.mark.parametrize(("on", "rule", "case"), on_cases(rounds_parameters, ("adamw", "adan")), ids=case_id)
+@pytest.mark.parametrize(("on", "rule", "case"), on_cases([AT_RANDOM], ("adamw", "adan")), ids=case_id)
 def test_rounding_makes_no_infinity_and_no_nan(on: str, rule: str, case: Case) -> None:
     """Averages of what is beyond bfloat16 but not float32; a parameter that a step moves beyond; NaN and infinities."""
     device, count = device_of(on), 512
     largest, top = torch.finfo(torch.bfloat16).max, torch.finfo(torch.float32).max
-    p = leaf(torch.full((count,), largest, device=device, dtype=torch.bfloat16), torch.full((count,), -1.0, device=device))
-    optimizer = made(on, rule, KINDS[2], [p], lr=0.75 * 2.0**120, weight_decay=0.0, eps=0.0, agr=False)
+    p = leaf(
+        torch.full((count,), largest, device=device, dtype=torch.bfloat16), torch.full((count,), -1.0, device=device)
+    )
+    optimizer = made(on, rule, AT_RANDOM, [p], lr=0.75 * 2.0**120, weight_decay=0.0, eps=0.0, agr=False)
     optimizer.step()
     assert (p == largest).all()
 
@@ -357,7 +386,7 @@ def test_rounding_makes_no_infinity_and_no_nan(on: str, rule: str, case: Case) -
         gradient[0] = torch.nan
         p = leaf(torch.ones(count, device=device).bfloat16(), gradient)
         betas = (0.9 if infinite else 0.0, 0.92, 0.99)[: 3 if rule == "adan" else 2]
-        optimizer = made(on, rule, KINDS[2], [p], agr=False, betas=betas)
+        optimizer = made(on, rule, AT_RANDOM, [p], agr=False, betas=betas)
         optimizer.step()
         wanted = torch.inf if infinite else largest
         for key in {"exp_avg", "neg_pre_grad"} & optimizer.state[p].keys():
@@ -369,11 +398,7 @@ def test_rounding_makes_no_infinity_and_no_nan(on: str, rule: str, case: Case) -
         assert p[0].isnan()
 
 
-def stores_otherwise(case: Case) -> bool:
-    return case in KINDS
-
-
-@pytest.mark.parametrize(("on", "rule", "case"), on_cases(stores_otherwise, ("amsgrad", "adan"), every=3), ids=case_id)
+@pytest.mark.parametrize(("on", "rule", "case"), on_cases(KINDS, ("amsgrad", "adan"), every=3), ids=case_id)
 def test_two_halves_of_a_run_are_the_whole(on: str, rule: str, case: Case) -> None:
     """By a state dict between them, in a new optimizer of the same options; the seed is in the state dict."""
 
@@ -407,7 +432,9 @@ def regression(width: int, outputs: int, rows: int, device: torch.device) -> tup
     return weights.to(device), lambda w: (x @ w.float() - y).square().mean()
 
 
-def trained(on: str, rule: str, case: Case, start: Tensor, loss: Callable[[Tensor], Tensor], steps: int, lr: float) -> float:
+def trained(
+    on: str, rule: str, case: Case, start: Tensor, loss: Callable[[Tensor], Tensor], steps: int, lr: float
+) -> float:
     """The loss after so many steps."""
     dtype = DTYPES[case.gradient]
     p = leaf(start.to(DTYPES[case.parameter], copy=True), torch.zeros_like(start, dtype=dtype))
@@ -420,13 +447,13 @@ def trained(on: str, rule: str, case: Case, start: Tensor, loss: Callable[[Tenso
     return float(loss(p.detach()))
 
 
-@pytest.mark.parametrize(("on", "rule", "case"), on_cases(rounds_parameters, ("adamw", "adan")), ids=case_id)
+@pytest.mark.parametrize(("on", "rule", "case"), on_cases([AT_RANDOM], ("adamw", "adan")), ids=case_id)
 def test_training_by_less_than_half_a_unit(on: str, rule: str, case: Case) -> None:
     """To nearest, a bfloat16 parameter from 1/2 to 1 is never moved by less than 2^-9."""
     weights, loss = regression(16, 1, 256, device_of(on))
     start = (weights + 0.12).bfloat16().float()
     run = {"start": start, "loss": loss, "steps": 120, "lr": 1e-3}
-    whole = trained(on, rule, Case("float32", "float32", None, False, False), **run)
+    whole = trained(on, rule, IN_FLOAT32, **run)
     at_random = trained(on, rule, case._replace(state="float32"), **run)
     to_nearest = trained(on, rule, case._replace(state="float32", stochastic=False), **run)
     assert float(loss(start)) > 1.1 * whole
@@ -434,18 +461,15 @@ def test_training_by_less_than_half_a_unit(on: str, rule: str, case: Case) -> No
     assert to_nearest == float(loss(start))
 
 
-def in_codes(case: Case) -> bool:
-    return case == KINDS[1]
-
-
-@pytest.mark.parametrize(("on", "rule", "case"), on_cases(in_codes, ("adamw", "adan")), ids=case_id)
+@pytest.mark.parametrize(("on", "rule", "case"), on_cases([IN_CODES], ("adamw", "adan"), every=2), ids=case_id)
 def test_training_with_state_of_8_bits(on: str, rule: str, case: Case) -> None:
+    """To the noise of the problem. Adan, whose averages are longer, takes longer."""
     weights, loss = regression(64, 64, 512, device_of(on))
     start = torch.zeros_like(weights)
-    run = {"start": start, "loss": loss, "steps": 40 if interpreted_by_python(on) else 150, "lr": 2e-2}
+    run = {"start": start, "loss": loss, "steps": 300 if rule == "adan" else 100, "lr": 2e-2}
     whole = trained(on, rule, case._replace(state=None), **run)
     coded = trained(on, rule, case, **run)
-    assert whole < 0.2 * float(loss(start))
+    assert whole < 0.03 * float(loss(start))
     assert coded != whole
     assert abs(coded - whole) <= 0.01 * whole
 
@@ -519,7 +543,7 @@ def test_a_block_with_an_infinity_or_nan_is_nan(signed: bool) -> None:
         assert torch.equal(kept[512:], x[512:])
 
 
-@pytest.mark.parametrize(("on", "rule", "case"), on_cases(in_codes), ids=case_id)
+@pytest.mark.parametrize(("on", "rule", "case"), on_cases([IN_CODES]), ids=case_id)
 def test_what_a_step_keeps_in_codes(on: str, rule: str, case: Case) -> None:
     """The same blocks as gradients, from which the averages of a first step are one product; NaN keeps to its block."""
     named = blocks_of(device_of(on))
@@ -549,7 +573,7 @@ def test_what_a_step_keeps_in_codes(on: str, rule: str, case: Case) -> None:
 
 @pytest.mark.parametrize(
     ("on", "rule", "case"),
-    on_cases(lambda c: c.gradient == "bfloat16" and c.state in (None, "float32") and (c.master or c.state == "float32")),
+    on_cases([WITH_MASTER, IN_FLOAT32._replace(gradient="bfloat16"), AT_RANDOM._replace(state="float32")]),
     ids=case_id,
 )
 def test_agr_is_not_lost_in_16_bits(on: str, rule: str, case: Case, generator) -> None:
