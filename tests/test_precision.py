@@ -25,6 +25,7 @@ from precisions import (
     TAKEN,
     UNSIGNED,
     Case,
+    assert_between,
     exact,
     fill_gradients,
     leaf,
@@ -526,7 +527,12 @@ def assert_kept(name: str, kept: np.ndarray, x: np.ndarray, signed: bool, exactl
 def test_what_a_block_of_codes_keeps(signed: bool) -> None:
     for name, block in blocks_of().items():
         x = block if signed else block.abs()
-        assert_kept(name, exact(dequantize(*quantize(x, signed), signed)), exact(x), signed)
+        codes, scales = quantize(x, signed)
+        assert_kept(name, exact(dequantize(codes, scales, signed)), exact(x), signed)
+        if float(scales) >= 2.0**-126:
+            low, high = (stored.in_code(exact(x) / float(scales) * (1 + error), signed) for error in (-4e-6, 4e-6))
+            low, high = np.minimum(low, high), np.maximum(low, high)
+            assert_between(name, stored.code_values(signed)[codes.numpy()], low, high)
 
 
 @pytest.mark.parametrize("signed", [True, False])
