@@ -136,9 +136,7 @@ class TritonLaunch(DeviceLaunch):
         self._kernels = triton_kernels
         self._clips = clip
         first = bindings[0]
-        self._constants = triton_kernels.constants(
-            rule, first.parameter.dtype, first.gradient.dtype, first.precision
-        )
+        self._constants = triton_kernels.constants(rule, first.parameter.dtype, first.gradient.dtype, first.precision)
         self._block = block_elements(first.parameter.dtype)
         nvidia = self.device.type != "xpu" and torch.version.hip is None
         self._options = compiler_options(first.parameter.dtype, nvidia)

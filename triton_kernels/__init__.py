@@ -37,7 +37,7 @@ REDUCE_CONSTANTS = ("ADAN", "GRADIENT", "TYPE")
 
 
 def constants(rule: str, parameter: torch.dtype, gradient: torch.dtype, precision: Precision) -> dict[str, Any]:
-    """Return an update's compile-time constants, for a rule, the dtypes of parameters and gradients and the precision."""
+    """Return the compile-time constants of an update of parameters of one type, with gradients of one type."""
     return {
         "ADAN": rule == "adan",
         "PARAMETER": _TYPES[parameter],

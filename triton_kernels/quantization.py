@@ -25,9 +25,8 @@ def decoded(codes, SIGNED: tl.constexpr):
     number = k.to(tl.float32)
     pattern = number.to(tl.int32, bitcast=True)
     power = (pattern & 0x7F800000).to(tl.float32, bitcast=True)
-    bits = pattern >> 23  # b + 127
-    five = tl.where((bits & 1) == 0, 5.0, 1.0) * tl.where((bits & 2) == 0, 25.0, 1.0)
-    five *= tl.where((bits & 4) == 0, 625.0, 1.0)
+    b = (pattern >> 23) - 127
+    five = tl.where((b & 1) != 0, 5.0, 1.0) * tl.where((b & 2) != 0, 25.0, 1.0) * tl.where((b & 4) != 0, 625.0, 1.0)
     y = (number * 18.0 + 9.0 - power * 16.0) * five * (0.5e-7 if SIGNED else 0.5e-8)
     y = tl.where(code == (128 if SIGNED else 255), 1.0, tl.where(code == 0, 0.0, y))
     return tl.where(code > 128, -y, y) if SIGNED else y
@@ -42,11 +41,12 @@ def quantized(x, SIGNED: tl.constexpr):
     largest = pattern.to(tl.float32, bitcast=True)
     finite = pattern < 0x7F800000
     usable = finite & (pattern >= 0x00800000)  # a normal number
-    inverse = tl.where(usable, tl.div_rn(tl.full(largest.shape, 1.0, tl.float32), largest), 0.0)
+    one = tl.full(largest.shape, 1.0, tl.float32)
+    inverse = tl.where(usable, tl.div_rn(one, tl.where(usable, largest, one)), 0.0)
     y = tl.abs(x) * inverse
     y = tl.where(y > 0.0, y, 0.0)  # not NaN
     size = tl.full(y.shape, 64.0 if SIGNED else 128.0, tl.float32)  # of the decade, in codes
-    one = y > 1.0 - 0.225 / (64.0 if SIGNED else 128.0)
+    is_one = y > 1.0 - 0.225 / (64.0 if SIGNED else 128.0)
     in_decade = y
     for _ in tl.static_range(DECADES - 1):
         below = in_decade < 0.1
@@ -56,7 +56,7 @@ def quantized(x, SIGNED: tl.constexpr):
     code = tl.minimum(code, 2.0 * size - 1.0).to(tl.int32)
     if SIGNED:
         code = tl.where(y < 0.275e-6, 0, code)  # half of the smallest value
-        code = tl.where(x < 0.0, tl.where(code > 0, code + 128, code), tl.where(one, 128, code))
+        code = tl.where(x < 0.0, tl.where(code > 0, code + 128, code), tl.where(is_one, 128, code))
     else:
-        code = tl.where(one, 255, tl.where(y > 0.0, tl.maximum(code - 1, 1), 0))
+        code = tl.where(is_one, 255, tl.where(y > 0.0, tl.maximum(code - 1, 1), 0))
     return code.to(tl.uint8), tl.where(finite, largest, float("nan"))

@@ -221,7 +221,7 @@ def update_step(
     seed = tl.load(groups + tl.load(row + t.GROUP_INDEX) * t.GROUP + t.SEED)
     step = tl.load(coefficients + t.STEP_NUMBER).to(tl.int64)
     array = tl.load(row + t.INDEX) * 8
-    FOLDED: tl.constexpr = STOCHASTIC or STATE == tl.uint8
+    FOLDED: tl.constexpr = STOCHASTIC or s0.dtype.element_ty == tl.uint8
     # The first loop updates full blocks of aligned tensors with 16-byte accesses. The second, masked loop updates the
     # rest: unaligned tensors and remainders. Its blocks are smaller because every element needs its own address in
     # registers.

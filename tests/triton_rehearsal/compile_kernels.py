@@ -25,7 +25,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 F32, BF16, F16, F64, U8 = torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8
-# Every type of parameters with every type of gradients and every precision that has loads, stores or arithmetic of its own.
+# Every type of parameters, of gradients and of state, with masters and stochastic rounding wherever they can be.
 TYPES = [
     *((t, t, Precision(t)) for t in (F32, BF16, F16, F64)),
     *((t, F32, Precision(t)) for t in (BF16, F16)),
@@ -74,13 +74,14 @@ def variants():
             sizes = {"BLOCK": backend.block_elements(parameter), "REST": backend.REST, "SUMS": backend.SUMS}
             name = f"update-{rule}-{types(parameter, gradient, precision)}"
             yield name, triton_kernels.update_step, constants | sizes, parameter
+        # What reductions do depends on the gradients, and on the parameters by the type of the arithmetic.
         for parameter, gradient in dict.fromkeys((parameter, gradient) for parameter, gradient, _ in TYPES):
             constants = triton_kernels.constants(rule, parameter, gradient, Precision(parameter))
             constants = {key: constants[key] for key in triton_kernels.REDUCE_CONSTANTS}
             sizes = {"BLOCK": backend.block_elements(parameter), "TENSORS": backend.TENSORS}
-            for squares in (False, True):
-                name = f"reduce-{rule}-{types(parameter, gradient, Precision(parameter))}" + ("-squares" if squares else "")
-                yield name, triton_kernels.reduce_step, constants | sizes | {"SQUARES": squares}, parameter
+            name = f"reduce-{rule}-{types(parameter, gradient, Precision(parameter))}"
+            for squares, suffix in ((False, ""), (True, "-squares")):
+                yield name + suffix, triton_kernels.reduce_step, constants | sizes | {"SQUARES": squares}, parameter
     # Of the regularization of gradients in place; its reductions are AdamW's.
     for gradient in dict.fromkeys(parameter for parameter, _, _ in TYPES):
         constants = triton_kernels.constants("regularize", gradient, gradient, Precision(gradient))
