@@ -136,7 +136,7 @@ class TritonLaunch(DeviceLaunch):
         self._kernels = triton_kernels
         self._clips = clip
         first = bindings[0]
-        self._constants = triton_kernels.constants(rule, first.parameter.dtype, first.gradient.dtype)
+        self._constants = triton_kernels.constants(rule, first.parameter.dtype, first.gradient.dtype, first.precision)
         self._block = block_elements(first.parameter.dtype)
         nvidia = self.device.type != "xpu" and torch.version.hip is None
         self._options = compiler_options(first.parameter.dtype, nvidia)
@@ -162,7 +162,7 @@ class TritonLaunch(DeviceLaunch):
         like: dict[str, Any] = {"device": self.device}
         self._limits = torch.tensor([computed, chunk, groups], dtype=torch.int64, **like)
         first_chunks = [0, *accumulate(-(-size // chunk) for size in sizes)]
-        rows = _rows(bindings, chunk, first_chunks, self._kernels.ROW)
+        rows = _rows(bindings, chunk, first_chunks)
         self._rows = torch.tensor(rows, dtype=torch.int64, **like)
         self._reduce_tasks = torch.tensor(reduce_tasks, dtype=torch.int64, **like).reshape(-1, 2)
         self._update_tasks = torch.tensor(update_tasks, dtype=torch.int64, **like).reshape(-1, 2)
@@ -223,7 +223,7 @@ class TritonLaunch(DeviceLaunch):
 
     def _reduce(self, scaling: Scaling, warmup: bool = False) -> None:
         grad_scale, _ = scaling.to(self.device)
-        constants = {key: value for key, value in self._constants.items() if key != "PARAMETER"}
+        constants = {key: self._constants[key] for key in self._kernels.REDUCE_CONSTANTS}
         self._kernels.reduce_step.run(
             self._limits, self._rows, self._reduce_tasks, self._addresses, self._group_table, self._group_table_float64,
             self._magnitudes, self._squares, self._coefficients,
@@ -283,7 +283,7 @@ class TritonLaunch(DeviceLaunch):
             count = _address(steps)
             steps = 0
         numbers = (lr, beta1, beta2, beta3, eps, weight_decay, no_prox, sign, steps + 1)
-        return struct.pack("=9d7q", *numbers, single, double, count, self.counts, 0, 0, 0)
+        return struct.pack("=9d7q", *numbers, single, double, count, self.counts, int(seed), 0, 0)
 
     def buffers(self) -> Iterator[Tensor]:
         """Yield the backend's own device tensors; see DeviceLaunch.buffers."""
@@ -301,16 +301,14 @@ def _address(tensor: Tensor) -> int:
     return (tensor.data_ptr() + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def _rows(bindings: Sequence[Binding], chunk: int, first_chunks: Sequence[int], length: int) -> list[list[int]]:
-    """Return each tensor's row of the tensor table, `length` words long; see triton_kernels/tables.py."""
+def _rows(bindings: Sequence[Binding], chunk: int, first_chunks: Sequence[int]) -> list[list[int]]:
+    """Return each tensor's row of the tensor table; see triton_kernels/tables.py."""
     rows = []
     for b in bindings:
-        states = [_address(average) for average in b.averages]
-        states += [0] * (4 - len(states))
-        step = 0 if b.count is None else _address(b.count)
+        states, scales = ([*map(_address, tensors), 0, 0, 0, 0][:4] for tensors in (b.averages, b.scales))
+        step, master = (0 if tensor is None else _address(tensor) for tensor in (b.count, b.master))
         elements = b.parameter.numel()
         chunks = -(-elements // chunk)
         place = [elements, first_chunks[b.index], chunks, b.group, int(b.regularize), int(b.amsgrad)]
-        row = [_address(b.parameter), *states, step, *place]
-        rows.append(row + [0] * (length - len(row)))
+        rows.append([_address(b.parameter), *states, step, *place, *scales, master, b.index])
     return rows

@@ -86,7 +86,7 @@ def on_backends(*cases: Any, every: int = 3) -> list[tuple[str, Any]]:
 
 def case_id(case: Any) -> str:
     """The name of such a parameter, the same in every process."""
-    if isinstance(case, tuple):
+    if type(case) is tuple:  # and not one with a name of its own
         return "-".join(map(case_id, case))
     return getattr(case, "__name__", str(case))
 

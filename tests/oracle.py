@@ -3,6 +3,8 @@
 Everything is computed in float64. Parameters and states of a 16-bit type are rounded to it, to nearest, ties
 to even, at the end of every step, because that is where a 16-bit optimizer loses information; float32 and
 float64 values are never rounded, so their distance to a float32 run is that run's whole error.
+
+tests/stored.py has the other ways to store numbers: in codes of 8 bits, and rounded at random.
 """
 
 from __future__ import annotations

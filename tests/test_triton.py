@@ -13,13 +13,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from agr_cuda.triton_kernels.quantization import decoded
 from conftest import device_of
-from helpers import Method, follow, parameters, run
+from helpers import ADAMW, ADAN, Method, follow, parameters, run, same_bits
 from test_device_code import tool
+from torch import Tensor
 
 import agr_cuda
+import agr_cuda.precision
 import agr_cuda.triton
 import agr_cuda.triton_gradients
+from agr_cuda.quantization import code_values, in_memory_order, quantize
+from agr_cuda.rounding import random_bits, round_stochastically
 
 ROOT = Path(__file__).parent.parent
 DEVICE = device_of("triton")
@@ -218,6 +225,197 @@ def test_types_that_other_tests_leave_out(dtype: torch.dtype, method: Method, ge
     params = parameters(generator, [(7,), (), (64, 33), (1009,)], dtype, DEVICE)
     optimizer = method.ours(params, backend="triton", lr=1e-2, eps=1e-3, max_grad_norm=2.0)
     follow(method, optimizer, generator, 2.0, steps=6)
+
+
+# Precision. What is stored is what the kernels compute in float32, rounded or quantized by the definition.
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+PRECISIONS = [
+    (F32, BF16, {}),
+    (F32, F32, {"state_dtype": BF16}),
+    (F32, BF16, {"state_dtype": BF16, "stochastic_rounding": True}),
+    (F32, F32, {"state_dtype": "8bit"}),
+    (BF16, BF16, {"stochastic_rounding": True}),
+    (BF16, F32, {"stochastic_rounding": True, "state_dtype": F32}),
+    (BF16, BF16, {"state_dtype": "8bit"}),
+    (BF16, BF16, {"state_dtype": "8bit", "stochastic_rounding": True}),
+    (BF16, BF16, {"master_weights": True}),
+    (BF16, F32, {"master_weights": True, "state_dtype": "8bit"}),
+    (BF16, BF16, {"master_weights": True, "state_dtype": BF16, "stochastic_rounding": True}),
+    (F16, F32, {"state_dtype": F32}),
+    (F16, F16, {"state_dtype": BF16, "stochastic_rounding": True}),
+    (F16, F16, {"state_dtype": "8bit"}),
+    (F16, F32, {"master_weights": True}),
+]
+SEED = 2**40 + 12_345
+CASES = [
+    ("adamw", ADAMW, {"weight_decay": 0.1, "max_grad_norm": 1.0}),
+    ("amsgrad", ADAMW, {"amsgrad": True, "maximize": True}),
+    ("adan", ADAN, {"weight_decay": 0.1}),
+]
+
+
+@triton.jit
+def decode_all(codes, values, SIGNED: tl.constexpr):
+    at = tl.arange(0, 256)
+    tl.store(values + at, decoded(tl.load(codes + at), SIGNED))
+
+
+def kernels_values(signed: bool) -> Tensor:
+    """What the kernels take each code for."""
+    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE)
+    values = torch.zeros(256, device=DEVICE)
+    decode_all[1,](codes, values, signed)
+    return values
+
+
+def stored_as_numbers(binding, key: str, signed: bool) -> Tensor:
+    """An average in float32, as the kernels read it."""
+    value = binding.state[key]
+    if value.dtype != torch.uint8:
+        return value.float()
+    scales = binding.state[f"{key}_scale"].repeat_interleave(256)[: value.numel()]
+    numbers = torch.empty_like(value, dtype=F32)
+    in_memory_order(numbers).copy_(kernels_values(signed)[in_memory_order(value).long()] * scales)
+    return numbers
+
+
+def assert_stored(x: Tensor, value: Tensor, stochastic: bool, step: int, index: int, array: int) -> None:
+    """`x` is the float32 `value`, rounded to its type."""
+    if stochastic and x.dtype == BF16:
+        places = torch.arange(value.numel(), device=value.device)
+        bits = random_bits(places, seed=SEED, step=step, index=index, array=array)
+        rounded = round_stochastically(in_memory_order(value.detach()), bits)
+    else:
+        rounded = in_memory_order(value.detach()).to(x.dtype)
+    assert same_bits(in_memory_order(x.detach()), rounded)
+
+
+def step_beside_float32(optimizer, method: Method, options: dict, step: int) -> None:
+    """Make a step, and check what is stored against a step of the same kernels with float32 for everything."""
+    params = optimizer.param_groups[0]["params"]
+    twins = []
+    with torch.no_grad():
+        for p in params:
+            value = optimizer.state.get(p, {}).get("master_param", p)
+            twin = torch.empty_like(p, dtype=F32).copy_(value).requires_grad_()
+            twin.grad = torch.empty_like(p, dtype=F32).copy_(p.grad)
+            twins.append(twin)
+    plain = method.ours(twins, backend="triton", **options)
+    bindings = {} if optimizer._plan is None else {b.index: b for b in optimizer._plan.bindings}
+    for index, twin in enumerate(twins if bindings else []):
+        averages = [spec for spec in bindings[index].specs if spec.role == "average"]
+        state = {spec.key: stored_as_numbers(bindings[index], spec.key, spec.signed).clone() for spec in averages}
+        plain.state[twin] = state | ({} if method is ADAN else {"step": torch.tensor(float(step - 1))})
+    if method is ADAN:
+        plain.param_groups[0]["step"] = step - 1
+    plain.step()
+    optimizer.step()
+    for b, twin in zip(optimizer._plan.bindings, twins, strict=True):
+        stochastic = b.precision.stochastic
+        if b.precision.master:
+            assert same_bits(b.state["master_param"], twin)
+        assert_stored(b.parameter, twin, stochastic and not b.precision.master, step, b.index, 0)
+        for k, spec in enumerate(spec for spec in b.specs if spec.role == "average"):
+            if b.precision.quantized:
+                codes, scales = quantize(plain.state[twin][spec.key], spec.signed)
+                assert same_bits(in_memory_order(b.state[spec.key]), in_memory_order(codes)), spec.key
+                assert same_bits(b.state[f"{spec.key}_scale"], scales), spec.key
+            else:
+                assert_stored(b.state[spec.key], plain.state[twin][spec.key], stochastic, step, b.index, k + 1)
+
+
+def unlike_tensors(generator: torch.Generator, dtype: torch.dtype, sizes=(1, 7, 255, 256, 257, 1500)) -> list[Tensor]:
+    """Of these sizes; channels_last; and in the middle of others' memory, where nothing is aligned."""
+    made = [torch.randn(size, generator=generator) for size in sizes]
+    made.append(torch.randn(2, 6, 9, 5, generator=generator).to(memory_format=torch.channels_last))
+    made = [x.to(DEVICE, dtype) for x in made]
+    made.append(torch.randn(1101, generator=generator).to(DEVICE, dtype)[1:])
+    return [x.requires_grad_() for x in made]
+
+
+def name_of(precision) -> str:
+    parameter, gradient, options = precision
+    words = [str(x).removeprefix("torch.") for x in (parameter, gradient, options.get("state_dtype", "own"))]
+    return "-".join(words + [name for name in ("master_weights", "stochastic_rounding") if options.get(name)])
+
+
+@pytest.mark.parametrize(("name", "method", "options"), CASES, ids=[name for name, _, _ in CASES])
+@pytest.mark.parametrize("precision", PRECISIONS, ids=name_of)
+def test_what_is_stored_is_rounded_from_float32(precision, name, method, options, monkeypatch, generator) -> None:
+    monkeypatch.setattr(agr_cuda.precision, "SMALLEST_QUANTIZED", 0)
+    parameter, gradient, stored = precision
+    params = unlike_tensors(generator, parameter)
+    optimizer = method.ours(params, backend="triton", rounding_seed=SEED, **stored, **options)
+    for step in (1, 2, 3):
+        for p in params:
+            p.grad_dtype = gradient
+            size = 10.0 ** (-4 * torch.rand(p.shape, generator=generator))
+            p.grad = torch.empty_like(p, dtype=gradient).copy_(torch.randn(p.shape, generator=generator) * size)
+        step_beside_float32(optimizer, method, options, step)
+
+
+@pytest.mark.parametrize("size", [4095, 4096, 5000, 70_001])
+def test_precision_of_tensors_of_many_blocks(size: int, method: Method, generator) -> None:
+    """With the 8 bits of those that are large enough, and float32 of those that are not."""
+    (p,) = unlike_tensors(generator, BF16, (size,))[:1]
+    stored = {"state_dtype": "8bit", "stochastic_rounding": True, "rounding_seed": SEED}
+    optimizer = method.ours([p], backend="triton", **stored)
+    for step in (1, 2) if size < 10_000 else (1,):
+        p.grad = torch.randn(size, generator=generator).to(DEVICE, BF16)
+        step_beside_float32(optimizer, method, {}, step)
+    assert (optimizer.state[p]["exp_avg"].dtype == torch.uint8) == (size >= 4096)
+
+
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+def test_codes_are_read_to_one_unit_in_the_last_place(signed: bool) -> None:
+    found, wanted = kernels_values(signed).cpu(), torch.tensor(code_values(signed))
+    assert ((found.view(torch.int32) - wanted.view(torch.int32)).abs() <= 1).all()
+    for code in (0, 128 if signed else 255):
+        assert found[code] == wanted[code]
+
+
+def test_decay_is_rounded_by_the_definition(generator) -> None:
+    """Where all gradients are 0: p (1 - lr wd), in float32, plus the random number of that element and that step."""
+    params = unlike_tensors(generator, BF16)
+    values = [p.detach().clone() for p in params]
+    optimizer = agr_cuda.AdamW(
+        params, lr=0.5, weight_decay=0.25, backend="triton", stochastic_rounding=True, rounding_seed=SEED
+    )
+    for step in (1, 2, 3, 4):
+        for index, (p, value) in enumerate(zip(params, values, strict=True)):
+            p.grad = torch.zeros_like(p)
+            places = torch.arange(p.numel(), device=DEVICE)
+            bits = random_bits(places, seed=SEED, step=step, index=index, array=0)
+            flat = in_memory_order(value)
+            flat.copy_(round_stochastically(flat.float() * 0.875, bits))
+        optimizer.step()
+        for p, value in zip(params, values, strict=True):
+            assert same_bits(p.detach(), value)
+
+
+@pytest.mark.parametrize("special", [float("inf"), float("nan")])
+def test_a_block_of_codes_with_what_is_not_finite_is_nan(special: float, generator) -> None:
+    p = torch.randn(5000, generator=generator).to(DEVICE).requires_grad_()
+    optimizer = agr_cuda.AdamW([p], backend="triton", agr=False, state_dtype="8bit")
+    p.grad = torch.randn(5000, generator=generator).to(DEVICE)
+    p.grad[300] = special
+    optimizer.step()
+    for key in ("exp_avg_scale", "exp_avg_sq_scale"):
+        broken = optimizer.state[p][key].isnan()
+        assert broken.nonzero().flatten().tolist() == [1]
+
+
+@pytest.mark.parametrize("stored", [{"master_weights": True, "state_dtype": "8bit"}, {"stochastic_rounding": True}])
+def test_a_skipped_step_changes_nothing_of_any_precision(stored: dict, method: Method, generator) -> None:
+    p = torch.randn(5000, generator=generator).to(DEVICE, BF16).requires_grad_()
+    optimizer = method.ours([p], backend="triton", fused=True, **stored)
+    run(optimizer, 2)
+    before = {key: x.clone() for key, x in {**optimizer.state[p], "": p.detach()}.items()}
+    optimizer.found_inf = torch.ones((), device=DEVICE)
+    run(optimizer, 1)
+    for key, x in {**optimizer.state[p], "": p.detach()}.items():
+        assert same_bits(x, before[key]), key
 
 
 def test_addresses_beyond_2_to_the_63() -> None:

@@ -12,12 +12,15 @@ CHUNKS = tl.constexpr(8)
 GROUP_INDEX = tl.constexpr(9)
 REGULARIZE = tl.constexpr(10)
 AMSGRAD = tl.constexpr(11)
-ROW = tl.constexpr(16)
+SCALES = tl.constexpr(12)  # the first of four addresses of the scales of averages; 0 if they are not codes
+MASTER = tl.constexpr(16)  # the address of the float32 copy of the parameter, which is updated in its place; or 0
+INDEX = tl.constexpr(17)  # the parameter's index in the optimizer
+ROW = tl.constexpr(18)
 
 # The table of limits has one row: the number of tensors that get coefficients, the elements of a chunk, the number of
 # groups.
 
-# The groups' table of one step: float64 numbers, and then addresses and a flag.
+# The groups' table of one step: float64 numbers, and then whole ones: addresses, a flag and a seed.
 LR = tl.constexpr(0)
 BETA1 = tl.constexpr(1)
 BETA2 = tl.constexpr(2)
@@ -31,6 +34,7 @@ LR_FLOAT32 = tl.constexpr(9)  # the address of a float32 used in place of LR; or
 LR_FLOAT64 = tl.constexpr(10)  # the address of a float64 used in place of LR; or 0
 COUNT = tl.constexpr(11)  # the address of Adan's step count on the device, a float32 from 0; or 0
 COUNTS = tl.constexpr(12)  # whether this launch increments that count
+SEED = tl.constexpr(13)  # of stochastic rounding, a whole number
 GROUP = tl.constexpr(16)
 
 # The table of coefficients, which the first launch computes for the second: for each tensor, in float64, the factors of

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 
 from . import tables as t
+from .quantization import QUANTIZED, decoded, quantized
+from .rounding import random_bits, rounded_stochastically
 from .rules import adamw, adan, aligned, regularized
 
 
@@ -71,35 +73,92 @@ def _store(address, offsets, value, mask):
 
 
 @triton.jit
-def _update_elements(
-    begin, end, p_at, g_at, s0_at, s1_at, s2_at, s3_at, amsgrad, regularize, scale, total, rest, inverse, lift,
-    c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10,
-    ADAN: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+def _places(start, BLOCK: tl.constexpr, FOLDED: tl.constexpr):
+    """Return the places of a block's elements, and of their scales if there are codes.
+
+    Elements that share scales or random numbers are in three dimensions: blocks that share a scale, eights that share
+    the words of a random number, elements.
+    """
+    if FOLDED:
+        blocks = tl.arange(0, BLOCK // QUANTIZED)[:, None, None]
+        eights = tl.arange(0, QUANTIZED // 8)[None, :, None]
+        at = start + (blocks * QUANTIZED + eights * 8 + tl.arange(0, 8)[None, None, :])
+        return at, start // QUANTIZED + blocks
+    else:
+        return start + tl.arange(0, BLOCK), start
+
+
+@triton.jit
+def _load_average(address, at, scales, scale_at, end, mask, SIGNED: tl.constexpr, TYPE: tl.constexpr):
+    if address.dtype.element_ty == tl.uint8:
+        codes = tl.load(address + at, mask=mask, eviction_policy="evict_first")
+        return decoded(codes, SIGNED) * tl.load(scales + scale_at, mask=scale_at * QUANTIZED < end, other=0.0)
+    else:
+        return _load(address, at, mask, TYPE)
+
+
+@triton.jit
+def _store_average(
+    address, at, scales, scale_at, end, mask, value, element, seed, step, array,
+    SIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    lanes = tl.arange(0, BLOCK)
+    """Store the new values of an average, as the type of its elements says, or of the parameter, which is array 0."""
+    if address.dtype.element_ty == tl.uint8:
+        if MASKED:
+            value = tl.where(mask, value, 0.0)
+        codes, scale = quantized(value, SIGNED)
+        _store(address, at, codes, mask)
+        tl.store(scales + scale_at, scale, mask=scale_at * QUANTIZED < end)
+    elif STOCHASTIC and address.dtype.element_ty == tl.bfloat16:
+        _store(address, at, rounded_stochastically(value, random_bits(element, seed, step, array, BLOCK)), mask)
+    else:
+        _store(address, at, value, mask)
+
+
+@triton.jit
+def _update_elements(
+    begin, end, first, p_at, copy_at, g_at, s0_at, s1_at, s2_at, s3_at, q0_at, q1_at, q2_at, q3_at, seed, step, array,
+    amsgrad, regularize, scale, total, rest, inverse, lift, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10,
+    ADAN: tl.constexpr, TYPE: tl.constexpr, MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, FOLDED: tl.constexpr,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    R: tl.constexpr = STOCHASTIC
     for start in range(begin, end, BLOCK):
-        at = start + lanes
+        at, q = _places(start, BLOCK, FOLDED)
         mask = at < end if MASKED else None
+        element = first + start
         g = _load(g_at, at, mask, TYPE)
         p = _load(p_at, at, mask, TYPE)
         g = tl.where(regularize, regularized(g, total, rest, inverse, lift), g) * scale
-        s0 = _load(s0_at, at, mask, TYPE)
-        s1 = _load(s1_at, at, mask, TYPE)
+        s0 = _load_average(s0_at, at, q0_at, q, end, mask, True, TYPE)
+        s1 = _load_average(s1_at, at, q1_at, q, end, mask, ADAN, TYPE)
         if ADAN:
-            s2 = _load(s2_at, at, mask, TYPE)
-            s3 = _load(s3_at, at, mask, TYPE)
+            s2 = _load_average(s2_at, at, q2_at, q, end, mask, False, TYPE)
+            s3 = _load_average(s3_at, at, q3_at, q, end, mask, True, TYPE)
             p, s0, s1, s2, s3 = adan(p, g, s0, s1, s2, s3, c10 != 0, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9)
-            _store(s2_at, at, s2, mask)
-            _store(s3_at, at, s3, mask)
+            _store_average(s2_at, at, q2_at, q, end, mask, s2, element, seed, step, array + 3, False, R, BLOCK, MASKED)
+            _store_average(s3_at, at, q3_at, q, end, mask, s3, element, seed, step, array + 4, True, R, BLOCK, MASKED)
+        elif FOLDED:
+            # What a tensor without AMSGrad need not compute here is worth a branch.
+            s2 = tl.zeros(at.shape, TYPE)
+            if amsgrad != 0:
+                s2 = _load_average(s2_at, at, q2_at, q, end, mask, False, TYPE)
+            p, s0, s1, s2 = adamw(p, g, s0, s1, s2, amsgrad != 0, c0, c1, c2, c3, c4, c5)
+            if amsgrad != 0:
+                _store_average(
+                    s2_at, at, q2_at, q, end, mask, s2, element, seed, step, array + 3, False, R, BLOCK, MASKED
+                )
         else:
             # A tensor without AMSGrad has no third state tensor; the mask then excludes all elements.
             third = at < amsgrad * end if MASKED else tl.broadcast_to(amsgrad, (BLOCK,)) != 0
             s2 = tl.load(s2_at + at, mask=third, other=0.0, eviction_policy="evict_first").to(TYPE)
             p, s0, s1, s2 = adamw(p, g, s0, s1, s2, amsgrad != 0, c0, c1, c2, c3, c4, c5)
             _store(s2_at, at, s2, third)
-        _store(p_at, at, p, mask)
-        _store(s0_at, at, s0, mask)
-        _store(s1_at, at, s1, mask)
+        _store_average(p_at, at, q0_at, q, end, mask, p, element, seed, step, array, True, R, BLOCK, MASKED)
+        if MASTER:
+            _store(copy_at, at, p, mask)
+        _store_average(s0_at, at, q0_at, q, end, mask, s0, element, seed, step, array + 1, True, R, BLOCK, MASKED)
+        _store_average(s1_at, at, q1_at, q, end, mask, s1, element, seed, step, array + 2, ADAN, R, BLOCK, MASKED)
 
 
 @triton.jit
@@ -122,6 +181,7 @@ def _task(limits, rows, tasks, gradients, skipped):
 def update_step(
     limits, rows, tasks, gradients, groups, sums, coefficients, clip, found_inf,
     ADAN: tl.constexpr, PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, TYPE: tl.constexpr,
+    STATE: tl.constexpr, MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr, REST: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """Update every chunk and count the step, or do nothing if `found_inf` is nonzero."""
@@ -146,25 +206,38 @@ def update_step(
     c9 = tl.load(coefficients + 9).to(TYPE) if ADAN else c5
     c10 = tl.load(coefficients + 10).to(TYPE) if ADAN else c5
 
-    p = tl.load(row + t.PARAMETER).to(tl.pointer_type(PARAMETER)) + first
+    copy = tl.load(row + t.PARAMETER).to(tl.pointer_type(PARAMETER)) + first
+    # What is read and updated; the parameter is then a copy of it.
+    p = tl.load(row + t.MASTER).to(tl.pointer_type(tl.float32)) + first if MASTER else copy
     g = address.to(tl.pointer_type(GRADIENT)) + first
-    s0 = tl.load(row + t.STATE + 0).to(tl.pointer_type(PARAMETER)) + first
-    s1 = tl.load(row + t.STATE + 1).to(tl.pointer_type(PARAMETER)) + first
-    s2 = tl.load(row + t.STATE + 2).to(tl.pointer_type(PARAMETER)) + first
-    s3 = tl.load(row + t.STATE + 3).to(tl.pointer_type(PARAMETER)) + first
+    s0 = tl.load(row + t.STATE + 0).to(tl.pointer_type(STATE)) + first
+    s1 = tl.load(row + t.STATE + 1).to(tl.pointer_type(STATE)) + first
+    s2 = tl.load(row + t.STATE + 2).to(tl.pointer_type(STATE)) + first
+    s3 = tl.load(row + t.STATE + 3).to(tl.pointer_type(STATE)) + first
+    q0 = tl.load(row + t.SCALES + 0).to(tl.pointer_type(tl.float32)) + first // QUANTIZED
+    q1 = tl.load(row + t.SCALES + 1).to(tl.pointer_type(tl.float32)) + first // QUANTIZED
+    q2 = tl.load(row + t.SCALES + 2).to(tl.pointer_type(tl.float32)) + first // QUANTIZED
+    q3 = tl.load(row + t.SCALES + 3).to(tl.pointer_type(tl.float32)) + first // QUANTIZED
+    seed = tl.load(groups + tl.load(row + t.GROUP_INDEX) * t.GROUP + t.SEED)
+    step = tl.load(coefficients + t.STEP_NUMBER).to(tl.int64)
+    array = tl.load(row + t.INDEX) * 8
+    FOLDED: tl.constexpr = STOCHASTIC or s0.dtype.element_ty == tl.uint8
     # The first loop updates full blocks of aligned tensors with 16-byte accesses. The second, masked loop updates the
     # rest: unaligned tensors and remainders. Its blocks are smaller because every element needs its own address in
     # registers.
     together = p.to(tl.int64) | g.to(tl.int64) | s0.to(tl.int64) | s1.to(tl.int64) | s2.to(tl.int64) | s3.to(tl.int64)
+    if MASTER:
+        together |= copy.to(tl.int64)
     full = tl.where(together % 16 == 0, count // BLOCK * BLOCK, 0)
     _update_elements(
-        0, full, aligned(p), aligned(g), aligned(s0), aligned(s1), aligned(s2), aligned(s3),
-        amsgrad, regularize, scale, total, rest, inverse, lift,
-        c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, ADAN, TYPE, BLOCK, False,
+        0, full, first, aligned(p), aligned(copy), aligned(g), aligned(s0), aligned(s1), aligned(s2), aligned(s3),
+        q0, q1, q2, q3, seed, step, array, amsgrad, regularize, scale, total, rest, inverse, lift,
+        c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, ADAN, TYPE, MASTER, STOCHASTIC, FOLDED, BLOCK, False,
     )  # fmt: skip
     _update_elements(
-        full, count, p, g, s0, s1, s2, s3, amsgrad, regularize, scale, total, rest, inverse, lift,
-        c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, ADAN, TYPE, REST, True,
+        full, count, first, p, copy, g, s0, s1, s2, s3, q0, q1, q2, q3, seed, step, array,
+        amsgrad, regularize, scale, total, rest, inverse, lift,
+        c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, ADAN, TYPE, MASTER, STOCHASTIC, FOLDED, REST, True,
     )  # fmt: skip
     if skipped == 0:
         if (chunk == 0) & (address != 0):

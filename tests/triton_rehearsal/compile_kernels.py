@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 
 from agr_cuda import triton as backend
 from agr_cuda import triton_gradients, triton_kernels
+from agr_cuda.precision import Precision
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -23,9 +24,24 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+F32, BF16, F16, F64, U8 = torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8
+# Every type of parameters, of gradients and of state, with masters and stochastic rounding wherever they can be.
 TYPES = [
-    *((t, t) for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)),
-    *((t, torch.float32) for t in (torch.bfloat16, torch.float16)),
+    *((t, t, Precision(t)) for t in (F32, BF16, F16, F64)),
+    *((t, F32, Precision(t)) for t in (BF16, F16)),
+    (F32, BF16, Precision(F32)),
+    (F32, F32, Precision(BF16)),
+    (F32, F32, Precision(BF16, stochastic=True)),
+    (F32, F32, Precision(U8)),
+    (BF16, BF16, Precision(F32, stochastic=True)),
+    (BF16, BF16, Precision(BF16, stochastic=True)),
+    (BF16, BF16, Precision(U8)),
+    (BF16, BF16, Precision(U8, stochastic=True)),
+    (BF16, F32, Precision(U8, stochastic=True)),
+    (BF16, BF16, Precision(F32, master=True)),
+    (BF16, F32, Precision(U8, master=True)),
+    (F16, F16, Precision(BF16, master=True, stochastic=True)),
+    (F16, F16, Precision(U8, master=True)),
 ]
 # What pointers point to: all others to words of 64 bits.
 POINTERS = {"grad_scale": "*fp32", "found_inf": "*fp32"}
@@ -44,27 +60,36 @@ def source(kernel, constants):
     return ASTSource(fn=kernel, signature=signature, constants=constants)  # Triton 3.2
 
 
+def types(parameter, gradient, precision):
+    """Return the types of a variant for its name."""
+    words = [str(dtype)[6:] for dtype in (parameter, gradient, precision.state)]
+    return "-".join(words + ["master"] * precision.master + ["stochastic"] * precision.stochastic)
+
+
 def variants():
     """Yield name, kernel, constants and type of parameters of everything that launches ask for."""
     for rule in ("adamw", "adan"):
-        for parameter, gradient in TYPES:
-            constants = triton_kernels.constants(rule, parameter, gradient)
-            types = f"{str(parameter)[6:]}-{str(gradient)[6:]}"
+        for parameter, gradient, precision in TYPES:
+            constants = triton_kernels.constants(rule, parameter, gradient, precision)
             sizes = {"BLOCK": backend.block_elements(parameter), "REST": backend.REST, "SUMS": backend.SUMS}
-            yield f"update-{rule}-{types}", triton_kernels.update_step, constants | sizes, parameter
-            del constants["PARAMETER"]
+            name = f"update-{rule}-{types(parameter, gradient, precision)}"
+            yield name, triton_kernels.update_step, constants | sizes, parameter
+        # What reductions do depends on the gradients, and on the parameters by the type of the arithmetic.
+        for parameter, gradient in dict.fromkeys((parameter, gradient) for parameter, gradient, _ in TYPES):
+            constants = triton_kernels.constants(rule, parameter, gradient, Precision(parameter))
+            constants = {key: constants[key] for key in triton_kernels.REDUCE_CONSTANTS}
             sizes = {"BLOCK": backend.block_elements(parameter), "TENSORS": backend.TENSORS}
-            for squares in (False, True):
-                name = f"reduce-{rule}-{types}" + ("-squares" if squares else "")
-                yield name, triton_kernels.reduce_step, constants | sizes | {"SQUARES": squares}, parameter
+            name = f"reduce-{rule}-{types(parameter, gradient, Precision(parameter))}"
+            for squares, suffix in ((False, ""), (True, "-squares")):
+                yield name + suffix, triton_kernels.reduce_step, constants | sizes | {"SQUARES": squares}, parameter
     # Of the regularization of gradients in place; its reductions are AdamW's.
-    for gradient in dict.fromkeys(parameter for parameter, _ in TYPES):
-        constants = triton_kernels.constants("regularize", gradient, gradient)
+    for gradient in dict.fromkeys(parameter for parameter, _, _ in TYPES):
+        constants = triton_kernels.constants("regularize", gradient, gradient, Precision(gradient))
         block = triton_gradients.BLOCKS * backend.block_elements(gradient)
         sizes = {"BLOCK": block, "REST": backend.REST, "SUMS": backend.SUMS}
         chosen = {name: constants[name] for name in ("GRADIENT", "TYPE")} | sizes
-        types = f"{str(gradient)[6:]}-{str(gradient)[6:]}"
-        yield f"update-regularize-{types}", triton_kernels.regularize_step, chosen, gradient
+        name = f"update-regularize-{types(gradient, gradient, Precision(gradient))}"
+        yield name, triton_kernels.regularize_step, chosen, gradient
 
 
 def main(folder):
