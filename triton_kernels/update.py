@@ -77,13 +77,13 @@ def _places(start, BLOCK: tl.constexpr, FOLDED: tl.constexpr):
     """Return the places of a block's elements, and of their scales if there are codes.
 
     Elements that share scales or random numbers are in three dimensions: blocks that share a scale, eights that share
-    the words of a random number, elements.
+    the words of a random number, elements. An eight is a thread's and a block a warp's, and every thread reads and
+    writes the scale of its own, so that warps have nothing to exchange.
     """
     if FOLDED:
-        blocks = tl.arange(0, BLOCK // QUANTIZED)[:, None, None]
-        eights = tl.arange(0, QUANTIZED // 8)[None, :, None]
-        at = start + (blocks * QUANTIZED + eights * 8 + tl.arange(0, 8)[None, None, :])
-        return at, start // QUANTIZED + blocks
+        blocks = tl.arange(0, BLOCK // QUANTIZED)[:, None, None] * QUANTIZED
+        eights = start + (blocks + tl.arange(0, QUANTIZED // 8)[None, :, None] * 8)
+        return eights + tl.arange(0, 8)[None, None, :], eights // QUANTIZED
     else:
         return start + tl.arange(0, BLOCK), start
 
