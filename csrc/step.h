@@ -19,8 +19,8 @@ AGR_INLINE constexpr int bytes_of(Type type) {
 // What one tensor's update reads and writes.
 struct Types {
     Type parameter, gradient, state;
-    bool master;      // the parameter is the rounded copy of a float32 master
-    bool stochastic;  // what is stored in bfloat16 is rounded stochastically (see rounding.h)
+    bool master = false;      // the parameter is the rounded copy of a float32 master
+    bool stochastic = false;  // what is stored in bfloat16 is rounded stochastically (see rounding.h)
 };
 
 constexpr bool operator==(const Types& a, const Types& b) {

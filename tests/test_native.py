@@ -31,7 +31,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 # The CUDA executor, and its kernels' source for threads of the host: blocks of 8 threads in warps of 4.
 CUDA_SOURCES = ["csrc/plan.cpp", "csrc/cuda/executor.cpp"]
 CUDA_PROGRAM = ["tests/emulation/test_cuda.cpp", "tests/emulation/host_launcher.cpp"]
-CUDA_FLAGS = ["-DAGR_BLOCK_THREADS=8", "-DAGR_WARP_THREADS=4", "-Wno-unknown-pragmas"]
+CUDA_FLAGS = ["-DAGR_SAME_TYPES", "-DAGR_BLOCK_THREADS=8", "-DAGR_WARP_THREADS=4", "-Wno-unknown-pragmas"]
 # The device contracts a product and a sum into one operation; a host that can shall do so too.
 CPU_INFO = Path("/proc/cpuinfo")
 if CPU_INFO.exists() and "fma" in CPU_INFO.read_text().split():
