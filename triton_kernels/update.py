@@ -156,7 +156,7 @@ def _update_elements(
         if ADAN:
             _store_average(s2_at, at, q2_at, q, end, mask, s2, element, seed, step, array + 3, False, R, BLOCK, MASKED)
             _store_average(s3_at, at, q3_at, q, end, mask, s3, element, seed, step, array + 4, True, R, BLOCK, MASKED)
-        elif FOLDED:
+        elif FOLDED:  # noqa: SIM102  # one is known when it is compiled, the other when it runs
             if amsgrad != 0:
                 _store_average(
                     s2_at, at, q2_at, q, end, mask, s2, element, seed, step, array + 3, False, R, BLOCK, MASKED

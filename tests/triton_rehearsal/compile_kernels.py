@@ -94,8 +94,7 @@ def main(folder):
     index = {}
     for target_name, target in TARGETS.items():
         for name, kernel, constants, parameter, precision in variants(target_name):
-            kind, rule, *types = name.removesuffix("-squares").split("-")
-            options = backend.compiler_options(rule, parameter, precision, nvidia=target.backend == "cuda")
+            options = backend.compiler_options(parameter, precision, nvidia=target.backend == "cuda")
             made = triton.compile(source(kernel, constants), target=target, options=options)
             path = folder / f"{name}-{target_name}"
             for kind in ("ptx", "amdgcn"):
@@ -103,6 +102,7 @@ def main(folder):
                     path.with_suffix(".s").write_text(made.asm[kind])
             if "cubin" in made.asm:
                 path.with_suffix(".cubin").write_bytes(made.asm["cubin"])
+            kind, rule, *types = name.removesuffix("-squares").split("-")
             index[path.name] = {"kernel": kind, "rule": rule, "types": "-".join(types), "target": target_name}
     (folder / "index.json").write_text(json.dumps(index))
 
