@@ -64,9 +64,16 @@ DEFAULT_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
 OLDEST_ARCHITECTURE = 80  # the first with bfloat16 conversions and cache policies
 LATEST_ARCHITECTURE = 199  # leaves room for future architectures, but refuses 900, a misspelling of 9.0
 
-# cuda/kernels.cu is compiled once for each of these rules and types, so that compilations run in parallel.
-CUDA_RULES = {"adamw": "AdamWRules", "adan": "AdanRules", "regularize": "RegularizeRules"}
-CUDA_TYPES = {"float32": "float", "bfloat16": "agr::bfloat16", "float16": "agr::float16", "float64": "double"}
+
+
+def cuda_kernels() -> list[tuple[str, str]]:
+    """Return the families of rules and the units, for each of which cuda/kernels.cu is compiled once, in parallel."""
+    units = re.findall(r"^using (\w+)\s*=\s*FormatList<", (CSRC / "cuda/format.h").read_text(), re.MULTILINE)
+    return [
+        *((family, unit) for family in ("adamw", "adan") for unit in units if unit != "gradients"),
+        ("regularize", "gradients"),
+    ]
+
 
 NVCCFLAGS = [
     *("-std=c++17", "-O3", "-lineinfo", "-Xfatbin=-compress-all", "-Xcompiler=-fPIC,-fvisibility=hidden"),
@@ -196,13 +203,10 @@ class BuildWithNinja(build_ext):
         for source, name in (("cuda/launcher.cpp", "cuda_launcher.o"), ("cuda/upload.cu", "cuda_upload.o")):
             objects.append(name)
             build.build(name, "nvcc", escape_path(str(CSRC / source)))
-        for rule, rules in CUDA_RULES.items():
-            for type_name, stored in CUDA_TYPES.items():
-                macros = {"RULES": rules, "STORED": stored, "TYPE": type_name, "KERNEL": f"{rule}_{type_name}"}
-                flags = " ".join(f"-DAGR_{name}={value}" for name, value in macros.items())
-                objects.append(f"cuda_{rule}_{type_name}.o")
-                source = escape_path(str(CSRC / "cuda/kernels.cu"))
-                build.build(objects[-1], "nvcc", source, variables={"flags": flags})
+        for family, unit in cuda_kernels():
+            objects.append(f"cuda_{family}_{unit}.o")
+            flags = f"-DAGR_FAMILY={family} -DAGR_UNIT={unit}"
+            build.build(objects[-1], "nvcc", escape_path(str(CSRC / "cuda/kernels.cu")), variables={"flags": flags})
         return objects
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .launch import DeviceLaunch, Hyperparameters
 from .native import native
+from .precision import Precision
 from .scaling import Scaling
 from .tensors import Binding, plan_entries
 
@@ -100,13 +101,14 @@ def why_not_on(device: torch.device) -> str | None:
     return None
 
 
-def compiler_options(dtype: torch.dtype, nvidia: bool) -> dict[str, Any]:
-    """Return Triton's compilation options for parameters of this dtype."""
+def compiler_options(rule: str, dtype: torch.dtype, precision: Precision, nvidia: bool) -> dict[str, Any]:
+    """Return Triton's compilation options for a rule and parameters of this dtype, stored with this precision."""
     # Products and sums are fused only where the kernels use tl.fma, whatever Triton's default is.
     options: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
     if nvidia:
         # Without a limit, ptxas spills a few registers if one more program then fits on a multiprocessor.
-        options["maxnreg"] = 168 if dtype == torch.float64 else 128
+        wide = dtype == torch.float64 or (precision.quantized and (rule == "adan" or precision.stochastic))
+        options["maxnreg"] = 168 if wide else 128
     return options
 
 
@@ -139,7 +141,7 @@ class TritonLaunch(DeviceLaunch):
         self._constants = triton_kernels.constants(rule, first.parameter.dtype, first.gradient.dtype, first.precision)
         self._block = block_elements(first.parameter.dtype)
         nvidia = self.device.type != "xpu" and torch.version.hip is None
-        self._options = compiler_options(first.parameter.dtype, nvidia)
+        self._options = compiler_options(rule, first.parameter.dtype, first.precision, nvidia)
         self._make_tables(groups, sizes)
         self._make_step_buffer(triton_kernels.GROUP * groups if self.computes_coefficients else 0)
         self._compile()

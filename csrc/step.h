@@ -23,7 +23,7 @@ struct Types {
     bool stochastic;  // what is stored in bfloat16 is rounded stochastically (see rounding.h)
 };
 
-inline bool operator==(const Types& a, const Types& b) {
+constexpr bool operator==(const Types& a, const Types& b) {
     return a.parameter == b.parameter && a.gradient == b.gradient && a.state == b.state && a.master == b.master &&
            a.stochastic == b.stochastic;
 }
@@ -77,8 +77,8 @@ struct Tensor {
 struct Group {
     AdamWOptions adamw;  // only the options of the rule in use are read
     AdanOptions adan;
-    double t;     // Adan's step count, starting at 1
-    double sign;  // -1 for maximize, otherwise 1
+    double t;            // Adan's step count, starting at 1
+    double sign;         // -1 for maximize, otherwise 1
     std::uint64_t seed;  // of stochastic rounding
 };
 

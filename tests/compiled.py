@@ -41,18 +41,15 @@ def nvcc() -> str | None:
 
 @functools.cache
 def kernels(architecture: str) -> dict[str, str]:
-    """PTX by the names of optimizer and parameter type, such as adamw_float32; `upload` is the upload kernel's."""
+    """PTX by the names of optimizer and unit (see format.h), such as adamw_float32; `upload` is the upload kernel's."""
     compiler, setup = nvcc(), setup_py()
     assert compiler is not None
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     flags = [flag for flag in setup.NVCCFLAGS if not flag.startswith(("-Xfatbin", "-Xcompiler"))]
     command = [compiler, *shlex.split(" ".join(flags)), f"-arch=compute_{architecture}", "-ptx"]
     jobs = {"upload": ["csrc/cuda/upload.cu"]}
-    for rule, rules in setup.CUDA_RULES.items():
-        for name, stored in setup.CUDA_TYPES.items():
-            macros = {"RULES": rules, "STORED": stored, "TYPE": name, "KERNEL": f"{rule}_{name}"}
-            defined = [f"-DAGR_{macro}={value}" for macro, value in macros.items()]
-            jobs[f"{rule}_{name}"] = ["csrc/cuda/kernels.cu", *defined]
+    for family, unit in setup.cuda_kernels():
+        jobs[f"{family}_{unit}"] = ["csrc/cuda/kernels.cu", f"-DAGR_FAMILY={family}", f"-DAGR_UNIT={unit}"]
 
     def compile_one(name: str) -> str:
         file = f"ptx/{name}_{architecture}.ptx"

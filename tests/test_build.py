@@ -4,6 +4,7 @@ import importlib.util
 import io
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -135,14 +136,17 @@ def test_machine_code_is_made_for_all_and_ptx_for_the_newest(setup_py, chosen):
     assert codes == [*machine_code, f"arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
 
 
-def test_every_rule_and_type_has_its_object(setup_py):
+def test_every_family_and_unit_has_its_object(setup_py):
     text, objects = written(setup_py, ["90"])
-    declared = (ROOT / "csrc/cuda/kernels.h").read_text()
+    declared = (ROOT / "csrc/cuda/format.h").read_text()
+    of_optimizers = re.search(r"using OptimizerUnits =\s+UnitList<([^;]*)>;", declared)
+    units = re.findall(r"units::(\w+)", of_optimizers[1])
     assert len(set(objects)) == len(objects)
-    for rule, type_name in itertools.product(("adamw", "adan"), ("float32", "bfloat16", "float16", "float64")):
-        assert f"cuda_{rule}_{type_name}.o" in objects
-        assert text.count(f"-DAGR_KERNEL={rule}_{type_name}\n") == 1
-        assert f"const void* {rule}_{type_name}(const Types& types);" in declared
+    kernels = [(family, unit) for family in ("adamw", "adan") for unit in units] + [("regularize", "gradients")]
+    assert sorted(setup_py.cuda_kernels()) == sorted(kernels)
+    for family, unit in kernels:
+        assert f"cuda_{family}_{unit}.o" in objects
+        assert text.count(f"-DAGR_FAMILY={family} -DAGR_UNIT={unit}\n") == 1
 
 
 @pytest.mark.parametrize("wrong", ["banana", "70"])

@@ -77,13 +77,13 @@ def _places(start, BLOCK: tl.constexpr, FOLDED: tl.constexpr):
     """Return the places of a block's elements, and of their scales if there are codes.
 
     Elements that share scales or random numbers are in three dimensions: blocks that share a scale, eights that share
-    the words of a random number, elements.
+    the words of a random number, elements. An eight is a thread's and a block a warp's, and every thread reads and
+    writes the scale of its own, so that warps have nothing to exchange.
     """
     if FOLDED:
-        blocks = tl.arange(0, BLOCK // QUANTIZED)[:, None, None]
-        eights = tl.arange(0, QUANTIZED // 8)[None, :, None]
-        at = start + (blocks * QUANTIZED + eights * 8 + tl.arange(0, 8)[None, None, :])
-        return at, start // QUANTIZED + blocks
+        blocks = tl.arange(0, BLOCK // QUANTIZED)[:, None, None] * QUANTIZED
+        eights = start + (blocks + tl.arange(0, QUANTIZED // 8)[None, :, None] * 8)
+        return eights + tl.arange(0, 8)[None, None, :], eights // QUANTIZED
     else:
         return start + tl.arange(0, BLOCK), start
 
@@ -136,18 +136,12 @@ def _update_elements(
             s2 = _load_average(s2_at, at, q2_at, q, end, mask, False, TYPE)
             s3 = _load_average(s3_at, at, q3_at, q, end, mask, True, TYPE)
             p, s0, s1, s2, s3 = adan(p, g, s0, s1, s2, s3, c10 != 0, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9)
-            _store_average(s2_at, at, q2_at, q, end, mask, s2, element, seed, step, array + 3, False, R, BLOCK, MASKED)
-            _store_average(s3_at, at, q3_at, q, end, mask, s3, element, seed, step, array + 4, True, R, BLOCK, MASKED)
         elif FOLDED:
-            # What a tensor without AMSGrad need not compute here is worth a branch.
+            # What a tensor without AMSGrad need not compute here and below is worth a branch.
             s2 = tl.zeros(at.shape, TYPE)
             if amsgrad != 0:
                 s2 = _load_average(s2_at, at, q2_at, q, end, mask, False, TYPE)
             p, s0, s1, s2 = adamw(p, g, s0, s1, s2, amsgrad != 0, c0, c1, c2, c3, c4, c5)
-            if amsgrad != 0:
-                _store_average(
-                    s2_at, at, q2_at, q, end, mask, s2, element, seed, step, array + 3, False, R, BLOCK, MASKED
-                )
         else:
             # A tensor without AMSGrad has no third state tensor; the mask then excludes all elements.
             third = at < amsgrad * end if MASKED else tl.broadcast_to(amsgrad, (BLOCK,)) != 0
@@ -159,6 +153,14 @@ def _update_elements(
             _store(copy_at, at, p, mask)
         _store_average(s0_at, at, q0_at, q, end, mask, s0, element, seed, step, array + 1, True, R, BLOCK, MASKED)
         _store_average(s1_at, at, q1_at, q, end, mask, s1, element, seed, step, array + 2, ADAN, R, BLOCK, MASKED)
+        if ADAN:
+            _store_average(s2_at, at, q2_at, q, end, mask, s2, element, seed, step, array + 3, False, R, BLOCK, MASKED)
+            _store_average(s3_at, at, q3_at, q, end, mask, s3, element, seed, step, array + 4, True, R, BLOCK, MASKED)
+        elif FOLDED:
+            if amsgrad != 0:
+                _store_average(
+                    s2_at, at, q2_at, q, end, mask, s2, element, seed, step, array + 3, False, R, BLOCK, MASKED
+                )
 
 
 @triton.jit

@@ -59,8 +59,11 @@ Executor::Executor(Plan plan, std::vector<Tensor> tensors)
                                     std::to_string(tensors_.size()));
     for (const Tensor& tensor : tensors_) {
         const Kernels* kernels = instruction_set().kernels(tensor.types);
-        if (kernels == nullptr) throw std::invalid_argument("no kernel is compiled for these types");
+        if (kernels == nullptr) throw std::invalid_argument("there is no kernel for these types");
         kernels_.push_back(kernels);
+        if (tensor.types.state == Type::code8 && plan_.limits.chunk_elements % scale_block != 0)
+            throw std::invalid_argument("a chunk of codes has whole blocks of " + std::to_string(scale_block) +
+                                        " elements, not " + std::to_string(plan_.limits.chunk_elements));
     }
 }
 
@@ -95,7 +98,7 @@ void Executor::compute_coefficients(const void* const* gradients, const std::vec
         if (found == end) {
             index = static_cast<std::int32_t>(coefficients_.size());
             const bool sweeps = static_cast<std::uint64_t>(t) % steps_between_sweeps == 0;
-            Coefficients coefficients{tensor.group, t, group.sign * clip, sweeps, {}, {}};
+            Coefficients coefficients{tensor.group, t, group.sign * clip, sweeps, group.seed, {}, {}};
             if (tensor.rule == Rule::adan)
                 coefficients.adan = {AdanCoefficients<float>::of(group.adan, t),
                                      AdanCoefficients<double>::of(group.adan, t)};
@@ -181,9 +184,12 @@ void Executor::update_chunk(const Task& task, const Span& chunk, const Sums& sum
     const Rule rule = tensors_[task.tensor].rule;
     const Coefficients& coefficients = coefficients_[coefficients_index_[task.tensor]];
     const void* of_rule = rule == Rule::adan ? static_cast<const void*>(&coefficients.adan) : &coefficients.adamw;
+    const Tensor& tensor = tensors_[task.tensor];
+    const RoundingKey rounding{coefficients.seed, static_cast<std::uint32_t>(coefficients.t),
+                               static_cast<std::uint32_t>(tensor.index)};
     kernels_[task.tensor]->update[static_cast<int>(rule)](
-        chunk, of_rule, plan_.tensors[task.tensor].regularize ? &sums.abs_sum : nullptr, coefficients.scale,
-        coefficients.sweeps);
+        chunk, {of_rule, plan_.tensors[task.tensor].regularize ? &sums.abs_sum : nullptr, coefficients.scale,
+                coefficients.sweeps, tensor.types, rounding, task.chunk * plan_.limits.chunk_elements});
 }
 
 }  // namespace agr::cpu

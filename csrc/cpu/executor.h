@@ -50,6 +50,7 @@ private:
         double t;
         double scale;
         bool sweeps;
+        std::uint64_t seed;                  // of stochastic rounding
         CoefficientsOf<AdamW<false>> adamw;  // with and without AMSGrad
         CoefficientsOf<Adan> adan;
     };

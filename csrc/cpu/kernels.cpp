@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "converted.h"
 #include "vector.h"
 
 namespace agr::cpu {
@@ -162,12 +163,65 @@ AGR_INLINE void update_span(const Span& span, const CoefficientsOf<R>& both_type
 }
 
 template <class R, class P, class G, class S>
-void update(const Span& span, const void* coefficients, const double* sum, double scale, bool sweeps) {
-    const auto& both_types = *static_cast<const CoefficientsOf<R>*>(coefficients);
-    if (sum != nullptr)
-        update_span<R, true, P, G, S>(span, both_types, *sum, scale, sweeps);
+AGR_INLINE void update_inline(const Span& span, const Inputs& inputs) {
+    const auto& both_types = *static_cast<const CoefficientsOf<R>*>(inputs.coefficients);
+    if (inputs.sum != nullptr)
+        update_span<R, true, P, G, S>(span, both_types, *inputs.sum, inputs.scale, inputs.sweeps);
     else
-        update_span<R, false, P, G, S>(span, both_types, 0, scale, sweeps);
+        update_span<R, false, P, G, S>(span, both_types, 0, inputs.scale, inputs.sweeps);
+}
+
+template <class R, class P, class G, class S>
+void update(const Span& span, const Inputs& inputs) {
+    update_inline<R, P, G, S>(span, inputs);
+}
+
+// The update for all other combinations of types: in float32, of a block of elements at a time.
+template <class R>
+void update_converted(const Span& span, const Inputs& inputs) {
+    constexpr Rule rule = R::states == 4 ? Rule::adan : R::states == 3 ? Rule::adamw_amsgrad : Rule::adamw;
+    const Types& types = inputs.types;
+    alignas(64) float parameter[converted_elements], gradient[converted_elements];
+    alignas(64) float state[R::states][converted_elements];
+    Span block{};
+    block.parameter = parameter;
+    block.gradient = gradient;
+    for (int k = 0; k < R::states; ++k) block.state[k] = state[k];
+    for (std::int64_t first = 0; first < span.elements; first += converted_elements) {
+        const std::int64_t left = span.elements - first;
+        const int n = left < converted_elements ? static_cast<int>(left) : converted_elements;
+        const Span stored = span.part(types, R::states, first, n);
+        block.elements = n;
+        if (types.master)
+            widen(Type::float32, stored.master, n, parameter);
+        else
+            widen(types.parameter, stored.parameter, n, parameter);
+        widen(types.gradient, stored.gradient, n, gradient);
+        for (int k = 0; k < R::states; ++k)
+            if (types.state == Type::code8)
+                dequantize(is_signed_state(rule, k), stored.state[k], *stored.scales[k], n, state[k]);
+            else
+                widen(types.state, stored.state[k], n, state[k]);
+
+        update_inline<R, float, float, float>(block, inputs);
+
+        if (types.master) narrow(Type::float32, parameter, n, stored.master);
+        auto narrow_as_asked = [&](Type type, std::uint32_t array, const float* from, void* to) {
+            if (types.stochastic && type == Type::bfloat16)
+                narrow_stochastically(inputs.rounding, array, inputs.first + first, from, n, to);
+            else
+                narrow(type, from, n, to);
+        };
+        if (types.master)
+            narrow(types.parameter, parameter, n, stored.parameter);
+        else
+            narrow_as_asked(types.parameter, 0, parameter, stored.parameter);
+        for (int k = 0; k < R::states; ++k)
+            if (types.state == Type::code8)
+                quantize(is_signed_state(rule, k), state[k], n, stored.state[k], stored.scales[k]);
+            else
+                narrow_as_asked(types.state, k + 1, state[k], stored.state[k]);
+    }
 }
 
 template <class P, class G, class S>
@@ -176,9 +230,15 @@ constexpr Kernels table = {
     abs_sum_and_squares<G>,
     {update<AdamW<false>, P, G, S>, update<AdamW<true>, P, G, S>, update<Adan, P, G, S>, update<Regularize, P, G, S>}};
 
+template <class G>
+constexpr Kernels converted_table = {
+    abs_sum<G>,
+    abs_sum_and_squares<G>,
+    {update_converted<AdamW<false>>, update_converted<AdamW<true>>, update_converted<Adan>, nullptr}};
+
+// The kernels that convert nothing in memory, for the parameter type P.
 template <class P>
-const Kernels* with_gradient(Type parameter, const Types& types) {
-    if (types.state != parameter || types.master || types.stochastic) return nullptr;
+const Kernels* direct(Type parameter, const Types& types) {
     if (types.gradient == parameter) return &table<P, P, P>;
     if constexpr (sizeof(P) == 2) {
         if (types.gradient == Type::float32) return &table<P, float, P>;
@@ -186,20 +246,31 @@ const Kernels* with_gradient(Type parameter, const Types& types) {
     return nullptr;
 }
 
+const Kernels* converted(const Types& types) {
+    if (types.parameter == Type::float64 || types.state == Type::float64) return nullptr;
+    switch (types.gradient) {
+        case Type::float32:
+            return &converted_table<float>;
+        case Type::bfloat16:
+            return &converted_table<bfloat16>;
+        case Type::float16:
+            return &converted_table<float16>;
+        default:
+            return nullptr;
+    }
+}
+
 }  // namespace
 
 const Kernels* AGR_KERNELS(const Types& types) {
-    switch (types.parameter) {
-        case Type::float32:
-            return with_gradient<float>(Type::float32, types);
-        case Type::bfloat16:
-            return with_gradient<bfloat16>(Type::bfloat16, types);
-        case Type::float16:
-            return with_gradient<float16>(Type::float16, types);
-        case Type::float64:
-            return with_gradient<double>(Type::float64, types);
+    const Kernels* kernels = nullptr;
+    if (types.state == types.parameter && !types.master && !types.stochastic) {
+        if (types.parameter == Type::float32) kernels = direct<float>(Type::float32, types);
+        if (types.parameter == Type::bfloat16) kernels = direct<bfloat16>(Type::bfloat16, types);
+        if (types.parameter == Type::float16) kernels = direct<float16>(Type::float16, types);
+        if (types.parameter == Type::float64) kernels = direct<double>(Type::float64, types);
     }
-    return nullptr;
+    return kernels != nullptr ? kernels : converted(types);
 }
 
 }  // namespace agr::cpu

@@ -5,6 +5,7 @@
 #include "../adamw.h"
 #include "../adan.h"
 #include "../agr.h"
+#include "../rounding.h"
 #include "../step.h"
 
 namespace agr::cpu {
@@ -16,10 +17,17 @@ struct CoefficientsOf {
     typename R::template Coefficients<double> in_float64;
 };
 
-// `coefficients` points to a CoefficientsOf the rule. `sum` points to the tensor's abs-sum, or is null if the gradient
-// is not regularized. Every element of the gradient is multiplied by `scale`. If `sweeps`, averages that have faded to
-// denormal numbers are replaced by 0 (see numeric.h).
-using Update = void (*)(const Span& span, const void* coefficients, const double* sum, double scale, bool sweeps);
+// What an update of a span takes besides the span.
+struct Inputs {
+    const void* coefficients;  // a CoefficientsOf the rule
+    const double* sum;         // the tensor's abs-sum, or null if the gradient is not regularized
+    double scale;              // the factor of every element of the gradient
+    bool sweeps;               // replace averages that have faded to denormal numbers by 0 (see numeric.h)
+    Types types;
+    RoundingKey rounding;
+    std::int64_t first;  // the index of the span's first element in its tensor
+};
+using Update = void (*)(const Span& span, const Inputs& inputs);
 
 struct Kernels {
     double (*abs_sum)(const void* gradient, std::int64_t elements);
@@ -27,7 +35,7 @@ struct Kernels {
     Update update[rules];  // indexed by Rule
 };
 
-// The kernels for these types, or null if none are compiled. There is one set of kernels for each instruction set.
+// The kernels for these types, or null if there are none. There is one set of kernels for each instruction set.
 const Kernels* avx512_kernels(const Types& types);
 const Kernels* avx2_kernels(const Types& types);
 const Kernels* portable_kernels(const Types& types);

@@ -24,7 +24,9 @@ struct alignas(16) Row {
     std::int32_t index;  // of the parameter among all parameters of the optimizer
     std::int64_t elements;
     Rule rule;
-    bool reduced;  // by REDUCE tasks
+    bool reduced;               // by REDUCE tasks
+    float* master;              // the float32 copy of the parameter, or null
+    float* scales[max_states];  // of the state's codes, or null
 };
 
 // A task of the plan, with what its block must know before it has read the tensor's row.
@@ -104,6 +106,7 @@ struct GroupArguments {
     const void* lr;                // a scalar in device memory that replaces the options' lr, or null
     std::int32_t lr_type;          // a Type
     std::int32_t increment_count;  // whether this launch increments `count`
+    std::uint64_t seed;            // of stochastic rounding
 };
 
 // Gradient addresses and group arguments are passed as kernel parameters if they fit into this many bytes, so that an

@@ -71,14 +71,18 @@ struct RegularizeRules {
     using Coefficients = Regularize::Coefficients<T>;
 };
 
-// One block, for elements of types P (parameter), G (gradient) and S (state).
-template <class Rules, class P, class G, class S>
+// One block, for tensors of this Format.
+template <class Rules, class Format>
 class Block {
-    using T = computed_in<P>;
+    using G = typename Format::G;
+    using S = typename Format::S;
+    using W = typename Format::W;
+    using T = typename Format::T;
     using Coefficients = typename Rules::template Coefficients<T>;
     using Options = typename Rules::Options;
-    using Inputs = cuda::Inputs<T, Coefficients>;
-    static constexpr int lanes = lanes_for<P, G, S>;
+    using Inputs = cuda::Inputs<T, Coefficients, Format::stochastic>;
+    // A code has no part in how many elements a thread processes at once, since it is the smallest.
+    static constexpr int lanes = lanes_for<W, G, S>;
     static constexpr int stride = block_threads * lanes;
     static constexpr int unroll = 8;  // loads of a gradient that a thread has in flight
     static constexpr int warps = block_threads / warp_threads;
@@ -97,6 +101,8 @@ class Block {
         std::int32_t group;
     };
 
+    struct Nothing {};
+
 public:
     // The block's shared memory. The arrays of two are double buffers, used alternately from task to task: while one
     // thread still reads a buffer, another thread, at most one barrier ahead, may write the other buffer.
@@ -107,6 +113,7 @@ public:
         std::uint32_t epoch;
         Cache caches[2];  // of the first thread, and of the accounting warp's first thread
         bool last_block;
+        std::conditional_t<Format::coded, CodeTables, Nothing> tables;
     };
 
     AGR_DEVICE Block(const Arguments& args, Shared& shared) : args_(args), shared_(shared) {}
@@ -123,6 +130,7 @@ public:
             shared_.caches[0].group = -1;
         }
         if (accounting_thread()) shared_.caches[1].group = -1;
+        if constexpr (Format::coded) shared_.tables.fill();
         block_barrier();
         for (buffer_ = 0;; buffer_ ^= 1) {
             const DeviceTask task = shared_.task[buffer_];
@@ -352,7 +360,7 @@ private:
         // Updates of a tensor without a gradient do nothing, and wait for nothing.
         if (lane() == 0 && gradient_of(task.tensor) != nullptr) {
             Inputs inputs;
-            static_cast<Coefficients&>(inputs) = coefficients_of(row, step_count(row), shared_.caches[1]);
+            set_coefficients(inputs, row, step_count(row), shared_.caches[1]);
             const double scale = scale_of(row.group);
             inputs.sum = AbsSum<T>::of(sums.abs_sum).for_scale(scale);
             inputs.scale = static_cast<T>(scale);
@@ -443,9 +451,9 @@ private:
         return count != nullptr ? load_first(count) : 0.0f;
     }
 
-    // The coefficients of this step of a tensor, by one thread; `count` is its step_count(). Increments the tensor's
-    // own step count where that is this thread's to do: it is the only one that reads it in this launch.
-    AGR_DEVICE const Coefficients& coefficients_of(const Row& row, float count, Cache& cache) const {
+    // Sets the coefficients of this step of a tensor, by one thread; `count` is its step_count(). Increments the
+    // tensor's own step count where that is this thread's to do: it is the only one that reads it in this launch.
+    AGR_DEVICE void set_coefficients(Inputs& inputs, const Row& row, float count, Cache& cache) const {
         if constexpr (!std::is_same_v<Rules, RegularizeRules>) {
             double t = static_cast<double>(count) + 1;
             if (row.step != nullptr) {
@@ -464,8 +472,9 @@ private:
                 cache.group = row.group;
                 cache.t = t;
             }
+            if constexpr (Format::stochastic) inputs.step = static_cast<std::uint32_t>(t);
         }
-        return cache.coefficients;
+        static_cast<Coefficients&>(inputs) = cache.coefficients;
     }
 
     // Whether a single thread of the launch reads the tensor's step count: for the one chunk, or for all.
@@ -514,15 +523,14 @@ private:
             store_warp_sum(thread_sums<false>(gradient, task.elements), false);
         else
             draw_next_ticket();
-        if (own_coefficients) static_cast<Coefficients&>(inputs) = coefficients_of(row, count, shared_.caches[1]);
+        if (own_coefficients) set_coefficients(inputs, row, count, shared_.caches[1]);
         if (sums_itself) block_barrier();
         if (task.reduced && thread_index() < warp_threads)
             receive<Inputs>(&inputs, args_.progress[task.tensor].inputs, shared_.epoch);
         if (first_thread()) {
             // The load of the task overlaps with what follows. It is not issued earlier, since it needs the ticket.
             const DeviceTask next = next_task();
-            if (!uses(early_inputs))
-                static_cast<Coefficients&>(inputs) = coefficients_of(row, step_count(row), shared_.caches[0]);
+            if (!uses(early_inputs)) set_coefficients(inputs, row, step_count(row), shared_.caches[0]);
             complete_inputs(inputs, task, row, sums_itself);
             shared_.task[buffer_ ^ 1] = next;
         }
@@ -554,7 +562,10 @@ private:
     AGR_DEVICE void prefetch_parameter(const DeviceTask& task, const Row& row, int elements) const {
         if constexpr (!std::is_same_v<Rules, RegularizeRules>) {
             const std::int64_t first = task.chunk * args_.chunk_elements;
-            prefetch_elements(static_cast<const P*>(row.parameter) + first, elements);
+            if constexpr (Format::master)
+                prefetch_elements(row.master + first, elements);
+            else
+                prefetch_elements(static_cast<const W*>(row.parameter) + first, elements);
 #pragma unroll
             for (int k = 0; k < max_states; ++k)
                 if (k < states_of(task.rule)) prefetch_elements(static_cast<const S*>(row.state[k]) + first, elements);
@@ -578,34 +589,45 @@ private:
 
     template <class R>
     AGR_DEVICE void update(const DeviceTask& task) {
-        using Chunk = cuda::Chunk<R, P, G, S>;
-        using Batch = typename Chunk::Batch;
-        const Chunk chunk(args_.rows[task.tensor], gradient_of(task.tensor), task.chunk * args_.chunk_elements,
-                          task.elements);
+        using Chunk = std::conditional_t<Format::coded, CodedChunk<R, Format>, cuda::Chunk<R, Format>>;
+        const Row& row = args_.rows[task.tensor];
+        RoundingKey key{};
+        if constexpr (Format::stochastic)
+            key = {of_group(row.group, &GroupArguments<Options>::seed), shared_.inputs[buffer_].step,
+                   static_cast<std::uint32_t>(row.index)};
+        const Chunk chunk(row, gradient_of(task.tensor), task.chunk * args_.chunk_elements, task.elements, key);
         const bool regularize = task.regularize;
         // Copied to registers: shared memory would be read again after every store.
         const Inputs inputs = shared_.inputs[buffer_];
-        int i = thread_index() * lanes;
-        // Two batches of loads are in flight where there are enough registers. There are not for Adan's 16-bit
-        // elements, of which a batch has many, nor for Adan's float64: its elements take two registers each, and its
-        // arithmetic needs more registers.
-        if constexpr (R::states * lanes * (sizeof(T) == 8 ? 4 : 1) <= 24) {
-            // The number of iterations is the same for all threads of the block, as in thread_sums().
-            for (const int first = i; chunk.aligned && i - first + 2 * stride <= chunk.elements; i += 2 * stride) {
-                Batch one, other;
-                chunk.load(one, i);
-                chunk.load(other, i + stride);
-                scheduling_barrier();
-                chunk.update(one, i, regularize, inputs);
-                chunk.update(other, i + stride, regularize, inputs);
+        if constexpr (Format::coded) {
+#pragma unroll 1
+            for (int block = thread_index() / warp_threads; block * scale_block < chunk.elements; block += warps)
+                chunk.update(block, regularize, inputs, shared_.tables);
+            return;
+        } else {
+            using Batch = typename Chunk::Batch;
+            int i = thread_index() * lanes;
+            // Two batches of loads are in flight where there are enough registers. There are not for Adan's 16-bit
+            // elements, of which a batch has many, nor for those that are rounded stochastically, nor for Adan's
+            // float64: its elements take two registers each, and its arithmetic needs more registers.
+            if constexpr (R::states * lanes * (sizeof(T) == 8 ? 4 : 1) <= 24 && !(Format::stochastic && lanes == 8)) {
+                // The number of iterations is the same for all threads of the block, as in thread_sums().
+                for (const int first = i; chunk.aligned && i - first + 2 * stride <= chunk.elements; i += 2 * stride) {
+                    Batch one, other;
+                    chunk.load(one, i);
+                    chunk.load(other, i + stride);
+                    scheduling_barrier();
+                    chunk.update(one, i, regularize, inputs);
+                    chunk.update(other, i + stride, regularize, inputs);
+                }
             }
+            for (; chunk.has_batch(i); i += stride) {
+                Batch batch;
+                chunk.load(batch, i);
+                chunk.update(batch, i, regularize, inputs);
+            }
+            for (; i < chunk.elements; i += stride) chunk.update_scalar(i, regularize, inputs);
         }
-        for (; chunk.has_batch(i); i += stride) {
-            Batch batch;
-            chunk.load(batch, i);
-            chunk.update(batch, i, regularize, inputs);
-        }
-        for (; i < chunk.elements; i += stride) chunk.update_scalar(i, regularize, inputs);
     }
 
     // Called by the accounting warp before it finishes its accounting: prefetches the part of the gradient that its

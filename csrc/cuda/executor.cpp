@@ -15,10 +15,13 @@ const AdamWOptions& options_of(const Group& group, AdamWOptions*) { return group
 const AdanOptions& options_of(const Group& group, AdanOptions*) { return group.adan; }
 RegularizeOptions options_of(const Group&, RegularizeOptions*) { return {}; }
 
+// Of an element of what is updated: the master, or the parameter.
+int bytes_updated(const Types& types) { return types.master ? 4 : bytes_of(types.parameter); }
+
 }  // namespace
 
 Plan::Limits default_limits(const Types& types, const Launcher::Device& device, int resident_blocks, bool clip) {
-    const std::int64_t chunk_elements = (16 << 10) / bytes_of(types.parameter);
+    const std::int64_t chunk_elements = (16 << 10) / bytes_updated(types);
     const std::int64_t in_progress =
         chunk_elements * bytes_of(types.gradient) * device.multiprocessors * resident_blocks;
     return {chunk_elements, device.cache_bytes / 8, in_progress, clip};
@@ -42,6 +45,9 @@ Executor::Executor(Plan plan, std::vector<Tensor> tensors, int groups, int devic
     if (plan_.limits.chunk_elements > 1 << 30)
         throw std::invalid_argument("a chunk has at most 2^30 elements on a GPU, not " +
                                     std::to_string(plan_.limits.chunk_elements));
+    if (kernel_.types.state == Type::code8 && plan_.limits.chunk_elements % scale_block != 0)
+        throw std::invalid_argument("a chunk of codes has whole blocks of " + std::to_string(scale_block) +
+                                    " elements, not " + std::to_string(plan_.limits.chunk_elements));
     if (plan_.limits.apart) throw std::invalid_argument("a CUDA launch both reduces and updates");
     if (!is_compiled(kernel_)) throw std::invalid_argument("no kernel is compiled for these types");
     for (const Tensor& tensor : tensors_)
@@ -64,7 +70,7 @@ Executor::Executor(Plan plan, std::vector<Tensor> tensors, int groups, int devic
     std::int64_t bytes_of_element = 0;  // of parameter and state
     for (const Tensor& tensor : tensors_)
         bytes_of_element = std::max<std::int64_t>(
-            bytes_of_element, bytes_of(tensor.types.parameter) + states_of(tensor.rule) * bytes_of(tensor.types.state));
+            bytes_of_element, bytes_updated(tensor.types) + states_of(tensor.rule) * bytes_of(tensor.types.state));
     arguments_.prefetched_elements = static_cast<std::int32_t>(
         std::min<std::int64_t>(most_prefetched, prefetched_bytes / blocks_ / bytes_of_element));
 
@@ -114,6 +120,8 @@ std::vector<unsigned char> Executor::table() const {
         row.index = tensor.index;
         row.rule = tensor.rule;
         row.reduced = reduced(planned);
+        row.master = tensor.span.master;
+        std::copy(std::begin(tensor.span.scales), std::end(tensor.span.scales), row.scales);
         first_segment += row.segments;
         if (row.chunks > 0) norms[2 * row.index] = norms[2 * row.index + 1] = 0;
         std::memcpy(bytes.data() + layout_.rows + i * sizeof(Row), &row, sizeof(row));
@@ -161,7 +169,8 @@ std::vector<unsigned char> Executor::group_arguments(const std::vector<DeviceGro
                                             from.count,
                                             from.lr,
                                             static_cast<std::int32_t>(from.lr_type),
-                                            from.count != nullptr && from.increment_count};
+                                            from.count != nullptr && from.increment_count,
+                                            from.group.seed};
         std::memcpy(bytes.data() + i * sizeof(group), &group, sizeof(group));
     }
     return bytes;

@@ -103,9 +103,9 @@ private:
                 std::vector<unsigned char>& uploaded, void* stream);
 };
 
-// The default chunk is 16 KB of a parameter. Chunks are small so that blocks finish at nearly the same time, and so
-// that all chunks in progress take only a fraction of the cache. The default window is an eighth of the cache, and the
-// default lead is as many bytes as are in progress at once.
+// The default chunk is 16 KB of a parameter, or of its master. Chunks are small so that blocks finish at nearly the
+// same time, and so that all chunks in progress take only a fraction of the cache. The default window is an eighth of
+// the cache, and the default lead is as many bytes as are in progress at once.
 Plan::Limits default_limits(const Types& types, const Launcher::Device& device, int resident_blocks, bool clip);
 
 // An eighth of the cache: more would take the place of gradients that updates are to find there.

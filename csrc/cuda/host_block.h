@@ -7,6 +7,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -43,6 +44,7 @@ struct HostBlock {
         HostBarrier barrier{warp_threads};
         double values[warp_threads];
         bool flags[warp_threads];
+        std::uint32_t words[warp_threads];
     };
     HostBarrier barrier{block_threads};
     Warp warps[block_threads / warp_threads];
@@ -112,6 +114,15 @@ inline double shuffle_down(double value, int distance) {
     return result;
 }
 
+inline std::uint32_t largest_of_warp(std::uint32_t mine) {
+    this_warp().words[host_thread.index % warp_threads] = mine;
+    warp_barrier();
+    std::uint32_t largest = 0;
+    for (const std::uint32_t word : this_warp().words) largest = std::max(largest, word);
+    warp_barrier();
+    return largest;
+}
+
 inline bool any_of_warp(bool mine) {
     this_warp().flags[host_thread.index % warp_threads] = mine;
     warp_barrier();
@@ -166,6 +177,8 @@ inline Value load_parameter(const void* place) {
     std::memcpy(&value, place, sizeof(Value));
     return value;
 }
+
+inline RoundingKey not_known(const RoundingKey& key) { return key; }
 
 inline void pause() { std::this_thread::yield(); }
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../numeric.h"
+#include "../rounding.h"
 #include "arguments.h"
 
 #if defined(__CUDACC__)
@@ -27,6 +28,7 @@ AGR_DEVICE void warp_barrier() { __syncwarp(); }
 
 // The value of the lane `distance` above this one. The last `distance` lanes get a value without meaning.
 AGR_DEVICE double shuffle_down(double value, int distance) { return __shfl_down_sync(0xffffffffu, value, distance); }
+AGR_DEVICE std::uint32_t largest_of_warp(std::uint32_t mine) { return __reduce_max_sync(0xffffffffu, mine); }
 AGR_DEVICE bool any_of_warp(bool mine) { return __any_sync(0xffffffffu, mine); }
 
 // Counts to `last` and then back to 0, so that no counter has to be cleared: adds 1, or sets the counter to 0 if it has
@@ -99,6 +101,14 @@ AGR_DEVICE Value load_parameter(const void* place) {
     return value;
 }
 
+// The same key, of which the compiler does not know that it is the same in every iteration of a loop: it would keep the
+// keys of all ten rounds in registers.
+AGR_DEVICE RoundingKey not_known(const RoundingKey& key) {
+    auto low = static_cast<std::uint32_t>(key.seed), high = static_cast<std::uint32_t>(key.seed >> 32);
+    asm volatile("" : "+r"(low), "+r"(high));
+    return {low | static_cast<std::uint64_t>(high) << 32, key.step, key.index};
+}
+
 // Waits a moment between two reads of a word. The wait is short, since the awaited work is already in progress.
 AGR_DEVICE void pause() { __nanosleep(40); }
 
@@ -116,8 +126,8 @@ AGR_DEVICE std::uint64_t cache_policy() {
     return policy;
 }
 
-// Loads and stores of 8 or 16 bytes, aligned to their size. They are volatile so that the loads of a batch are issued
-// in program order, before any instruction that waits.
+// Loads and stores of 4, 8 or 16 bytes, aligned to their size. They are volatile so that the loads of a batch are
+// issued in program order, before any instruction that waits.
 template <Eviction eviction>
 AGR_DEVICE void load_words(const void* from, std::uint32_t (&w)[4]) {
     asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
@@ -128,6 +138,12 @@ template <Eviction eviction>
 AGR_DEVICE void load_words(const void* from, std::uint32_t (&w)[2]) {
     asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;"
                  : "=r"(w[0]), "=r"(w[1])
+                 : "l"(from), "l"(cache_policy<eviction>()));
+}
+template <Eviction eviction>
+AGR_DEVICE void load_words(const void* from, std::uint32_t (&w)[1]) {
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.u32 %0, [%1], %2;"
+                 : "=r"(w[0])
                  : "l"(from), "l"(cache_policy<eviction>()));
 }
 template <Eviction eviction>
@@ -145,6 +161,13 @@ AGR_DEVICE void store_words(void* to, const std::uint32_t (&w)[2]) {
     static_assert(eviction != Eviction::normal, "stores of 8 bytes have a policy");
     asm volatile("st.global.L2::cache_hint.v2.u32 [%0], {%1, %2}, %3;" ::"l"(to), "r"(w[0]), "r"(w[1]),
                  "l"(cache_policy<eviction>())
+                 : "memory");
+}
+
+template <Eviction eviction>
+AGR_DEVICE void store_words(void* to, const std::uint32_t (&w)[1]) {
+    static_assert(eviction != Eviction::normal, "stores of 4 bytes have a policy");
+    asm volatile("st.global.L2::cache_hint.u32 [%0], %1, %2;" ::"l"(to), "r"(w[0]), "l"(cache_policy<eviction>())
                  : "memory");
 }
 

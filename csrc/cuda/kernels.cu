@@ -1,33 +1,43 @@
-// The kernels. This file is compiled once for each parameter type and each of AdamW and Adan, which the macros
-// AGR_RULES, AGR_STORED and AGR_TYPE name. AGR_KERNEL is the name of the function that returns the kernels.
+// The kernels. This file is compiled once for each family of rules and each unit of format.h, which the macros
+// AGR_FAMILY and AGR_UNIT name.
 #include "block.h"
 #include "kernels.h"
 
 namespace agr::cuda {
 namespace {
 
+template <Family family>
+using RulesOf = std::conditional_t<family == Family::adamw, AdamWRules,
+                                   std::conditional_t<family == Family::adan, AdanRules, RegularizeRules>>;
+
 // With four blocks per multiprocessor, a thread has 128 registers. That is enough for two batches of AdamW's loads in
-// flight, which is 64 KB per multiprocessor.
-template <class Rules, class P, class G, class S>
-__global__ void __launch_bounds__(block_threads, 4) agr_step(const __grid_constant__ Arguments args) {
-    using OneBlock = Block<Rules, P, G, S>;
+// flight, which is 64 KB per multiprocessor. It is not enough for Adan's states and random numbers or new codes.
+template <class Rules, class Format>
+constexpr int blocks = std::is_same_v<Rules, AdanRules> && (Format::stochastic || Format::coded) ? 3 : 4;
+
+template <class Rules, class Format>
+__global__ void __launch_bounds__(block_threads, blocks<Rules, Format>)
+    agr_step(const __grid_constant__ Arguments args) {
+    using OneBlock = Block<Rules, Format>;
     // Declared as bytes, since CUDA constructs no objects in shared memory.
     __shared__ alignas(16) unsigned char memory[sizeof(typename OneBlock::Shared)];
     OneBlock(args, *reinterpret_cast<typename OneBlock::Shared*>(memory)).run();
 }
 
-template <class Rules, class P>
-const void* kernel_for(Type parameter, const Types& types) {
-    if (types.state != parameter) return nullptr;
-    if (types.gradient == parameter) return reinterpret_cast<const void*>(&agr_step<Rules, P, P, P>);
-    if constexpr (sizeof(P) == 2 && !std::is_same_v<Rules, RegularizeRules>) {
-        if (types.gradient == Type::float32) return reinterpret_cast<const void*>(&agr_step<Rules, P, float, P>);
-    }
-    return nullptr;
+template <class Rules, class... Formats>
+const void* find(const Types& types, FormatList<Formats...>) {
+    const void* found = nullptr;
+    ((types == Formats::types ? found = reinterpret_cast<const void*>(&agr_step<Rules, Formats>) : nullptr), ...);
+    return found;
 }
 
 }  // namespace
 
-const void* AGR_KERNEL(const Types& types) { return kernel_for<AGR_RULES, AGR_STORED>(Type::AGR_TYPE, types); }
+template <Family family, class Unit>
+const void* kernel_of(const Types& types) {
+    return find<RulesOf<family>>(types, Unit{});
+}
+
+template const void* kernel_of<Family::AGR_FAMILY, units::AGR_UNIT>(const Types& types);
 
 }  // namespace agr::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../step.h"
+#include "format.h"
 
 namespace agr::cuda {
 
@@ -19,31 +20,16 @@ struct Kernel {
     Types types;
 };
 
-inline bool operator==(const Kernel& a, const Kernel& b) {
-    return a.family == b.family && a.types == b.types;
+inline bool operator==(const Kernel& a, const Kernel& b) { return a.family == b.family && a.types == b.types; }
+
+inline bool is_compiled(const Kernel& kernel) {
+    return kernel.family == Family::regularize ? has_format(kernel.types, GradientUnits{})
+                                               : has_format(kernel.types, OptimizerUnits{});
 }
 
-// Whether a kernel is compiled: the state has the parameter's type, and gradients have that type or, for 16-bit
-// parameters, float32. Where a gradient is regularized in place, it is the parameter.
-constexpr bool is_compiled(const Kernel& kernel) {
-    const Types& types = kernel.types;
-    const bool mixed = kernel.family != Family::regularize && bytes_of(types.parameter) == 2;
-    return types.state == types.parameter && !types.master && !types.stochastic &&
-           (types.gradient == types.parameter || (mixed && types.gradient == Type::float32));
-}
-
-// The kernel function for a parameter type, as cudaLaunchKernel takes it, or null if `types` has no compiled kernel.
-const void* adamw_float32(const Types& types);
-const void* adamw_bfloat16(const Types& types);
-const void* adamw_float16(const Types& types);
-const void* adamw_float64(const Types& types);
-const void* adan_float32(const Types& types);
-const void* adan_bfloat16(const Types& types);
-const void* adan_float16(const Types& types);
-const void* adan_float64(const Types& types);
-const void* regularize_float32(const Types& types);
-const void* regularize_bfloat16(const Types& types);
-const void* regularize_float16(const Types& types);
-const void* regularize_float64(const Types& types);
+// The kernel function for these types, as cudaLaunchKernel takes it, or null if it is not of this unit. kernels.cu is
+// compiled once for each family and unit.
+template <Family family, class Unit>
+const void* kernel_of(const Types& types);
 
 }  // namespace agr::cuda

@@ -42,13 +42,23 @@ private:
     bool changed_ = false;
 };
 
+template <Family family, class... Units>
+const void* find(const Types& types, UnitList<Units...>) {
+    const void* found = nullptr;
+    ((found = found != nullptr ? found : kernel_of<family, Units>(types)), ...);
+    return found;
+}
+
 const void* kernel_function(const Kernel& kernel) {
-    using OfTypes = const void* (*)(const Types&);
-    constexpr OfTypes functions[families][4] = {
-        {adamw_float32, adamw_bfloat16, adamw_float16, adamw_float64},
-        {adan_float32, adan_bfloat16, adan_float16, adan_float64},
-        {regularize_float32, regularize_bfloat16, regularize_float16, regularize_float64}};
-    return functions[static_cast<int>(kernel.family)][static_cast<int>(kernel.types.parameter)](kernel.types);
+    switch (kernel.family) {
+        case Family::adamw:
+            return find<Family::adamw>(kernel.types, OptimizerUnits{});
+        case Family::adan:
+            return find<Family::adan>(kernel.types, OptimizerUnits{});
+        case Family::regularize:
+            return find<Family::regularize>(kernel.types, GradientUnits{});
+    }
+    return nullptr;
 }
 
 class CudaLauncher : public Launcher {

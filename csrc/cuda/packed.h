@@ -1,16 +1,40 @@
 // Packed elements: the 8 or 16 bytes of neighbouring elements of a tensor that a thread loads or stores at once.
 #pragma once
 
+#include <algorithm>
+
+#include "../rounding.h"
+#include "format.h"
 #include "intrinsics.h"
 
 namespace agr::cuda {
 
 // The number of elements that a thread processes at once: as many as fill 16 bytes of the widest type. It is the same
 // for all tensors, so that the accesses of a warp to each of them are contiguous.
-template <class P, class G, class S>
-constexpr int lanes_for =
-    16 / static_cast<int>(sizeof(P) > sizeof(G) ? (sizeof(P) > sizeof(S) ? sizeof(P) : sizeof(S))
-                                                : (sizeof(G) > sizeof(S) ? sizeof(G) : sizeof(S)));
+template <class... Stored>
+constexpr int lanes_for = 16 / static_cast<int>(std::max({sizeof(Stored)...}));
+
+// The bits of an element of at most 32.
+AGR_DEVICE std::uint32_t bits_of(float x) { return bit_cast<std::uint32_t>(x); }
+template <class Stored>
+AGR_DEVICE std::uint32_t bits_of(Stored x) {
+    return x.bits;
+}
+AGR_DEVICE void set_bits(float& x, std::uint32_t bits) { x = bit_cast<float>(bits); }
+template <class Stored>
+AGR_DEVICE void set_bits(Stored& x, std::uint32_t bits) {
+    x.bits = static_cast<decltype(x.bits)>(bits);
+}
+
+// The random words of the counter that an element shares.
+AGR_DEVICE RandomWords<std::uint32_t> random_words_of(const RoundingKey& key, std::uint32_t array, std::int64_t index) {
+    const auto counter = static_cast<std::uint64_t>(index) / elements_of_counter;
+    return random_words<std::uint32_t>(not_known(key), array, static_cast<std::uint32_t>(counter),
+                                       static_cast<std::uint32_t>(counter >> 32));
+}
+
+// Both are computed: a condition between elements of an array would move the array to memory.
+AGR_DEVICE std::uint32_t select(bool which, std::uint32_t a, std::uint32_t b) { return which ? a : b; }
 
 // `lanes` elements of a storage type, with the same bytes as in memory.
 template <class Stored, int lanes>
@@ -44,6 +68,27 @@ struct Packed {
         }
     }
 
+    // The same, rounded stochastically: `first` is the index in its tensor of the first element, a multiple of `lanes`.
+    AGR_DEVICE void set_stochastically(const float (&values)[lanes], const RoundingKey& key, std::uint32_t array,
+                                       std::int64_t first) {
+        static_assert(std::is_same_v<Stored, bfloat16> && elements_of_counter % lanes == 0, "as it is rounded");
+        const auto random = random_words_of(key, array, first);
+        // Which of the counter's words are these elements': all, or those of one half.
+        const bool second = lanes < elements_of_counter && first % elements_of_counter != 0;
+#pragma unroll
+        for (int i = 0; i < lanes; i += 2) {
+            const std::uint32_t numbers = select(second, random.word[(i + lanes) / 2 % 4], random.word[i / 2]);
+            word[i / 2] = rounded_stochastically<std::uint32_t>(values[i], numbers & 0xffffu) |
+                          rounded_stochastically<std::uint32_t>(values[i + 1], numbers >> 16) << 16;
+        }
+    }
+
+    // The bits of the element at `lane`, of 8 bits.
+    AGR_DEVICE std::uint32_t code(int lane) const { return word[lane / 4] >> (lane % 4 * 8) & 0xffu; }
+    AGR_DEVICE void set_code(int lane, std::uint32_t code) {
+        word[lane / 4] = (lane % 4 == 0 ? 0u : word[lane / 4]) | code << (lane % 4 * 8);
+    }
+
     AGR_DEVICE static bool aligned(const void* address) {
         return reinterpret_cast<std::uintptr_t>(address) % bytes == 0;
     }
@@ -56,6 +101,25 @@ struct Packed {
     AGR_DEVICE void store(Stored* to) const {
         store_words<eviction>(to, word);
     }
+
+    // The same for elements of which only the first `count` exist, which may be none, or that are not aligned. Those
+    // that do not exist become 0.
+    AGR_DEVICE void load_some(const Stored* from, int count) {
+        constexpr int each = 4 / static_cast<int>(sizeof(Stored));
+#pragma unroll
+        for (int i = 0; i < words; ++i) {
+            word[i] = 0;
+#pragma unroll
+            for (int k = 0; k < each; ++k)
+                if (i * each + k < count) word[i] |= bits_of(from[i * each + k]) << (k * 32 / each % 32);
+        }
+    }
+    AGR_DEVICE void store_some(Stored* to, int count) const {
+        constexpr int each = 4 / static_cast<int>(sizeof(Stored));
+#pragma unroll
+        for (int i = 0; i < lanes; ++i)
+            if (i < count) set_bits(to[i], word[i / each] >> (i % each * 32 / each % 32));
+    }
 };
 
 // Conversions of a single element to its compute type, and back to its storage type.
@@ -63,6 +127,17 @@ AGR_DEVICE float to_computed(float x) { return x; }
 AGR_DEVICE double to_computed(double x) { return x; }
 AGR_DEVICE float to_computed(bfloat16 x) { return widened(x); }
 AGR_DEVICE float to_computed(float16 x) { return widened(x); }
+
+// One element, rounded stochastically.
+AGR_DEVICE bfloat16 to_stored_stochastically(float x, const RoundingKey& key, std::uint32_t array, std::int64_t index) {
+    const auto random = random_words_of(key, array, index);
+    const int place = static_cast<int>(index % elements_of_counter);
+    std::uint32_t numbers = random.word[0];
+#pragma unroll
+    for (int i = 1; i < 4; ++i) numbers = select(place / 2 == i, random.word[i], numbers);
+    return {
+        static_cast<std::uint16_t>(rounded_stochastically<std::uint32_t>(x, numbers >> (place % 2 * 16) & 0xffffu))};
+}
 
 template <class Stored>
 AGR_DEVICE Stored to_stored(computed_in<Stored> x) {

@@ -48,7 +48,8 @@ Rows rows_of(const py::list& tensors, DeviceType type, std::int32_t index) {
         auto data_of = [&](py::handle given, const char* role, Type wanted, std::int64_t elements) {
             const TensorView view = on_device(given, role, type, index);
             if (view.type() != wanted) throw std::invalid_argument(std::string("a ") + role + " has the wrong type");
-            if (view.elements() != elements) throw std::invalid_argument(std::string("a ") + role + " has the wrong size");
+            if (view.elements() != elements)
+                throw std::invalid_argument(std::string("a ") + role + " has the wrong size");
             return view.data();
         };
         const std::int64_t elements = tensor.span.elements;
@@ -62,7 +63,8 @@ Rows rows_of(const py::list& tensors, DeviceType type, std::int32_t index) {
         for (std::size_t k = 0; k < scales.size(); ++k)
             tensor.span.scales[k] = static_cast<float*>(
                 data_of(scales[k], "scale", Type::float32, (elements + scale_block - 1) / scale_block));
-        if (row[7].is_none() == tensor.types.master) throw std::invalid_argument("a master is missing, or not asked for");
+        if (row[7].is_none() == tensor.types.master)
+            throw std::invalid_argument("a master is missing, or not asked for");
         if (tensor.types.master)
             tensor.span.master = static_cast<float*>(data_of(row[7], "master", Type::float32, elements));
         if (!row[8].is_none()) tensor.step = static_cast<float*>(data_of(row[8], "step", Type::float32, 1));

@@ -29,13 +29,13 @@ struct Rows {
 Rule rule_named(const std::string& name);
 
 // `tensors`: (rule, group, index, types, parameter, states, scales of states, master or None, step or None) of each,
-// where types are those of types_of. Python keeps them alive, and the Watch notices when they move. Of "regularize" the parameter's address is not used: it is the
-// gradient that is changed.
+// where types are those of types_of. Python keeps them alive, and the Watch notices when they move. Of "regularize" the
+// parameter's address is not used: it is the gradient that is changed.
 Rows rows_of(const pybind11::list& tensors, DeviceType type, std::int32_t index = 0);
 
 // `groups`: for AdamW (lr, beta1, beta2, eps, weight_decay, sign, seed), for Adan (lr, beta1, beta2, beta3, eps,
-// weight_decay, no_prox, sign, steps made, seed), for "regularize" (sign). Where a tensor stands for lr or the steps, its
-// place is given back instead of a number.
+// weight_decay, no_prox, sign, steps made, seed), for "regularize" (sign). Where a tensor stands for lr or the steps,
+// its place is given back instead of a number.
 struct GroupNumbers {
     Group group{};
     PyObject* lr = nullptr;

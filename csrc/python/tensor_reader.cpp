@@ -18,10 +18,8 @@ struct NamedType {
     std::uint8_t code, bits;
 };
 constexpr NamedType types[] = {
-    {"float32", Type::float32, floating_point, 32},
-    {"bfloat16", Type::bfloat16, brain_float, 16},
-    {"float16", Type::float16, floating_point, 16},
-    {"float64", Type::float64, floating_point, 64},
+    {"float32", Type::float32, floating_point, 32}, {"bfloat16", Type::bfloat16, brain_float, 16},
+    {"float16", Type::float16, floating_point, 16}, {"float64", Type::float64, floating_point, 64},
     {"uint8", Type::code8, unsigned_integer, 8},
 };
 

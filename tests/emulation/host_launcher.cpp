@@ -9,44 +9,35 @@
 namespace agr::cuda {
 namespace {
 
-template <class Rules, class P, class G, class S>
+template <class Rules, class Format>
 void run(const Arguments& arguments, int blocks, unsigned seed) {
-    using OneBlock = Block<Rules, P, G, S>;
+    using OneBlock = Block<Rules, Format>;
     run_blocks<typename OneBlock::Shared>(
         blocks, seed, [&](typename OneBlock::Shared& shared) { OneBlock(arguments, shared).run(); });
 }
 
-template <class Rules>
-void run(const Types& types, const Arguments& arguments, int blocks, unsigned seed) {
-    if constexpr (!std::is_same_v<Rules, RegularizeRules>) {
-        if (types.gradient == Type::float32 && types.parameter == Type::bfloat16)
-            return run<Rules, bfloat16, float, bfloat16>(arguments, blocks, seed);
-        if (types.gradient == Type::float32 && types.parameter == Type::float16)
-            return run<Rules, float16, float, float16>(arguments, blocks, seed);
-    }
-    switch (types.parameter) {
-        case Type::float32:
-            return run<Rules, float, float, float>(arguments, blocks, seed);
-        case Type::bfloat16:
-            return run<Rules, bfloat16, bfloat16, bfloat16>(arguments, blocks, seed);
-        case Type::float16:
-            return run<Rules, float16, float16, float16>(arguments, blocks, seed);
-        case Type::float64:
-            return run<Rules, double, double, double>(arguments, blocks, seed);
-    }
+template <class Rules, class... Formats>
+void run_unit(const Types& types, const Arguments& arguments, int blocks, unsigned seed, FormatList<Formats...>) {
+    ((types == Formats::types ? run<Rules, Formats>(arguments, blocks, seed) : void()), ...);
+}
+
+template <class Rules, class... Units>
+void run_units(const Types& types, const Arguments& arguments, int blocks, unsigned seed, UnitList<Units...>) {
+    (run_unit<Rules>(types, arguments, blocks, seed, Units{}), ...);
 }
 
 }  // namespace
 
 void HostLauncher::step(const Kernel& kernel, const Arguments& arguments, int blocks, int, void*) {
     ++steps;
+    ++seed;
     switch (kernel.family) {
         case Family::adamw:
-            return run<AdamWRules>(kernel.types, arguments, blocks, ++seed);
+            return run_units<AdamWRules>(kernel.types, arguments, blocks, seed, OptimizerUnits{});
         case Family::adan:
-            return run<AdanRules>(kernel.types, arguments, blocks, ++seed);
+            return run_units<AdanRules>(kernel.types, arguments, blocks, seed, OptimizerUnits{});
         case Family::regularize:
-            return run<RegularizeRules>(kernel.types, arguments, blocks, ++seed);
+            return run_units<RegularizeRules>(kernel.types, arguments, blocks, seed, GradientUnits{});
     }
 }
 

@@ -122,8 +122,8 @@ void step(Model& model, std::vector<Launch>& launches, Device& device, int t) {
     }
 }
 
-// The relative error of the norm that a model's gradients are clipped by: the squares of float32 and 16-bit gradients are
-// added in float32, up to eight of them without compensation. Those of float64 are not.
+// The relative error of the norm that a model's gradients are clipped by: the squares of float32 and 16-bit gradients
+// are added in float32, up to eight of them without compensation. Those of float64 are not.
 double norm_error(const Model& model) {
     for (const auto& tensor : model.tensors)
         if (model.clip && tensor->type != Type::float64) return 8 * 0x1p-25;

@@ -203,6 +203,10 @@ inline Table arithmetic_table() {
     add_floats<double>(t, "f64");
 
     t["mul.wide.u32"] = operation([](u32 a, u32 b) { return u64(a) * b; });
+    t["mul.wide.u16"] = operation([](u16 a, u16 b) { return u32(a) * b; });
+    t["mul.wide.s16"] = operation([](i16 a, i16 b) { return i32(a) * b; });
+    t["mul.hi.u32"] = operation([](u32 a, u32 b) { return u32(u64(a) * b >> 32); });
+    t["mad.wide.u32"] = operation([](u32 a, u32 b, u64 c) { return u64(a) * b + c; });
     t["mul.wide.s32"] = operation([](i32 a, i32 b) { return i64(a) * b; });
     t["prmt.b32"] = operation([](u32 a, u32 b, u32 selectors) { return permuted(a, b, selectors); });
     t["bfe.u32"] = operation([](u32 a, u32 from, u32 count) {
@@ -251,6 +255,8 @@ inline Table arithmetic_table() {
     t["cvt.rn.f64.u64"] = operation([](u64 x) { return double(x); });
     // What is out of range becomes the nearest number in it, and NaN becomes 0.
     t["cvt.rzi.u64.f64"] = operation([](double x) { return !(x > 0) ? 0 : x >= 0x1p64 ? ~u64(0) : u64(x); });
+    t["cvt.rzi.u32.f64"] = operation([](double x) { return !(x > 0) ? 0 : x >= 0x1p32 ? ~u32(0) : u32(x); });
+    t["cvt.rzi.u32.f32"] = operation([](float x) { return !(x > 0) ? 0 : x >= 0x1p32f ? ~u32(0) : u32(x); });
     t["cvt.f32.f16"] = operation([](u16 h) { return from_half(h); });
     t["cvt.f32.bf16"] = operation([](u16 h) { return from_bfloat(h); });
     t["cvt.rn.f16.f32"] = operation([](float x) { return to_half(x); });

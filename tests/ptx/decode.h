@@ -173,6 +173,12 @@ private:
             if (operands_[1][0] == '!') unknown();
             i_.operands[0] = reg(operands_[1], 1);
             i_.operands[3] = reg(operands_[2], 32);
+        } else if (name_ == "redux.sync.max.u32") {
+            i_.operation = Operation::vote;
+            i_.vote = Vote::max;
+            i_.results[0] = reg(operand(0, 3), 32);
+            i_.operands[0] = reg(operands_[1], 32);
+            i_.operands[3] = reg(operands_[2], 32);
         } else if (name_ == "fence.acq_rel.gpu") {
             i_.operation = Operation::fence;
         } else {

@@ -39,6 +39,8 @@ const char* name_of(Type type) {
             return "agr::float16";
         case Type::float64:
             return "double";
+        case Type::code8:
+            return "agr::cuda::code8";
     }
     return "";
 }
@@ -47,8 +49,9 @@ const char* name_of(Type type) {
 std::string name_of(const Kernel& kernel) {
     const Types& types = kernel.types;
     return visit_rules(kernel.family, [&](const std::string& rules, const auto&) {
-        return "agr_step<agr::cuda::" + rules + ", " + name_of(types.parameter) + ", " + name_of(types.gradient) +
-               ", " + name_of(types.state) + ">";
+        auto flag = [](bool set) { return set ? ", true" : ", false"; };
+        return "agr_step<agr::cuda::" + rules + ", agr::cuda::Format<" + name_of(types.parameter) + ", " +
+               name_of(types.gradient) + ", " + name_of(types.state) + flag(types.master) + flag(types.stochastic) + ">";
     });
 }
 
@@ -92,8 +95,11 @@ private:
                 continue;
             }
             writable("parameter", row.parameter, row.elements * bytes, bytes);
-            for (int k = 0; k < states_of(row.rule); ++k)
+            writable("master", row.master, row.elements * 4, 4);
+            for (int k = 0; k < states_of(row.rule); ++k) {
                 writable("state", row.state[k], row.elements * state_bytes, state_bytes);
+                writable("scales", row.scales[k], (row.elements + scale_block - 1) / scale_block * 4, 4);
+            }
             read_only("gradient", gradients[i], row.elements * gradient_bytes);
             writable("step", row.step, 4, 4);
         }

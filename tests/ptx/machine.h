@@ -315,9 +315,10 @@ private:
         if (warp.written[std::size_t(i.operands[0])] != all_lanes) wrong("a vote by what was never written", warp, i);
         const u64* const votes = warp.values(i.operands[0]);
         auto is_set = [](u64 vote) { return vote != 0; };
-        const bool result =
-            i.vote == Vote::any ? std::any_of(votes, votes + lanes, is_set) : std::all_of(votes, votes + lanes, is_set);
-        std::fill_n(warp.values(i.results[0]), lanes, u64(result));
+        const u64 result = i.vote == Vote::max   ? *std::max_element(votes, votes + lanes)
+                           : i.vote == Vote::any ? u64(std::any_of(votes, votes + lanes, is_set))
+                                                 : u64(std::all_of(votes, votes + lanes, is_set));
+        std::fill_n(warp.values(i.results[0]), lanes, result);
         warp.set_written(i.results[0], all_lanes, all_lanes);
     }
 

@@ -155,12 +155,13 @@ def executed(architecture: str, optimizer: str, dtype: torch.dtype, seeds: int) 
     with pytest.MonkeyPatch.context() as monkeypatch:
         assert noticed(kernels, optimizer, dtype, monkeypatch, seeds) is None
     counts: dict[str, list[int]] = defaultdict(list)  # of each text, in order
-    rules = compiled.setup_py().CUDA_RULES[optimizer]
-    stored = compiled.setup_py().CUDA_TYPES[name_of(dtype)]
-    for name, _, text, count in compiled.launcher().coverage():
-        if f"{rules}, {stored}" in name:
+    covered = compiled.launcher().coverage()
+    ptx = kernels[unit_of(optimizer, dtype)]
+    compiled.load({"alone": ptx})
+    mine = {name for name, *_ in compiled.launcher().coverage()}
+    for name, _, text, count in covered:
+        if name in mine:
             counts[text].append(count)
-    ptx = kernels[f"{optimizer}_{name_of(dtype)}"]
     executions = []  # by line
     for line in ptx.split("\n"):
         of_text = counts.get(line.strip(" \t;"))
@@ -168,5 +169,7 @@ def executed(architecture: str, optimizer: str, dtype: torch.dtype, seeds: int) 
     return lambda end: executions[ptx.count("\n", 0, end - 1)] > 0
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def unit_of(optimizer: str, dtype: torch.dtype) -> str:
+    """Return the name of the PTX in which the kernel of parameters of a type is."""
+    unit = "gradients" if optimizer == "regularize" else str(dtype).removeprefix("torch.")
+    return f"{optimizer}_{unit}"

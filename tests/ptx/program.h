@@ -51,7 +51,7 @@ inline bool releases(Order order) { return order == Order::release || order == O
 
 enum class Atomic : u8 { none, add, inc };
 enum class Shuffle : u8 { none, up, down, bfly, idx };
-enum class Vote : u8 { none, any, all };
+enum class Vote : u8 { none, any, all, max };
 
 struct Type {
     char kind = 0;  // b, u, s or f as in .b32, and p for .pred

@@ -12,7 +12,7 @@ import os
 import compiled
 import pytest
 from compiled import NEWEST, OLDEST
-from mutants import MUTATIONS, Mutation, executed, name_of, noticed
+from mutants import MUTATIONS, Mutation, executed, unit_of, noticed
 
 import agr_cuda.cuda
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(compiled.nvcc() is None, reason="there is no nvc
 def test_a_wrong_kernel_is_noticed(
     mutation: Mutation, architecture: str, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, name = compiled.kernels(architecture), f"{optimizer}_{name_of(mutation.dtype)}"
+    right, name = compiled.kernels(architecture), unit_of(optimizer, mutation.dtype)
     with agr_cuda.cuda.rehearsal(compiled.launcher().launcher):
         mutants = mutation.mutants(right[name], executed(architecture, optimizer, mutation.dtype, 4 if ALL else 1))
         for number, ptx in enumerate(mutants if ALL else itertools.islice(mutants, 1)):

@@ -25,22 +25,19 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 F32, BF16, F16, F64, U8 = torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8
-# Every type of parameters, of gradients and of state, with masters and stochastic rounding wherever they can be.
+# Parameters, gradients, and how numbers are stored; and what takes longer to compile, for some of the targets.
 TYPES = [
     *((t, t, Precision(t)) for t in (F32, BF16, F16, F64)),
     *((t, F32, Precision(t)) for t in (BF16, F16)),
     (F32, BF16, Precision(F32)),
-    (F32, F32, Precision(BF16)),
-    (F32, F32, Precision(BF16, stochastic=True)),
+]
+PRECISE_TARGETS = ("sm_90", "gfx942")
+PRECISE_TYPES = [
     (F32, F32, Precision(U8)),
-    (BF16, BF16, Precision(F32, stochastic=True)),
+    (F32, BF16, Precision(BF16)),
     (BF16, BF16, Precision(BF16, stochastic=True)),
-    (BF16, BF16, Precision(U8)),
-    (BF16, BF16, Precision(U8, stochastic=True)),
     (BF16, F32, Precision(U8, stochastic=True)),
     (BF16, BF16, Precision(F32, master=True)),
-    (BF16, F32, Precision(U8, master=True)),
-    (F16, F16, Precision(BF16, master=True, stochastic=True)),
     (F16, F16, Precision(U8, master=True)),
 ]
 # What pointers point to: all others to words of 64 bits.
@@ -66,37 +63,39 @@ def types(parameter, gradient, precision):
     return "-".join(words + ["master"] * precision.master + ["stochastic"] * precision.stochastic)
 
 
-def variants():
-    """Yield name, kernel, constants and type of parameters of everything that launches ask for."""
+def variants(target):
+    """Yield name, kernel, constants, type of parameters and precision of what launches ask for."""
     for rule in ("adamw", "adan"):
-        for parameter, gradient, precision in TYPES:
+        for parameter, gradient, precision in TYPES + (PRECISE_TYPES if target in PRECISE_TARGETS else []):
             constants = triton_kernels.constants(rule, parameter, gradient, precision)
             sizes = {"BLOCK": backend.block_elements(parameter), "REST": backend.REST, "SUMS": backend.SUMS}
             name = f"update-{rule}-{types(parameter, gradient, precision)}"
-            yield name, triton_kernels.update_step, constants | sizes, parameter
-        # What reductions do depends on the gradients, and on the parameters by the type of the arithmetic.
-        for parameter, gradient in dict.fromkeys((parameter, gradient) for parameter, gradient, _ in TYPES):
-            constants = triton_kernels.constants(rule, parameter, gradient, Precision(parameter))
+            yield name, triton_kernels.update_step, constants | sizes, parameter, precision
+        for parameter, gradient, precision in TYPES:  # on which alone reductions depend
+            constants = triton_kernels.constants(rule, parameter, gradient, precision)
             constants = {key: constants[key] for key in triton_kernels.REDUCE_CONSTANTS}
             sizes = {"BLOCK": backend.block_elements(parameter), "TENSORS": backend.TENSORS}
-            name = f"reduce-{rule}-{types(parameter, gradient, Precision(parameter))}"
+            name = f"reduce-{rule}-{types(parameter, gradient, precision)}"
             for squares, suffix in ((False, ""), (True, "-squares")):
-                yield name + suffix, triton_kernels.reduce_step, constants | sizes | {"SQUARES": squares}, parameter
+                constants["SQUARES"] = squares
+                yield name + suffix, triton_kernels.reduce_step, constants | sizes, parameter, precision
     # Of the regularization of gradients in place; its reductions are AdamW's.
     for gradient in dict.fromkeys(parameter for parameter, _, _ in TYPES):
-        constants = triton_kernels.constants("regularize", gradient, gradient, Precision(gradient))
+        precision = Precision(gradient)
+        constants = triton_kernels.constants("regularize", gradient, gradient, precision)
         block = triton_gradients.BLOCKS * backend.block_elements(gradient)
         sizes = {"BLOCK": block, "REST": backend.REST, "SUMS": backend.SUMS}
         chosen = {name: constants[name] for name in ("GRADIENT", "TYPE")} | sizes
-        name = f"update-regularize-{types(gradient, gradient, Precision(gradient))}"
-        yield name, triton_kernels.regularize_step, chosen, gradient
+        name = f"update-regularize-{types(gradient, gradient, precision)}"
+        yield name, triton_kernels.regularize_step, chosen, gradient, precision
 
 
 def main(folder):
     index = {}
     for target_name, target in TARGETS.items():
-        for name, kernel, constants, parameter in variants():
-            options = backend.compiler_options(parameter, nvidia=target.backend == "cuda")
+        for name, kernel, constants, parameter, precision in variants(target_name):
+            kind, rule, *types = name.removesuffix("-squares").split("-")
+            options = backend.compiler_options(rule, parameter, precision, nvidia=target.backend == "cuda")
             made = triton.compile(source(kernel, constants), target=target, options=options)
             path = folder / f"{name}-{target_name}"
             for kind in ("ptx", "amdgcn"):
@@ -104,7 +103,6 @@ def main(folder):
                     path.with_suffix(".s").write_text(made.asm[kind])
             if "cubin" in made.asm:
                 path.with_suffix(".cubin").write_bytes(made.asm["cubin"])
-            kind, rule, *types = name.removesuffix("-squares").split("-")
             index[path.name] = {"kernel": kind, "rule": rule, "types": "-".join(types), "target": target_name}
     (folder / "index.json").write_text(json.dumps(index))
 

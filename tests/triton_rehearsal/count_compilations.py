@@ -76,6 +76,7 @@ def scheduled_steps(optimizer, steps=50):
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps + 1)
     for k in range(steps):
         for group in optimizer.param_groups:
+            group["rounding_seed"] = k
             group["betas"] = tuple(beta * (1 - 1e-4 * k) for beta in group["betas"])
             for p in group["params"]:
                 p.grad = torch.randn_like(p)
@@ -97,6 +98,12 @@ def main():
                 optimizer = getattr(agr_cuda, name)(parameters(dtype, count), backend="triton", lr=1e-3)
                 scheduled_steps(optimizer)
             found["compilations"].append(compiled() - before)
+
+    before = compiled()
+    for count in (2, 17):
+        stored = {"state_dtype": torch.float32, "stochastic_rounding": True}
+        scheduled_steps(agr_cuda.AdamW(parameters(torch.bfloat16, count), backend="triton", **stored))
+    found["compilations_to_round"] = compiled() - before
 
     optimizer = agr_cuda.AdamW(parameters(torch.float32, 16), backend="triton")
     for p in (p for group in optimizer.param_groups for p in group["params"]):
