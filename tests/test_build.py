@@ -2,7 +2,6 @@
 
 import importlib.util
 import io
-import itertools
 import os
 import re
 import subprocess

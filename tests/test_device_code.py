@@ -80,6 +80,8 @@ FORMATS = [
     Format("float32", "float32", "bfloat16"),
     Format("float32", "float32", "8bit"),
     Format("bfloat16", "float32", "bfloat16"),
+    Format("bfloat16", "bfloat16", "float32"),
+    Format("bfloat16", "float32", "bfloat16", stochastic=True),
     *(Format("bfloat16", "bfloat16", state, stochastic=True) for state in ("bfloat16", "float32", "8bit")),
     *(Format("bfloat16", "bfloat16", state, master=True) for state in ("float32", "8bit")),
     Format("bfloat16", "float32", "float32", master=True),

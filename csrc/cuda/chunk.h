@@ -287,6 +287,8 @@ struct CodedChunk {
                 if constexpr (Format::master) rounded.store_some(parameter + i, end - i);
             }
         }
+        // All lanes have read the old scales before one writes the new ones.
+        warp_barrier();
 #pragma unroll
         for (int k = 0; k < R::states; ++k) {
             const BlockScale scale = BlockScale::of(bit_cast<float>(largest_of_warp(largest[k])));

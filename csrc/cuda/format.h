@@ -43,9 +43,10 @@ struct FormatList {};
 namespace units {
 using float32 = FormatList<Format<float, float, float>, Format<float, bfloat16, float>>;
 using float32_small_state = FormatList<Format<float, float, bfloat16>, Format<float, float, code8>>;
-using bfloat16 =
-    FormatList<Format<agr::bfloat16, agr::bfloat16, agr::bfloat16>, Format<agr::bfloat16, float, agr::bfloat16>>;
+using bfloat16 = FormatList<Format<agr::bfloat16, agr::bfloat16, agr::bfloat16>,
+                            Format<agr::bfloat16, float, agr::bfloat16>, Format<agr::bfloat16, agr::bfloat16, float>>;
 using bfloat16_stochastic = FormatList<Format<agr::bfloat16, agr::bfloat16, agr::bfloat16, false, true>,
+                                       Format<agr::bfloat16, float, agr::bfloat16, false, true>,
                                        Format<agr::bfloat16, agr::bfloat16, float, false, true>,
                                        Format<agr::bfloat16, agr::bfloat16, code8, false, true>>;
 using bfloat16_master =

@@ -32,6 +32,8 @@ from helpers import (
     same_bits,
     to_numpy,
 )
+from precisions import RULES, TAKEN, fill_gradients, made, problem, step_beside_oracle
+from precisions import Case as Storage
 from torch import Tensor
 
 import agr_cuda.cuda
@@ -259,6 +261,26 @@ def check_cache_policies(module: ModuleType, kernel: Kernel) -> None:
             assert traffic[name]["loaded"] == traffic[name]["stored"] == expected, f"{options}: {name} {traffic[name]}"
 
 
+# The ways to store numbers that are not those of the kernels above, with the rules of each.
+OWN = [Storage(str(k.dtype)[6:], str(k.gradient)[6:], None, master=False, stochastic=False) for k in KERNELS]
+STORED = [(rule, case) for case in TAKEN["cuda"] if case not in OWN for rule in RULES]
+# Of one block of codes, of none, of several chunks.
+STORED_SIZES = [4096 + 1, 257, 2 * 4096 + 300]
+
+
+def follow_stored(rule: str, case: Storage, offset: int, **options: Any) -> None:
+    """Steps from what is stored beside the oracle."""
+    generator = torch.Generator().manual_seed(7)
+    params = problem("cuda", case, generator, [(size,) for size in STORED_SIZES])
+    for p in params:
+        p.data, p.grad = at_offset(p.detach(), offset), at_offset(p.grad, offset)
+    groups = [{"params": params[:2]}, {"params": params[2:], "agr": False, "maximize": True}]
+    optimizer = made("cuda", rule, case, groups, rounding_seed=2**33 + 5, **options)
+    for _ in range(2):
+        fill_gradients(params, generator)
+        step_beside_oracle(rule, case, optimizer)
+
+
 # What threads tell each other by.
 SYNCHRONIZES = re.compile(r"(bar|barrier|vote|shfl|atom|red|fence)\.")
 
@@ -288,6 +310,16 @@ class KernelTests:
         module.configure(seed=100 * number, multiprocessors=3 + number % 5, approximation_error=number % 3)
         follow(kernel, case)
         self.followed.add((self.architecture, name, kernel))
+
+    @pytest.mark.parametrize("offset", [0, 1])
+    @pytest.mark.parametrize(("rule", "case"), STORED, ids=str)
+    def test_numbers_are_stored_as_defined(
+        self, module: ModuleType, rule: str, case: Storage, offset: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        number = STORED.index((rule, case))
+        monkeypatch.setenv("AGR_CUDA_CHUNK", "4096")
+        module.configure(seed=100 * number, multiprocessors=3 + number % 5, approximation_error=number % 3)
+        follow_stored(rule, case, offset, **({"max_grad_norm": 0.5} if number % 2 else {}))
 
     @pytest.mark.parametrize("dtype", REGULARIZED_TYPES, ids=str)
     @pytest.mark.parametrize("name", REGULARIZED)

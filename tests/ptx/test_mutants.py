@@ -12,7 +12,7 @@ import os
 import compiled
 import pytest
 from compiled import NEWEST, OLDEST
-from mutants import MUTATIONS, Mutation, executed, unit_of, noticed
+from mutants import MUTATIONS, Mutation, executed, noticed, unit_of
 
 import agr_cuda.cuda
 
