@@ -22,6 +22,7 @@ from helpers import STEPS, all_params, assert_same_bits, relative_error, same_bi
 from precisions import (
     DTYPES,
     LARGE,
+    RULES,
     TAKEN,
     UNSIGNED,
     Case,
@@ -100,7 +101,7 @@ def follow(on: str, rule: str, case: Case, params: Any, generator: torch.Generat
         step_beside_oracle(rule, case, optimizer)
 
 
-@pytest.mark.parametrize(("on", "rule", "case"), on_cases(every=4), ids=case_id)
+@pytest.mark.parametrize(("on", "rule", "case"), on_cases(every=7), ids=case_id)
 def test_every_way_to_store_numbers(on: str, rule: str, case: Case, generator) -> None:
     """With AGR and without. The type of a gradient matters where it is read; that is the same in every step."""
     size = LARGE if case.state == "8bit" else 1003
@@ -111,10 +112,10 @@ def test_every_way_to_store_numbers(on: str, rule: str, case: Case, generator) -
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_grad_norm": 0.5}, {"capturable": True}, {"maximize": True, "weight_decay": 0.0}, {"lr": 0.0}, {"eps": 1e-8}],
+    [{"max_grad_norm": 0.5}, {"capturable": True}, {"maximize": True, "weight_decay": 0.0}, {"eps": 1e-8}],
     ids=str,
 )
-@pytest.mark.parametrize(("on", "rule", "case"), on_cases(KINDS, ("amsgrad", "adan"), every=5), ids=case_id)
+@pytest.mark.parametrize(("on", "rule", "case"), on_cases(KINDS, ("amsgrad", "adan"), every=9), ids=case_id)
 def test_each_option_in_turn(on: str, rule: str, case: Case, options: dict[str, Any], generator) -> None:
     follow(on, rule, case, problem(on, case, generator), generator, 2, **options)
 
@@ -150,11 +151,11 @@ LAYOUTS: list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = [
 ]
 
 
-@pytest.mark.parametrize(("on", "rule", "case"), on_cases(KINDS, ("amsgrad", "adan"), every=5, rest=2), ids=case_id)
+@pytest.mark.parametrize(("on", "rule", "case"), on_cases(KINDS, ("amsgrad", "adan"), every=9, rest=3), ids=case_id)
 def test_other_memory_orders_and_alignments(on: str, rule: str, case: Case, generator) -> None:
     """Random numbers and blocks of codes go by the order of memory."""
     params = []
-    for of_value, of_gradient in LAYOUTS:
+    for of_value, of_gradient in LAYOUTS[::2] if interpreted_by_python(on) else LAYOUTS:
         for p in problem(on, case, generator, [(7, 5, 12, 11), (3, 2, 5, 7)]):
             params.append(leaf(of_value(p.detach()), of_gradient(p.grad)))
     follow(on, rule, case, params, generator, 2)
@@ -171,7 +172,7 @@ def amp_step(step: Callable[[], None], optimizer: Any, grad_scale: float, found_
     del optimizer.grad_scale, optimizer.found_inf
 
 
-@pytest.mark.parametrize(("on", "rule", "case"), on_cases(KINDS, every=5), ids=case_id)
+@pytest.mark.parametrize(("on", "rule", "case"), on_cases(KINDS, every=8), ids=case_id)
 def test_scaled_gradients_and_skipped_steps(on: str, rule: str, case: Case, generator) -> None:
     """A skipped step changes nothing at all, and is not counted: the next has its random numbers."""
     optimizer = made(on, rule, case, problem(on, case, generator), rounding_seed=SEED)
@@ -188,7 +189,7 @@ def test_scaled_gradients_and_skipped_steps(on: str, rule: str, case: Case, gene
 
 @pytest.mark.parametrize(
     ("on", "rule", "case"),
-    on_cases([case for case in KINDS if case.parameter == "float16"], ("adamw", "adan")),
+    on_cases([case for case in KINDS if case.parameter == "float16"], ("adamw", "adan"), every=3),
     ids=case_id,
 )
 def test_a_model_that_overflows_under_grad_scaler(on: str, rule: str, case: Case, generator) -> None:
@@ -302,15 +303,15 @@ def decayed(on: str, rule: str, value: Tensor, decay: float, **options: Any) -> 
     return p.detach()
 
 
-@pytest.mark.parametrize(("on", "rule", "case"), on_cases([AT_RANDOM], ("adamw", "adan")), ids=case_id)
+@pytest.mark.parametrize(("on", "rule", "case"), on_cases([AT_RANDOM], ("adamw",)), ids=case_id)
 def test_the_mean_of_rounded_numbers_is_exact(on: str, rule: str, case: Case) -> None:
-    """Over the whole range of exponents: to 5 standard errors of a million draws (where Python draws, of 100,000)."""
+    """Over the whole range of exponents: to 5 standard errors of a million draws (where Python draws, of 24,000)."""
     few = interpreted_by_python(on)
     exponents = torch.tensor([-130, -126, -60, -10, 0, 1, 50, 127])
     values = (
         (torch.tensor([1.0, -1.6640625, 1.9921875])[:, None].double() * 2.0**exponents).bfloat16().float().reshape(-1)
     )
-    count = (100_000 if few else 1_000_000) // len(values)
+    count = (24_000 if few else 1_000_000) // len(values)
     decay = 1 / 300
     p = values.to(device_of(on)).repeat_interleave(count)
     rounded = exact(decayed(on, rule, p, decay)).reshape(len(values), count)
@@ -343,22 +344,23 @@ def test_the_bits_are_those_of_the_definition(on: str, rule: str, case: Case, ge
             assert same_bits(p, round_stochastically(x * (1 - 2.0**-9), bits))
 
 
-@pytest.mark.parametrize(("on", "rule", "case"), on_cases([AT_RANDOM], ("adan",)), ids=case_id)
+@pytest.mark.parametrize(("on", "rule", "case"), on_cases([AT_RANDOM], ("adamw",)), ids=case_id)
 def test_all_random_numbers_differ(on: str, rule: str, case: Case) -> None:
     """Of seeds, of steps, of parameters and of arrays: halfway between two numbers, half of the elements differ."""
-    halfway = 2 - 2.0**-8  # between bfloat16's 2 and the number before it
     ups = {}
-    ones = torch.ones(2048, device=device_of(on))  # 1 (1 - 2^-9) is halfway too
+    ones = torch.ones(2048, device=device_of(on))
     for seed in (0, 1, 2**32):
         ups[f"seed {seed}"] = decayed(on, rule, ones, 2.0**-9, rounding_seed=seed) == 1
-    params = [leaf(ones.bfloat16(), ones * halfway) for _ in range(2)]
-    optimizer = made(on, rule, case._replace(gradient="float32"), params, betas=(0.5, 0.9, 0.99), lr=0.0, agr=False)
+    g = (ones * 165 / 128).bfloat16()  # 3/4 of it is halfway, and nearly so 3/4 of its square
+    params = [leaf(ones.bfloat16(), g) for _ in range(2)]
+    optimizer = made(on, rule, case, params, betas=(0.25, 0.25), lr=0.0, agr=False)
     for step in (1, 2):
         optimizer.step()
         for index, p in enumerate(params):
-            ups[f"gradient of {index} in step {step}"] = optimizer.state[p]["neg_pre_grad"] == -2
-        if step == 1:  # half of the gradient, from an average of 0
-            ups["average"] = optimizer.state[params[0]]["exp_avg"] == 1
+            for key in RULES[rule][2]:
+                average = optimizer.state[p][key]
+                ups[f"{key} of {index} in step {step}"] = average == average.max()
+                average.zero_()
     found = list(ups.items())
     for i, (name, up) in enumerate(found):
         assert 0.4 < up.double().mean() < 0.6, name
@@ -368,35 +370,41 @@ def test_all_random_numbers_differ(on: str, rule: str, case: Case) -> None:
 
 @pytest.mark.parametrize(("on", "rule", "case"), on_cases([AT_RANDOM], ("adamw", "adan")), ids=case_id)
 def test_rounding_makes_no_infinity_and_no_nan(on: str, rule: str, case: Case) -> None:
-    """Averages of what is beyond bfloat16 but not float32; a parameter that a step moves beyond; NaN and infinities."""
+    """Of a parameter that a step moves beyond bfloat16's numbers. Averages of infinities and NaN are what they are."""
     device, count = device_of(on), 512
-    largest, top = torch.finfo(torch.bfloat16).max, torch.finfo(torch.float32).max
-    p = leaf(
-        torch.full((count,), largest, device=device, dtype=torch.bfloat16), torch.full((count,), -1.0, device=device)
-    )
-    optimizer = made(on, rule, AT_RANDOM, [p], lr=0.75 * 2.0**120, weight_decay=0.0, eps=0.0, agr=False)
-    optimizer.step()
+    largest = torch.finfo(torch.bfloat16).max
+    p = leaf(*(torch.full((count,), x, device=device, dtype=torch.bfloat16) for x in (largest, -1.0)))
+    made(on, rule, case, [p], lr=0.75 * 2.0**120, weight_decay=0.0, eps=0.0, agr=False).step()
     assert (p == largest).all()
 
-    for infinite in (False, True):  # of betas, 0 would make the infinite NaN
-        gradient = torch.full((count,), torch.inf if infinite else top, device=device)
-        gradient[1::2] *= -1
-        gradient[0] = torch.nan
-        p = leaf(torch.ones(count, device=device).bfloat16(), gradient)
-        betas = (0.9 if infinite else 0.0, 0.92, 0.99)[: 3 if rule == "adan" else 2]
-        optimizer = made(on, rule, AT_RANDOM, [p], agr=False, betas=betas)
-        optimizer.step()
-        wanted = torch.inf if infinite else largest
-        for key in {"exp_avg", "neg_pre_grad"} & optimizer.state[p].keys():
-            average = optimizer.state[p][key].float().cpu()
-            assert average[0].isnan()
-            sign = -1 if key == "neg_pre_grad" else 1
-            assert (average[1::2] == -sign * wanted).all()
-            assert (average[2::2] == sign * wanted).all()
-        assert p[0].isnan()
+    gradient = torch.full((count,), torch.inf, device=device, dtype=torch.bfloat16)
+    gradient[1::2] *= -1
+    gradient[0] = torch.nan
+    p = leaf(torch.ones_like(gradient), gradient)
+    optimizer = made(on, rule, case, [p], agr=False)
+    optimizer.step()
+    for key in {"exp_avg", "neg_pre_grad"} & optimizer.state[p].keys():
+        average, sign = optimizer.state[p][key], -1 if key == "neg_pre_grad" else 1
+        assert average[0].isnan()
+        assert torch.equal(average[1:], sign * gradient[1:])
+    assert p[0].isnan()
 
 
-@pytest.mark.parametrize(("on", "rule", "case"), on_cases(KINDS, ("amsgrad", "adan"), every=3), ids=case_id)
+@pytest.mark.parametrize(
+    ("on", "rule", "case"), on_cases([AT_RANDOM._replace(gradient="float32")], ("adamw", "adan")), ids=case_id
+)
+def test_averages_beyond_bfloat16_are_its_largest(on: str, rule: str, case: Case) -> None:
+    largest, top = torch.finfo(torch.bfloat16).max, torch.finfo(torch.float32).max
+    gradient = torch.tensor([top, -top], device=device_of(on)).repeat(256)
+    p = leaf(torch.ones_like(gradient).bfloat16(), gradient)
+    optimizer = made(on, rule, case, [p], agr=False, betas=(0.0, 0.92, 0.99)[: 3 if rule == "adan" else 2])
+    optimizer.step()
+    for key in {"exp_avg", "neg_pre_grad"} & optimizer.state[p].keys():
+        sign = -1 if key == "neg_pre_grad" else 1
+        assert torch.equal(optimizer.state[p][key].float(), gradient.sign() * sign * largest)
+
+
+@pytest.mark.parametrize(("on", "rule", "case"), on_cases(KINDS, ("amsgrad", "adan"), every=7, rest=2), ids=case_id)
 def test_two_halves_of_a_run_are_the_whole(on: str, rule: str, case: Case) -> None:
     """By a state dict between them, in a new optimizer of the same options; the seed is in the state dict."""
 
@@ -409,23 +417,26 @@ def test_two_halves_of_a_run_are_the_whole(on: str, rule: str, case: Case) -> No
     def begun() -> list[Tensor]:
         return problem(on, case, torch.Generator().manual_seed(0))
 
-    whole = part(made(on, rule, case, begun(), rounding_seed=SEED), range(4))
-    first = part(made(on, rule, case, begun(), rounding_seed=SEED), range(2))
+    half = 1 if interpreted_by_python(on) else 3
+    whole = part(made(on, rule, case, begun(), rounding_seed=SEED), range(2 * half))
+    first = part(made(on, rule, case, begun(), rounding_seed=SEED), range(half))
     params = [leaf(p.detach().clone(), p.grad) for p in all_params(first)]
     second = made(on, rule, case, params)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
-    assert_same_bits(part(second, range(2, 4)), whole)
+    assert_same_bits(part(second, range(half, 2 * half)), whole)
 
 
 # Training.
 
 
-def regression(width: int, outputs: int, rows: int, device: torch.device) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def regression(
+    width: int, outputs: int, rows: int, noise: float, device: torch.device
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The weights that noisy numbers were made from, and the loss of others: the mean square of what they miss."""
     generator = torch.Generator().manual_seed(5)
     weights = 0.55 + 0.4 * torch.rand(width, outputs, generator=generator)
     x = torch.randn(rows, width, generator=generator)
-    y = (x @ weights + torch.randn(rows, outputs, generator=generator)).to(device)
+    y = (x @ weights + noise * torch.randn(rows, outputs, generator=generator)).to(device)
     x = x.to(device)
     return weights.to(device), lambda w: (x @ w.float() - y).square().mean()
 
@@ -445,29 +456,29 @@ def trained(
     return float(loss(p.detach()))
 
 
-@pytest.mark.parametrize(("on", "rule", "case"), on_cases([AT_RANDOM], ("adamw", "adan")), ids=case_id)
+@pytest.mark.parametrize(("on", "rule", "case"), on_cases([AT_RANDOM], ("adamw", "adan"), every=2), ids=case_id)
 def test_training_by_less_than_half_a_unit(on: str, rule: str, case: Case) -> None:
     """To nearest, a bfloat16 parameter from 1/2 to 1 is never moved by less than 2^-9."""
-    weights, loss = regression(16, 1, 256, device_of(on))
-    start = (weights + 0.12).bfloat16().float()
-    run = {"start": start, "loss": loss, "steps": 120, "lr": 1e-3}
-    whole = trained(on, rule, IN_FLOAT32, **run)
-    at_random = trained(on, rule, case._replace(state="float32"), **run)
-    to_nearest = trained(on, rule, case._replace(state="float32", stochastic=False), **run)
-    assert float(loss(start)) > 1.1 * whole
+    weights, loss = regression(16, 1, 256, 0.55, device_of(on))
+    start = (weights + 0.05).bfloat16().float()
+    run = {"start": start, "loss": loss, "lr": 1.5e-3}
+    whole = trained("reference", rule, IN_FLOAT32, steps=40, **run)
+    at_random = trained(on, rule, case, steps=40, **run)
+    to_nearest = trained(on, rule, case._replace(stochastic=False), steps=10, **run)
+    assert float(loss(start)) > 1.2 * whole
     assert abs(at_random - whole) <= 0.02 * whole
     assert to_nearest == float(loss(start))
 
 
 @pytest.mark.parametrize(("on", "rule", "case"), on_cases([IN_CODES], ("adamw", "adan"), every=2), ids=case_id)
 def test_training_with_state_of_8_bits(on: str, rule: str, case: Case) -> None:
-    """To the noise of the problem. Adan, whose averages are longer, takes longer."""
-    weights, loss = regression(64, 64, 512, device_of(on))
-    start = torch.zeros_like(weights)
-    run = {"start": start, "loss": loss, "steps": 300 if rule == "adan" else 100, "lr": 2e-2}
-    whole = trained(on, rule, case._replace(state=None), **run)
-    coded = trained(on, rule, case, **run)
-    assert whole < 0.03 * float(loss(start))
+    """To the noise of the problem, which Adan's longer averages take longer to reach; Python begins near it."""
+    few = interpreted_by_python(on)
+    weights, loss = regression(64, 64, 512, 1.0, device_of(on))
+    steps = 12 if few else 300 if rule == "adan" else 100
+    run = {"start": weights * (0.9 if few else 0.0), "loss": loss, "steps": steps, "lr": 2e-2}
+    whole, coded = trained("reference", rule, IN_FLOAT32, **run), trained(on, rule, case, **run)
+    assert whole < (0.7 if few else 0.03) * float(loss(run["start"]))
     assert coded != whole
     assert abs(coded - whole) <= 0.01 * whole
 
@@ -546,7 +557,7 @@ def test_a_block_with_an_infinity_or_nan_is_nan(signed: bool) -> None:
         assert torch.equal(kept[512:], x[512:])
 
 
-@pytest.mark.parametrize(("on", "rule", "case"), on_cases([IN_CODES]), ids=case_id)
+@pytest.mark.parametrize(("on", "rule", "case"), on_cases([IN_CODES], every=2), ids=case_id)
 def test_what_a_step_keeps_in_codes(on: str, rule: str, case: Case) -> None:
     """The same blocks as gradients, from which the averages of a first step are one product; NaN keeps to its block."""
     named = blocks_of(device_of(on))
