@@ -77,9 +77,9 @@ struct Tensor {
 struct Group {
     AdamWOptions adamw;  // only the options of the rule in use are read
     AdanOptions adan;
-    double t;            // Adan's step count, starting at 1
-    double sign;         // -1 for maximize, otherwise 1
-    std::uint64_t seed;  // of stochastic rounding
+    double t;                // Adan's step count, starting at 1
+    double sign;             // -1 for maximize, otherwise 1
+    std::uint64_t seed = 0;  // of stochastic rounding
 };
 
 // The sums of |g| and of g^2 over a gradient, or over a part of one. `squares` is only computed for clipping by the
