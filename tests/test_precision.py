@@ -103,11 +103,11 @@ def follow(on: str, rule: str, case: Case, params: Any, generator: torch.Generat
 
 @pytest.mark.parametrize(("on", "rule", "case"), on_cases(every=7), ids=case_id)
 def test_every_way_to_store_numbers(on: str, rule: str, case: Case, generator) -> None:
-    """With AGR and without. The type of a gradient matters where it is read; that is the same in every step."""
+    """With AGR and without. Gradients of another type, and random numbers, are the same in every step: 4 are enough."""
     size = LARGE if case.state == "8bit" else 1003
     with_agr, without = problem(on, case, generator, [(size,), (size,)])
     groups = [{"params": [with_agr]}, {"params": [without], "agr": False}]
-    follow(on, rule, case, groups, generator, STEPS if case.gradient == case.parameter else 3)
+    follow(on, rule, case, groups, generator, STEPS if case.gradient == case.parameter and not case.stochastic else 4)
 
 
 @pytest.mark.parametrize(
