@@ -65,7 +65,6 @@ OLDEST_ARCHITECTURE = 80  # the first with bfloat16 conversions and cache polici
 LATEST_ARCHITECTURE = 199  # leaves room for future architectures, but refuses 900, a misspelling of 9.0
 
 
-
 def cuda_kernels() -> list[tuple[str, str]]:
     """Return the families of rules and the units, for each of which cuda/kernels.cu is compiled once, in parallel."""
     units = re.findall(r"^using (\w+)\s*=\s*FormatList<", (CSRC / "cuda/format.h").read_text(), re.MULTILINE)
