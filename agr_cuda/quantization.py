@@ -12,7 +12,8 @@ negative one of a signed block is not). Signed codes are a sign and a magnitude;
 A second moment that is not 0 gets a code that is not 0. It divides a step, and would make a step of any size if it
 vanished while the first moment, which is larger than its square, did not.
 
-A block with an infinite element or NaN has a scale of NaN, and is NaN as a whole.
+A block with an infinite element or NaN has a scale of NaN, and is NaN as a whole. A block whose largest element is
+denormal has no reciprocal of its scale to multiply by, and becomes 0.
 """
 
 from __future__ import annotations

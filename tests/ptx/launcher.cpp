@@ -51,7 +51,8 @@ std::string name_of(const Kernel& kernel) {
     return visit_rules(kernel.family, [&](const std::string& rules, const auto&) {
         auto flag = [](bool set) { return set ? ", true" : ", false"; };
         return "agr_step<agr::cuda::" + rules + ", agr::cuda::Format<" + name_of(types.parameter) + ", " +
-               name_of(types.gradient) + ", " + name_of(types.state) + flag(types.master) + flag(types.stochastic) + ">";
+               name_of(types.gradient) + ", " + name_of(types.state) + flag(types.master) + flag(types.stochastic) +
+               ">";
     });
 }
 
