@@ -77,10 +77,11 @@ template <class U>
 AGR_INLINE U truncated(float x) {
     return static_cast<U>(x);
 }
-// The upper half of the product of two words.
-AGR_INLINE std::uint32_t high_product(std::uint32_t a, std::uint32_t b) {
-    return static_cast<std::uint32_t>((static_cast<std::uint64_t>(a) * b) >> 32);
-}
+// The upper half of the product of two words. The CPU kernels specialize it for vectors.
+template <class U>
+struct Product {
+    static AGR_INLINE U high(U a, std::uint32_t b) { return static_cast<U>((static_cast<std::uint64_t>(a) * b) >> 32); }
+};
 
 // Returns x to the power of a step count, by repeated squaring. The error is a few roundings of double, and on a GPU it
 // takes a tenth of the registers of pow.
@@ -126,14 +127,11 @@ template <class V, class T>
 AGR_INLINE V select_by_sign(T x, V a, V b) {
     return x > T(0) ? a : b;
 }
+// As signed integers, for which every instruction set has a conversion.
 template <class U, class V, int lanes = sizeof(V) / sizeof(V{}[0])>
 AGR_INLINE U truncated(V x) {
-    return __builtin_convertvector(x, U);
-}
-template <class U, int lanes = sizeof(U) / sizeof(U{}[0])>
-AGR_INLINE U high_product(U a, std::uint32_t b) {
-    typedef std::uint64_t Wide __attribute__((vector_size(lanes * sizeof(std::uint64_t))));
-    return __builtin_convertvector((__builtin_convertvector(a, Wide) * b) >> 32, U);
+    typedef std::int32_t Signed __attribute__((vector_size(sizeof(V))));
+    return bit_cast<U>(__builtin_convertvector(x, Signed));
 }
 // The same for vectors, lane by lane. Compilers turn each of these loops into one instruction.
 template <class V, int lanes = sizeof(V) / sizeof(V{}[0])>

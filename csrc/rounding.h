@@ -37,8 +37,8 @@ AGR_INLINE RandomWords<U> random_words(const RoundingKey& key, std::uint32_t arr
 #pragma unroll
 #endif
     for (int round = 0; round < 10; ++round) {
-        const U high0 = high_product(x0, 0xd2511f53u), low0 = x0 * 0xd2511f53u;
-        const U high1 = high_product(x2, 0xcd9e8d57u), low1 = x2 * 0xcd9e8d57u;
+        const U high0 = Product<U>::high(x0, 0xd2511f53u), low0 = x0 * 0xd2511f53u;
+        const U high1 = Product<U>::high(x2, 0xcd9e8d57u), low1 = x2 * 0xcd9e8d57u;
         x0 = high1 ^ x1 ^ k0;
         x1 = low1;
         x2 = high0 ^ x3 ^ k1;

@@ -55,13 +55,14 @@ AGR_INLINE void narrow_to(const float* from, int n, void* to) {
     for_vectors(
         n, [&](int i) { store(stored + i, load<float_lanes>(from + i)); },
         [&](int i, int count) {
-            Stored padded[float_lanes];
-            store(padded, load<float_lanes>(from + i));
-            std::memcpy(stored + i, padded, count * sizeof(Stored));
+            float padded[float_lanes] = {};
+            Stored narrowed[float_lanes];
+            std::memcpy(padded, from + i, count * sizeof(float));
+            store(narrowed, load<float_lanes>(padded));
+            std::memcpy(stored + i, narrowed, count * sizeof(Stored));
         });
 }
 
-// `from` has room for converted_elements, of which some past the n are read.
 AGR_INLINE void narrow(Type type, const float* from, int n, void* to) {
     switch (type) {
         case Type::bfloat16:
@@ -73,13 +74,15 @@ AGR_INLINE void narrow(Type type, const float* from, int n, void* to) {
     }
 }
 
-// Rounds n elements to bfloat16, the first of which is the element `first` of its tensor.
+// Rounds n elements to bfloat16, the first of which is the element `first` of its tensor. `from` has room for
+// converted_elements, of which some past the n are read.
 AGR_INLINE void narrow_stochastically(const RoundingKey& key, std::uint32_t array, std::int64_t first,
                                       const float* from, int n, void* to) {
-    // The numbers of whole counters, of which there may be one more than the elements fill.
+    // The numbers of whole counters, of which there may be one more than the elements fill. As 16-bit numbers, the
+    // words of a counter are in the order of its elements.
     constexpr int counters =
         (converted_elements / elements_of_counter + 1 + float_lanes - 1) / float_lanes * float_lanes;
-    alignas(64) std::uint32_t words[4][counters];
+    alignas(64) std::uint32_t words[counters][4];
     const std::int64_t first_counter = first / elements_of_counter;
     const int used = static_cast<int>((first + n - 1) / elements_of_counter - first_counter) + 1;
     Words lane{};
@@ -90,26 +93,22 @@ AGR_INLINE void narrow_stochastically(const RoundingKey& key, std::uint32_t arra
         // The low word of some lanes may have overflowed.
         const Words carry = low < lane ? Words{} + 1u : Words{};
         const auto random = random_words<Words>(key, array, low, carry + static_cast<std::uint32_t>(begin >> 32));
-        for (int k = 0; k < 4; ++k) std::memcpy(words[k] + i, &random.word[k], sizeof(Words));
+        alignas(64) std::uint32_t by_word[4][float_lanes];
+        std::memcpy(by_word, &random, sizeof(by_word));
+        for (int k = 0; k < float_lanes; ++k)
+            for (int word = 0; word < 4; ++word) words[i + k][word] = by_word[word][k];
     }
-    alignas(64) std::uint32_t random[counters * elements_of_counter];
-    for (int i = 0; i < used; ++i)
-        for (int k = 0; k < 4; ++k) {
-            random[elements_of_counter * i + 2 * k] = words[k][i] & 0xffffu;
-            random[elements_of_counter * i + 2 * k + 1] = words[k][i] >> 16;
-        }
-    const std::uint32_t* numbers = random + first % elements_of_counter;
+    const unsigned char* numbers = reinterpret_cast<unsigned char*>(words) + first % elements_of_counter * 2;
     auto* stored = static_cast<bfloat16*>(to);
+    // Some past the n elements are read and have no number of their own.
     auto rounded = [&](int i) {
-        return rounded_stochastically<Words>(load<float_lanes>(from + i), load_unaligned<Words>(numbers + i));
+        return rounded_stochastically<Words>(load<float_lanes>(from + i), load_bits<float_lanes>(numbers + 2 * i));
     };
     for_vectors(
         n, [&](int i) { store_bits<float_lanes>(stored + i, rounded(i)); },
         [&](int i, int count) {
             bfloat16 padded[float_lanes];
-            Words numbers_left{};
-            std::memcpy(&numbers_left, numbers + i, count * sizeof(std::uint32_t));
-            store_bits<float_lanes>(padded, rounded_stochastically<Words>(load<float_lanes>(from + i), numbers_left));
+            store_bits<float_lanes>(padded, rounded(i));
             std::memcpy(stored + i, padded, count * sizeof(bfloat16));
         });
 }
@@ -135,7 +134,6 @@ AGR_INLINE void dequantize(bool is_signed, const void* from, float scale, int n,
 
 template <bool is_signed>
 AGR_INLINE void quantize_as(const float* from, int n, std::uint8_t* to, float* scale) {
-    using Bytes = vector<std::uint8_t, float_lanes>;
     // The magnitudes' bits are compared, in whose order NaN comes last.
     Words largest{};
     auto take = [&](Floats x) {
@@ -152,15 +150,15 @@ AGR_INLINE void quantize_as(const float* from, int n, std::uint8_t* to, float* s
     std::uint32_t bits = 0;
     for (int lane = 0; lane < float_lanes; ++lane) bits = largest[lane] > bits ? largest[lane] : bits;
     const BlockScale block = BlockScale::of(bit_cast<float>(bits));
-    auto code = [&](Floats x) { return __builtin_convertvector(code_of<is_signed, Words>(x, block.inverse), Bytes); };
+    auto code = [&](Floats x) { return narrowed_to_8<float_lanes>(code_of<is_signed, Words>(x, block.inverse)); };
     for_vectors(
         n,
         [&](int i) {
-            const Bytes bytes = code(load<float_lanes>(from + i));
+            const auto bytes = code(load<float_lanes>(from + i));
             std::memcpy(to + i, &bytes, sizeof(bytes));
         },
         [&](int i, int count) {
-            const Bytes bytes = code(padded(i, count));
+            const auto bytes = code(padded(i, count));
             std::memcpy(to + i, &bytes, count);
         });
     *scale = block.stored;

@@ -184,28 +184,29 @@ void update_converted(const Span& span, const Inputs& inputs) {
     alignas(64) float parameter[converted_elements], gradient[converted_elements];
     alignas(64) float state[R::states][converted_elements];
     Span block{};
-    block.parameter = parameter;
-    block.gradient = gradient;
-    for (int k = 0; k < R::states; ++k) block.state[k] = state[k];
     for (std::int64_t first = 0; first < span.elements; first += converted_elements) {
         const std::int64_t left = span.elements - first;
         const int n = left < converted_elements ? static_cast<int>(left) : converted_elements;
         const Span stored = span.part(types, R::states, first, n);
         block.elements = n;
-        if (types.master)
-            widen(Type::float32, stored.master, n, parameter);
-        else
-            widen(types.parameter, stored.parameter, n, parameter);
-        widen(types.gradient, stored.gradient, n, gradient);
-        for (int k = 0; k < R::states; ++k)
+        // What is in float32 already is updated where it is.
+        float* const weight = types.master                       ? stored.master
+                              : types.parameter == Type::float32 ? static_cast<float*>(stored.parameter)
+                                                                 : parameter;
+        block.parameter = weight;
+        if (weight == parameter) widen(types.parameter, stored.parameter, n, parameter);
+        block.gradient = types.gradient == Type::float32 ? stored.gradient : gradient;
+        if (block.gradient == gradient) widen(types.gradient, stored.gradient, n, gradient);
+        for (int k = 0; k < R::states; ++k) {
+            block.state[k] = types.state == Type::float32 ? stored.state[k] : state[k];
             if (types.state == Type::code8)
                 dequantize(is_signed_state(rule, k), stored.state[k], *stored.scales[k], n, state[k]);
-            else
+            else if (block.state[k] == state[k])
                 widen(types.state, stored.state[k], n, state[k]);
+        }
 
         update_inline<R, float, float, float>(block, inputs);
 
-        if (types.master) narrow(Type::float32, parameter, n, stored.master);
         auto narrow_as_asked = [&](Type type, std::uint32_t array, const float* from, void* to) {
             if (types.stochastic && type == Type::bfloat16)
                 narrow_stochastically(inputs.rounding, array, inputs.first + first, from, n, to);
@@ -213,13 +214,13 @@ void update_converted(const Span& span, const Inputs& inputs) {
                 narrow(type, from, n, to);
         };
         if (types.master)
-            narrow(types.parameter, parameter, n, stored.parameter);
-        else
+            narrow(types.parameter, weight, n, stored.parameter);
+        else if (weight == parameter)
             narrow_as_asked(types.parameter, 0, parameter, stored.parameter);
         for (int k = 0; k < R::states; ++k)
             if (types.state == Type::code8)
                 quantize(is_signed_state(rule, k), state[k], n, stored.state[k], stored.scales[k]);
-            else
+            else if (block.state[k] == state[k])
                 narrow_as_asked(types.state, k + 1, state[k], stored.state[k]);
     }
 }

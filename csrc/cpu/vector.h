@@ -2,7 +2,7 @@
 // and to the storage types. Only kernels.cpp includes this file; it is compiled once for each instruction set.
 #pragma once
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -73,9 +73,46 @@ template <class V>
 AGR_INLINE void store(double* to, V value) {
     std::memcpy(to, &value, sizeof(value));
 }
+// Narrows words of at most 16 bits to 16, or of at most 8 to 8. Before AVX-512 has one instruction for it, GCC does it
+// element by element.
+template <int lanes>
+AGR_INLINE auto narrowed_to_16(vector<std::uint32_t, lanes> words) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if constexpr (lanes == 8) {
+        const __m256i halves = _mm256_packus_epi32((__m256i)words, (__m256i)words);
+        return (vector<std::uint16_t, 8>)_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08));
+    } else
+#elif defined(__SSE2__) && !defined(__AVX512F__)
+    if constexpr (lanes == 4) {
+        // Sign extended, since there is only a saturating instruction.
+        const __m128i extended = _mm_srai_epi32(_mm_slli_epi32((__m128i)words, 16), 16);
+        const auto packed = (vector<std::uint64_t, 2>)_mm_packs_epi32(extended, extended);
+        return bit_cast<vector<std::uint16_t, 4>>(static_cast<std::uint64_t>(packed[0]));
+    } else
+#endif
+        return __builtin_convertvector(words, vector<std::uint16_t, lanes>);
+}
+template <int lanes>
+AGR_INLINE auto narrowed_to_8(vector<std::uint32_t, lanes> words) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if constexpr (lanes == 8) {
+        const auto halves = (__m128i)narrowed_to_16<8>(words);
+        const auto packed = (vector<std::uint64_t, 2>)_mm_packus_epi16(halves, halves);
+        return bit_cast<vector<std::uint8_t, 8>>(static_cast<std::uint64_t>(packed[0]));
+    } else
+#elif defined(__SSE2__) && !defined(__AVX512F__)
+    if constexpr (lanes == 4) {
+        const __m128i halves = _mm_packs_epi32((__m128i)words, (__m128i)words);
+        const auto packed = (vector<std::uint32_t, 4>)_mm_packus_epi16(halves, halves);
+        return bit_cast<vector<std::uint8_t, 4>>(static_cast<std::uint32_t>(packed[0]));
+    } else
+#endif
+        return __builtin_convertvector(words, vector<std::uint8_t, lanes>);
+}
+
 template <int lanes>
 AGR_INLINE void store_bits(void* to, vector<std::uint32_t, lanes> bits) {
-    auto narrow = __builtin_convertvector(bits, vector<std::uint16_t, lanes>);
+    const auto narrow = narrowed_to_16<lanes>(bits);
     std::memcpy(to, &narrow, sizeof(narrow));
 }
 template <class V>
@@ -103,3 +140,34 @@ AGR_INLINE void store(float16* to, V value) {
 
 }  // namespace
 }  // namespace agr::cpu
+
+namespace agr {
+
+template <>
+struct Product<cpu::vector<std::uint32_t, AGR_VECTOR_BYTES / 4>> {
+    using U = cpu::vector<std::uint32_t, AGR_VECTOR_BYTES / 4>;
+    using Wide = cpu::vector<std::uint64_t, AGR_VECTOR_BYTES / 8>;
+
+    static AGR_INLINE U high(U a, std::uint32_t b) {
+        // Instructions multiply every other word. The upper halves of the products of even words go down, those of odd
+        // words are where they belong.
+        const Wide even = multiplied((Wide)a, b), odd = multiplied((Wide)a >> 32, b);
+        return (U)((even >> 32) | (odd & (std::uint64_t{0xffffffff} << 32)));
+    }
+
+private:
+    // The products of the lower halves.
+    static AGR_INLINE Wide multiplied(Wide a, std::uint32_t b) {
+#if defined(__AVX512F__)
+        return (Wide)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi32(static_cast<int>(b)));
+#elif defined(__AVX2__)
+        return (Wide)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi32(static_cast<int>(b)));
+#elif defined(__SSE2__)
+        return (Wide)_mm_mul_epu32((__m128i)a, _mm_set1_epi32(static_cast<int>(b)));
+#else
+        return (a & 0xffffffffu) * b;
+#endif
+    }
+};
+
+}  // namespace agr
