@@ -1,7 +1,7 @@
 """Train a perceptron whose updates are too small for bfloat16, with each of the ways to store its numbers.
 
 The learning rate is so low that most updates are smaller than half a unit in the last place of a bfloat16 weight.
-Rounding to nearest loses those altogether; stochastic rounding keeps them on average, and float32 masters keep them all.
+Rounding to nearest loses those altogether, stochastic rounding keeps them on average, float32 masters keep them all.
 The images come with scikit-learn: 1,797 handwritten digits of 8x8 pixels. All runs start from the same weights, which
 are bfloat16 values, and see the same batches.
 
@@ -37,7 +37,7 @@ BATCH_SIZE = 64
 
 @dataclass(frozen=True)
 class Storage:
-    """What the numbers of a run are stored as: the parameters' type, the optimizer's options, and the curve's colour."""
+    """What a run's numbers are stored as: the parameters' type, the optimizer's options, and the curve's colour."""
 
     label: str
     dtype: torch.dtype
@@ -131,7 +131,6 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     torch.set_num_threads(options.threads)
     images, labels = (torch.tensor(x, device=options.device) for x in load_digits(return_X_y=True))
     images = images.float() / 16
-    # Pixels that are 0 in most images would give gradients that are 0 in most steps, which 8-bit averages do not suit.
     images -= images.mean(dim=0)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).to(options.device)
