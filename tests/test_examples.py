@@ -131,7 +131,7 @@ def test_results_say_what_was_run(finished):
         assert run["agr"] == run["optimizer"].startswith("AGR")
         assert run["backends"] == ["cpu"]
         assert run["steps"] == len(run["train_loss"])
-        assert run["state_bytes"] > (8 if "AdamW" in run["optimizer"] else 16) * run["parameters"]
+        assert run["state_bytes"] >= (8 if "AdamW" in run["optimizer"] else 16) * run["parameters"]
         assert 0 < run["median_optimizer_seconds"] < run["median_step_seconds"]
         assert 0 < run["median_optimizer_share"] < 1
 
@@ -280,7 +280,7 @@ def test_stochastic_rounding_follows_float32_where_rounding_to_nearest_stalls(lo
     results = load("train_in_16_bits").main(["--steps", "400"])
     loss = {result.storage.label: result.losses[-1] for result in results}
     float32, begin = loss["float32"], results[0].losses[0]
-    assert float32 < 0.7 * begin
+    assert float32 < 0.75 * begin
     assert loss["bfloat16, stochastic rounding"] == pytest.approx(float32, rel=0.02)
     assert loss["bfloat16, float32 master"] == pytest.approx(float32, rel=0.01)
     assert loss["bfloat16, rounded to nearest"] > 0.9 * begin
