@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import VARIANTS, backend_name
+from common import STATE_DTYPES, VARIANTS, backend_name
 
 import agr_cuda
 
@@ -121,6 +121,12 @@ def add_optimizer_options(
         choices=("auto", "cuda", "triton", "cpu", "reference"),
         default="auto",
         help="which implementation makes the step; auto takes the fastest one for the device",
+    )
+    group.add_argument(
+        "--state-dtype",
+        choices=STATE_DTYPES,
+        default="float32",
+        help="type of the optimizers' averages",
     )
 
 

@@ -49,6 +49,9 @@ VARIANTS = {
     "agr-adan": Variant("AGR-Adan", "adan", agr=True, colour="#b03a00"),
 }
 
+#: What --state-dtype can be, as the optimizers take it.
+STATE_DTYPES: dict[str, torch.dtype | str] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": "8bit"}
+
 
 def backend_name(options: argparse.Namespace) -> str | None:
     """Return --backend as the optimizers take it: None chooses for each parameter."""
@@ -75,10 +78,20 @@ def parameter_groups(model: nn.Module, weight_decay: float, agr: bool) -> list[d
 def make_optimizer(variant: Variant, model: nn.Module, options: argparse.Namespace) -> agr_cuda.AdamW | agr_cuda.Adan:
     """Return the variant's optimizer over the model's parameters."""
     groups = parameter_groups(model, options.weight_decay, variant.agr)
-    clip, backend = options.max_grad_norm, backend_name(options)
+    shared: dict[str, Any] = {
+        "max_grad_norm": options.max_grad_norm,
+        "backend": backend_name(options),
+        "state_dtype": STATE_DTYPES[options.state_dtype],
+    }
     if variant.rule == "adan":
-        return agr_cuda.Adan(groups, lr=options.adan_lr, max_grad_norm=clip, backend=backend)
-    return agr_cuda.AdamW(groups, lr=options.adamw_lr, max_grad_norm=clip, backend=backend)
+        return agr_cuda.Adan(groups, lr=options.adan_lr, **shared)
+    return agr_cuda.AdamW(groups, lr=options.adamw_lr, **shared)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Return the memory of all state: averages, scales, masters and step counts."""
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
 def warmup_cosine(steps: int, warmup: float, floor: float = 0.1) -> Callable[[int], float]:

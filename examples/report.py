@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from common import Run, by_variant
+from common import Run, by_variant, state_bytes
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
@@ -44,7 +44,7 @@ def print_table(
     """Print a table with a row for each optimizer: the example's own columns, then times and the backend."""
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
     table.add_column("Optimizer", no_wrap=True)
-    for header in (*columns, "Step", "Optimizer's\nshare of it"):
+    for header in (*columns, "Step", "Optimizer's\nshare of it", "State"):
         table.add_column(header, justify="right")
     table.add_column("Backend", overflow="fold")
     for variant, group in by_variant(runs).items():
@@ -55,6 +55,7 @@ def print_table(
             *(cell(group) for cell in columns.values()),
             f"{1e3 * statistics.median(seconds):.1f} ms" if seconds else "-",
             f"{100 * statistics.median(shares):.1f}%" if shares else "-",
+            f"{state_bytes(group[0].optimizer) / 1e6:.2f} MB",
             ", ".join(sorted({name for run in group for name in run.optimizer.backends})) or "-",
         )
     console.print(table)
@@ -101,6 +102,7 @@ def _as_dict(run: Run) -> dict[str, Any]:
         "agr": run.variant.agr,
         "seed": run.seed,
         "parameters": sum(p.numel() for p in run.model.parameters()),
+        "state_bytes": state_bytes(run.optimizer),
         "steps": len(run.train_loss),
         "backends": run.optimizer.backends,
         "median_step_seconds": _median(run.step_seconds),

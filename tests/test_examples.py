@@ -34,6 +34,7 @@ OPTIONS = [
     "max-grad-norm",
     "warmup",
     "backend",
+    "state-dtype",
 ]
 OPTIONS += ["seed", "threads", "output"]
 OWN_OPTIONS = {
@@ -130,6 +131,7 @@ def test_results_say_what_was_run(finished):
         assert run["agr"] == run["optimizer"].startswith("AGR")
         assert run["backends"] == ["cpu"]
         assert run["steps"] == len(run["train_loss"])
+        assert run["state_bytes"] >= (8 if "AdamW" in run["optimizer"] else 16) * run["parameters"]
         assert 0 < run["median_optimizer_seconds"] < run["median_step_seconds"]
         assert 0 < run["median_optimizer_share"] < 1
 
@@ -219,6 +221,15 @@ def test_the_backend_asked_for_is_used(name, load, tmp_path):
     assert runs == {"AGR-Adan": ["reference"], "AdamW": ["reference"]}
 
 
+@pytest.mark.parametrize(("chosen", "at_most"), [("float32", 8.1), ("bfloat16", 4.1), ("8bit", 2.5)])
+def test_the_state_has_the_type_asked_for(chosen, at_most, load, tmp_path):
+    wide = ["--width", "64", "--steps", "2", "--optimizers", "agr-adamw", "--output", str(tmp_path)]
+    options = [*TINY["train_language_model"], *wide, "--state-dtype", chosen]
+    assert load("train_language_model").main(options) == 0
+    (run,) = read_results(tmp_path)["runs"]
+    assert at_most / 2 < run["state_bytes"] / run["parameters"] < at_most
+
+
 def test_a_diverged_run_is_reported_too(load, capsys, tmp_path):
     diverging = ["--adamw-lr", "1e30", "--steps", "6", "--max-grad-norm", "0", "--output", str(tmp_path)]
     assert load("train_language_model").main([*TINY["train_language_model"], *diverging]) == 0
@@ -244,6 +255,35 @@ def test_other_optimizers_learn_with_agr():
     assert list(found) == [f"{name}{agr}" for name in names for agr in ("", " with AGR")]
     assert all(float(share) > 80 for share in found.values())
     assert len({line[10:] for line in process.stdout.splitlines()}) == len(found), "AGR changes the course of training"
+
+
+def test_the_ways_to_train_in_16_bits_are_told_and_drawn(tmp_path):
+    picture = tmp_path / "new" / "losses.png"
+    command = [sys.executable, EXAMPLES / "train_in_16_bits.py", "--steps", "10", "--picture", picture]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    rows = re.findall(r"^ *(.+?) +[\d.]+ +([+-][\d.]+)% +([\d,]+) bytes *$", process.stdout, re.MULTILINE)
+    stored = {name: int(size.replace(",", "")) for name, _, size in rows}
+    assert list(stored) == [
+        "float32",
+        "float32, 8-bit state",
+        "bfloat16, float32 master",
+        "bfloat16, stochastic rounding",
+        "bfloat16, rounded to nearest",
+    ]
+    assert stored["bfloat16, stochastic rounding"] == stored["bfloat16, rounded to nearest"]
+    assert stored["float32, 8-bit state"] < 0.6 * stored["float32"] < stored["bfloat16, float32 master"]
+    assert is_picture(picture)
+
+
+def test_stochastic_rounding_follows_float32_where_rounding_to_nearest_stalls(load):
+    results = load("train_in_16_bits").main(["--steps", "400"])
+    loss = {result.storage.label: result.losses[-1] for result in results}
+    float32, begin = loss["float32"], results[0].losses[0]
+    assert float32 < 0.75 * begin
+    assert loss["bfloat16, stochastic rounding"] == pytest.approx(float32, rel=0.02)
+    assert loss["bfloat16, float32 master"] == pytest.approx(float32, rel=0.01)
+    assert loss["bfloat16, rounded to nearest"] > 0.9 * begin
 
 
 def test_every_parameter_is_in_the_group_that_suits_it(load):
