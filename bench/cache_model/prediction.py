@@ -12,7 +12,7 @@ import torch
 from agr_cuda import _C
 from agr_cuda.cuda import rehearsal
 from bench.cache_model.replay import Machine, Traffic, replay
-from bench.workloads.contenders import ACCESSES
+from bench.workloads.formats import ACCESSES
 from bench.workloads.schedule import Tensor
 from bench.workloads.shapes import ModelSet
 
