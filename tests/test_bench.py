@@ -32,7 +32,8 @@ from bench.measuring.clocks import Timing
 from bench.measuring.races import Lane
 from bench.reporting import chart, documents, plain, results, tables, targets
 from bench.workloads import contenders, shapes
-from bench.workloads.contenders import ALL, BY_NAME, YARDSTICK, Contender
+from bench.workloads.contenders import ALL, BY_NAME, PRECISION, YARDSTICK, Contender
+from bench.workloads.formats import FORMATS
 from bench.workloads.tensors import PrivateGradients, Workload
 
 SHAPES = ((3, 4), (7,), (1,))
@@ -214,6 +215,50 @@ def test_contenders_train_and_write_gradients_only_where_declared(
         torch.testing.assert_close(parameter.detach(), before, atol=1e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("threads")
+@pytest.mark.filterwarnings("ignore:Parameter `foreach` is deprecated:DeprecationWarning")  # optimi's
+@pytest.mark.parametrize("contender", PRECISION, ids=lambda contender: contender.name)
+def test_contenders_with_formats_take_the_step_of_adamw_or_adan(
+    contender: Contender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.setattr(contenders, "LEARNING_RATE", 0.01)  # more than bfloat16 rounds away
+    assert contender.format
+    workload = Workload(((64, 64), (8,)), torch.device("cpu"), contender.format.parameter)
+    before = [parameter.detach().clone() for parameter in workload.parameters]
+    try:
+        step = contenders.build(contender, list(workload.parameters), 1e-8)
+    except contenders.LeftOutError as error:
+        pytest.skip(str(error))
+    step()
+    for parameter, value, gradient in zip(workload.parameters, before, workload.gradients, strict=True):
+        # A first step goes by the learning rate against the gradient, but for weight decay.
+        torch.testing.assert_close(parameter.detach(), value - 0.01 * gradient.sign(), atol=2e-3, rtol=0)
+    if contender.ours:
+        state = step.__self__.state[workload.parameters[0]]  # type: ignore[attr-defined]
+        assert state["exp_avg"].dtype == contender.format.state
+        assert ("master_param" in state) == contender.format.master
+
+
+def test_formats_move_the_bytes_of_the_documentation() -> None:
+    names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
+    lines = (ROOT / "docs" / "precision.md").read_text().splitlines()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.endswith((" yes |", "ic |"))
+    ]
+    documented = {tuple(row[:4]): (int(row[5]), int(row[6])) for row in rows if len(row) == 8 and row[5].isdigit()}
+    checked = 0
+    for stored in FORMATS.values():
+        master = "yes" if stored.master else ""
+        row = (names[stored.parameter], names[stored.gradient], names.get(stored.state, "8 bits"), master)
+        scales = (0.0625, 0.125) if stored.state == torch.uint8 else (0, 0)
+        if row in documented:
+            checked += 1
+            moved = stored.bytes_moved("AdamW") - scales[0], stored.bytes_moved("Adan") - scales[1]
+            assert moved == documented[row], row
+    assert checked > 10
+
+
 def test_on_a_gpu_rows_ask_for_their_backend_and_say_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
@@ -295,7 +340,7 @@ def result_of(name: str, times: dict[str, tuple[int, list[float]]], other_work: 
         timings = batches.setdefault(batch, {YARDSTICK: [Timing(1.0, 0.1)] * len(seconds)})
         timings[contender] = [Timing(second, second / 10) for second in seconds]
     for contender, (batch, _) in times.items():
-        figures = results.figures(BY_NAME[contender], batch, batches[batch], model, 4, copy)
+        figures = results.figures(BY_NAME[contender], batch, batches[batch], model, torch.float32, copy)
         rows.append(results.row(BY_NAME[contender], "measured", figures=figures))
     return results.SetResult(name, model.title, len(model.shapes), model.elements, copy, rows, True, other_work)
 
@@ -309,8 +354,22 @@ def test_a_row_counts_the_bytes_that_its_rule_must_move() -> None:
     assert adamw.bytes_per_second == 28 * 10_000 / 2.0
     assert adamw.share_of_copy == 28 * 10_000 / 2.0 / 1e9
     assert adan.bytes_per_element == 44
-    assert BY_NAME["agr-gradients"].accesses * 4 == BY_NAME["torch-clip-grad-norm"].accesses * 4 == 8
+    for name in ("agr-gradients", "torch-clip-grad-norm"):
+        assert BY_NAME[name].bytes_per_element(torch.float32) == 8
     assert adan.ratio == stats.Summary(4.0, 4.0, 4.0, 4.0, 2)
+
+
+def test_a_row_tells_time_for_each_byte_of_its_format_and_masters_are_judged_by_it() -> None:
+    times = {YARDSTICK: (0, [1.0]), "agr-adamw-bfloat16": (0, [1.0]), "agr-adamw-bfloat16-master": (0, [1.2])}
+    result = result_of("gpt2", times)
+    half, masters = result.figures("agr-adamw-bfloat16"), result.figures("agr-adamw-bfloat16-master")
+    assert half
+    assert masters
+    assert (half.bytes_per_element, half.ratio_per_byte) == (14, 2.0)
+    assert (masters.bytes_per_element, masters.ratio_per_byte) == (28, 1.2)
+    for device in ("cpu", "cuda"):
+        (target,) = (target for target in targets.judge([result], device) if "masters" in target.text)
+        assert (target.limit, target.verdict) == (1.15, "missed")
 
 
 def test_a_comparison_pairs_rounds_within_a_batch_and_uses_the_yardstick_across() -> None:
@@ -684,6 +743,19 @@ def test_step_writes_every_contender_and_a_chart(tmp_path: Path) -> None:
     lines = (tmp_path / "step-cpu-float32-tiny.json").read_text().splitlines()
     assert len(lines) < 150, "a row a line"
     assert not list(tmp_path.glob("*.samples.json"))
+
+
+@pytest.mark.usefixtures("threads")
+def test_formats_share_a_run_and_its_yardstick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    assert main(tiny(tmp_path, "--sets", "3x4096", "--precision")) == 0
+    (found,) = json.loads((tmp_path / "step-cpu-precision-tiny.json").read_text())["sets"]
+    rows = {row["name"]: row for row in found["rows"]}
+    on_cpu = {contender.name for contender in PRECISION if "cpu" in contender.devices}
+    assert rows.keys() == {YARDSTICK, "agr-adamw", *on_cpu}
+    assert rows["agr-adamw-bfloat16-master"]["figures"]["against"].keys() == {"torch-adamw-fused-master"}
+    assert rows["agr-adan-float32-8bit"]["figures"]["bytes_per_element"] == 20.125
+    assert "pip install torchao" in rows["torchao-adamw-float32-8bit"]["reason"]
 
 
 @pytest.mark.usefixtures("threads")

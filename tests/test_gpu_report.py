@@ -189,6 +189,7 @@ def place(work: Path) -> Place:
 def all_commands(work: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Sequence[Command]]:
     """The commands of all stages, as on a machine that has every tool."""
     monkeypatch.setattr(stages.shutil, "which", lambda name: f"/tools/{name}")
+    monkeypatch.setattr(stages, "find_spec", lambda name: name)
     return {name: make(place(work)).commands() for name, make in stages.STAGES.items()}
 
 
@@ -208,7 +209,12 @@ def test_the_stages_ask_benchmarks_for_what_they_take(tmp_path: Path, monkeypatc
         for program in (tactics, tune, exercise):
             if program.__name__ in words:
                 parsed.append(program.build_parser().parse_args(words[words.index(program.__name__) + 1 :]))
-    assert len(parsed) == 2 + 1 + 1 + 2 + 2 + 2 + 1 + 1
+    assert len(parsed) == 2 + 2 + 1 + 1 + 2 + 2 + 2 + 1 + 1
+    steps = [args for args in parsed if getattr(args, "command", "") == "step"]
+    formats = {contender.format for args in steps for contender in args.contenders if contender.ours}
+    assert len(formats) == 6, "five, and what is all of --dtype"
+    modules = {contender.module for args in steps for contender in args.contenders if contender.format}
+    assert modules == {"agr_cuda", "torch", "torchao", "bitsandbytes", "optimi"}
     step = next(args for args in parsed if getattr(args, "command", "") == "step")
     assert [model.name for model in step.sets] == list(stages.SETS)
     names = {contender.name for contender in step.contenders}
@@ -264,8 +270,10 @@ def test_without_a_cuda_backend_the_report_is_about_triton(tmp_path: Path, monke
     for name in ("sanitizer", "profile", "tactics", "tune"):
         with pytest.raises(Skip, match="no cuda backend: no nvcc"):
             stages.STAGES[name](place(tmp_path)).commands()
-    for name in ("step", "overhead", "gradients", "traffic"):
+    for name in ("step", "precision", "overhead", "gradients", "traffic"):
         assert stages.STAGES[name](place(tmp_path)).commands()
+    words = stages.precision(place(tmp_path)).commands()[0].words
+    assert all(word.endswith("-triton") for word in words if word.startswith("agr-"))
 
 
 @pytest.mark.parametrize(
@@ -418,6 +426,30 @@ def test_a_step_benchmark_becomes_a_table_with_the_reasons_below(tmp_path: Path)
     assert digest.lines[6].startswith("| bfloat16 |")
     rows = digest.figures["sets"]["step-cuda-float32-gpu-report"]["gpt2"]["rows"]
     assert rows["agr-adamw"]["step_s"] == 0.98e-3
+
+
+def test_formats_become_a_table_with_the_bytes_that_they_move(tmp_path: Path) -> None:
+    def row(name: str, bytes_per_element: float) -> dict[str, object]:
+        (measured, *_) = step_document("float32")["sets"][0]["rows"]  # type: ignore[index]
+        figures = {**measured["figures"], "bytes_per_element": bytes_per_element, "ratio_per_byte": 1.024}
+        return {**measured, "name": name, "figures": figures}
+
+    absent = {"name": "torchao-adamw8bit", "status": "not installed", "reason": "pip install it", "figures": None}
+    yardstick = row("torch-adamw-fused", 28)
+    for tag, rows in (("", [yardstick, row("agr-adamw-8bit", 16.0625)]), ("-compiling", [yardstick, absent])):
+        document = {"settings": {}, "sets": [{"name": "gpt2", "copy": {"median": 4e12}, "rows": rows}]}
+        (tmp_path / f"step-cuda-precision-gpu-report{tag}.json").write_text(json.dumps(document))
+    digest = stages.precision(place(tmp_path)).digest([])
+    assert digest.lines == [
+        "| format | step | bytes an element | ratio | a byte | of copy |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| torch-adamw-fused | 1000 us | 28 | 1.00x | 1.02x | 91% |",
+        "| agr-adamw-8bit | 1000 us | 16.06 | 1.00x | 1.02x | 91% |",
+        "",
+        "torchao-adamw8bit, not installed: pip install it",
+    ]
+    assert "gpt2" in digest.figures["sets"]["step-cuda-precision-gpu-report"]
+    assert not stages.step(place(tmp_path)).digest([]).figures["sets"]
 
 
 def test_a_contender_that_was_not_measured_is_left_out_of_the_table_and_says_why_once() -> None:

@@ -11,8 +11,10 @@ import torch
 
 from agr_cuda import _C
 from agr_cuda.cuda import rehearsal
+from agr_cuda.precision import Precision
+from agr_cuda.tensors import kernel_types
 from bench.cache_model.replay import Machine, Traffic, replay
-from bench.workloads.contenders import ACCESSES
+from bench.workloads.formats import ACCESSES
 from bench.workloads.schedule import Tensor
 from bench.workloads.shapes import ModelSet
 
@@ -40,8 +42,9 @@ def backend_limits(dtype: torch.dtype) -> tuple[Limits, int, int]:
 
     Also, how many blocks it has there, and how many bytes they prefetch together.
     """
+    types = kernel_types(dtype, dtype, Precision(dtype))
     with rehearsal():  # whose device has the numbers of an H200
-        chunk, window, lead, prefetched, resident, multiprocessors = _C.cuda_limits("adamw", str(dtype), str(dtype), 0)
+        chunk, window, lead, prefetched, resident, multiprocessors = _C.cuda_limits("adamw", types, 0)
     return Limits(chunk, window, lead), resident * multiprocessors, prefetched
 
 

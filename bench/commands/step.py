@@ -8,19 +8,23 @@ budget cannot hold all contenders, they run in batches, each with torch's fused 
 Rounds alternate between two sets of gradients, as training brings new ones at new addresses. Warm-up rounds
 come first, and Python's garbage collector is off.
 
+With --precision, rows store their numbers in formats of their own (docs/precision.md), and share parameters with those
+of the same type. The column "a byte" says whether a step takes longer than the bytes do that its format must move.
+
 On a GPU, agr_cuda's rows are of its cuda backend, but for those of its triton backend. Where a backend or a package is
 not there, its rows are left out and say why.
 
 Writes step-DEVICE-DTYPE-TAG.json (medians, quartiles and ratios) and .png into the output folder, anew after each model
-set; with --samples also step-DEVICE-DTYPE-TAG.samples.json, every round's times. Exit code 0, or 1 if an installed
-contender failed or made a parameter infinite, or 2 for bad arguments.
+set; with --samples also step-DEVICE-DTYPE-TAG.samples.json, every round's times. Where rows have formats of their own,
+"precision" stands for the DTYPE. Exit code 0, or 1 if an installed contender failed or made a parameter infinite, or 2
+for bad arguments.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -50,7 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.named(contenders.contender),
         default=list(contenders.ALL),
         help=f"rows, of {', '.join(contenders.BY_NAME)}; {YARDSTICK} is always added, and those that are for a GPU "
-        "alone or for a CPU alone are left out elsewhere (default: all)",
+        "alone or for a CPU alone are left out elsewhere (default: all that store their numbers as --dtype says)",
+    )
+    parser.add_argument(
+        "--precision",
+        dest="contenders",
+        action="store_const",
+        const=[contenders.contender("agr-adamw"), *contenders.PRECISION],
+        help="rows that store their numbers in formats of their own, beside AGR-AdamW and the fused AdamW in --dtype",
     )
     parser.add_argument(
         "--rounds",
@@ -112,7 +123,9 @@ class Bench:
         self.samples: dict[str, list[dict[str, list[Timing]]]] = {}  # of each set the batches'
         chosen = {entry.name for entry in args.contenders} | {YARDSTICK}
         self.contenders = [
-            entry for entry in contenders.ALL if entry.name in chosen and self.device.type in entry.devices
+            entry
+            for entry in (*contenders.ALL, *contenders.PRECISION)
+            if entry.name in chosen and self.device.type in entry.devices
         ]
 
     def measure_set(self, model: ModelSet, log: Callable[[str], object]) -> SetResult:
@@ -121,7 +134,8 @@ class Bench:
         model_bytes = model.elements * self.dtype.itemsize
         batches = contenders.batches(self.contenders, model_bytes, budget)
         log(f"Measuring {model.title} ...")
-        workload = Workload(model.shapes, self.device, self.dtype)
+        dtypes = dict.fromkeys(map(self.parameter_type, self.contenders))
+        workloads = {dtype: Workload(model.shapes, self.device, dtype) for dtype in dtypes}
         self.probe.clear()
         self.probe()
         unmeasured: dict[str, Row] = {}
@@ -130,7 +144,7 @@ class Bench:
         for place, batch in enumerate(batches, 1):
             names = ", ".join(contender.name for contender in batch)
             log(f"  batch {place} of {len(batches)}: {names}")
-            timed.append(self.measure_batch(batch, workload, self.args.seconds / len(batches), unmeasured))
+            timed.append(self.measure_batch(batch, workloads, self.args.seconds / len(batches), unmeasured))
             self.release_memory()
         self.samples[model.name] = [timings for timings, _ in timed]
         copy = summarize(self.probe.samples)
@@ -143,24 +157,38 @@ class Bench:
             number = next(i for i, (timings, _) in enumerate(timed) if contender.name in timings)
             timings, kernels = timed[number]
             count = kernels.get(contender.name)
-            figures = results.figures(contender, number, timings, model, self.dtype.itemsize, copy, count)
+            figures = results.figures(contender, number, timings, model, self.dtype, copy, count)
             rows.append(results.row(contender, "measured", figures=figures))
         counts = (len(model.shapes), model.elements)
-        return SetResult(model.name, model.title, *counts, copy, rows, workload.finite(), other_work.share())
+        finite = all(workload.finite() for workload in workloads.values())
+        return SetResult(model.name, model.title, *counts, copy, rows, finite, other_work.share())
+
+    def parameter_type(self, contender: Contender) -> torch.dtype:
+        """Return the type of the parameters that a contender is given."""
+        return contender.format.parameter if contender.format else self.dtype
 
     def measure_batch(
-        self, batch: Sequence[Contender], workload: Workload, seconds: float, unmeasured: dict[str, Row]
+        self,
+        batch: Sequence[Contender],
+        workloads: Mapping[torch.dtype, Workload],
+        seconds: float,
+        unmeasured: dict[str, Row],
     ) -> tuple[dict[str, list[Timing]], dict[str, int]]:
         """Warm up and race one batch; contenders that cannot run go to `unmeasured`.
 
         Returns each contender's timings, and on a GPU the number of kernels of agr_cuda's contenders.
         """
         lanes: list[Lane] = []
+
+        def turn(number: int) -> None:
+            for workload in workloads.values():
+                workload.turn(number)
+
         for contender in batch:
             try:
-                lane = self.lane(contender, workload)
+                lane = self.lane(contender, workloads[self.parameter_type(contender)])
                 for number in range(self.args.warmup):
-                    workload.turn(number)
+                    turn(number)
                     lane.visit(self.clock)
             except contenders.LeftOutError as error:
                 unmeasured[contender.name] = results.row(contender, error.status, str(error))
@@ -176,7 +204,7 @@ class Bench:
             self.clock,
             rounds=self.args.rounds,
             seconds=seconds,
-            new_round=workload.turn,
+            new_round=turn,
             between=self.probe,
         )
         kernels: dict[str, int] = {}
@@ -187,7 +215,7 @@ class Bench:
 
     def lane(self, contender: Contender, workload: Workload) -> Lane:
         """Return a contender with its optimizer, and with its own gradients if it writes them."""
-        step = contenders.build(contender, workload.parameters, contenders.eps_for(self.dtype))
+        step = contenders.build(contender, workload.parameters, contenders.eps_for(self.parameter_type(contender)))
         if not contender.writes_gradients:
             return Lane(contender.name, step, repeats=self.args.repeats)
         private = PrivateGradients(workload)
@@ -221,7 +249,8 @@ def run(args: argparse.Namespace) -> int:
         "learning_rate": contenders.LEARNING_RATE,
         "weight_decay": contenders.WEIGHT_DECAY,
     }
-    stem = f"step-{args.device.type}-{args.dtype}-{args.tag}"
+    stored = "precision" if any(contender.format for contender in bench.contenders) else args.dtype
+    stem = f"step-{args.device.type}-{stored}-{args.tag}"
     threads = "" if args.device.type == "cuda" else f"{torch.get_num_threads()} thread(s), "
     subtitle = f"{description['device_name']}, {threads}{args.dtype}, torch {torch.__version__}"
     console.print(f"{subtitle}, {description['date']}", highlight=False)

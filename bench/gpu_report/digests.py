@@ -101,6 +101,24 @@ def step_table(document: Mapping[str, Any]) -> list[str]:
     return [*table([document["settings"]["dtype"], *headings], rows), "", *below]
 
 
+def precision_table(documents: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a Markdown table, a format of a contender a row, and below it why some were not measured."""
+    rows: dict[str, list[str]] = {}
+    reasons: list[str] = []
+    for entry in (entry for document in documents for entry in document["sets"]):
+        for row in entry["rows"]:
+            figures = row["figures"]
+            if figures is None:
+                reasons.append(f"{row['name']}, {row['status']}: {shortened(row['reason'])}")
+                continue
+            time, ratio = f"{figures['step_s']['median'] * 1e6:.0f} us", f"{figures['ratio']['median']:.2f}x"
+            moved, a_byte = f"{figures['bytes_per_element']:.4g}", f"{figures['ratio_per_byte']:.2f}x"
+            # Of what is in several documents, as the yardstick is, the first is shown.
+            rows.setdefault(row["name"], [time, moved, ratio, a_byte, f"{100 * figures['share_of_copy']:.0f}%"])
+    headings = ["format", "step", "bytes an element", "ratio", "a byte", "of copy"]
+    return [*table(headings, [(name, *cells) for name, cells in rows.items()]), "", *reasons]
+
+
 def overhead_lines(document: Mapping[str, Any]) -> list[str]:
     """Return a line an optimizer."""
     lines = []

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import agr_cuda
-from bench.workloads.contenders import ACCESSES
+from bench.workloads.formats import ACCESSES
 from bench.workloads.shapes import model_set
 from bench.workloads.tensors import Workload
 

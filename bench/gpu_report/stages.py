@@ -24,6 +24,15 @@ CONTENDERS = (
     *("three-lines", "three-lines-compiled", "optimi-adamw-triton"),
     *("agr-adan", "agr-adan-triton", "agr-adan-off", "reference-adan", "optimi-adan-triton"),
 )
+# Beside float32, what a step of PRECISION_SET stores its numbers as.
+FORMATS = ("bfloat16", "bfloat16-stochastic", "bfloat16-master", "float32-8bit", "bfloat16-8bit")
+PRECISION_SET = "gpt2"
+PEERS_OF_FORMATS = (
+    *("torch-adamw-fused-bfloat16", "torch-adamw-fused-master", "optimi-adamw-kahan"),
+    *("bitsandbytes-adamw-float32-8bit", "bitsandbytes-adamw-bfloat16-8bit"),
+)
+# They compile themselves for each of the set's shapes anew: in a run of their own, which costs nobody else's figures.
+COMPILING_PEERS = tuple(f"torchao-adamw-{name}" for name in ("bfloat16-stochastic", "float32-8bit", "bfloat16-8bit"))
 PREDICTED_SETS = ("gpt2", "vit-b-16", "llama-3.2-1b")
 KERNELS = "agr_"  # in the names of all kernels of the cuda backend
 # Tests that a GPU makes a difference to: those of its backends, by the names in their parameters, and its own file.
@@ -141,7 +150,7 @@ def tests(place: Place) -> Stage:
     def digest(runs: Sequence[Run]) -> Digest:
         return digests.junit(report) if report.exists() else digests.stopped_tests(runs[-1].output)
 
-    return Stage("tests", 103, commands, digest)
+    return Stage("tests", 98, commands, digest)
 
 
 def sanitizer(place: Place) -> Stage:
@@ -182,16 +191,40 @@ def step(place: Place) -> Stage:
                 *("--out", str(place.work), "--tag", TAG),
             )
 
-        return [benchmark("float32", 5, SETS), benchmark("bfloat16", 4, SETS[:1])]
+        return [benchmark("float32", 4, SETS), benchmark("bfloat16", 4, SETS[:1])]
 
     def digest(runs: Sequence[Run]) -> Digest:
-        documents = digests.read_all(place.work, f"step-cuda-*-{TAG}.json")
+        documents = digests.read_all(place.work, f"step-cuda-*float*-{TAG}.json")
         lines = [line for document in documents.values() for line in digests.step_table(document)]
         targets = [target for document in documents.values() for target in document["targets"]]
         sets = {name: digests.medians(document) for name, document in documents.items()}
         return Digest(lines, {"targets": targets, "sets": sets})
 
-    return Stage("step", 115, commands, digest)
+    return Stage("step", 105, commands, digest)
+
+
+def precision(place: Place) -> Stage:
+    """Time steps that store their numbers in other formats."""
+
+    def commands() -> list[Command]:
+        def benchmark(tag: str, contenders: Sequence[str], limit: float | None = None) -> Command:
+            return python(
+                *("-m", "bench", "step", "--device", "cuda", "--seconds", "4", "--rounds", "400"),
+                *("--contenders", *contenders, "--sets", PRECISION_SET, "--out", str(place.work), "--tag", tag),
+                limit=limit,
+            )
+
+        which = "" if place.why_missing("cuda") is None else "-triton"
+        ours = [f"agr-adamw{stored}{which}" for stored in ("", *(f"-{name}" for name in FORMATS))]
+        compiling = [benchmark(f"{TAG}-compiling", COMPILING_PEERS)] if find_spec("torchao") else []
+        return [benchmark(TAG, [*ours, *PEERS_OF_FORMATS], 20.0 if compiling else None), *compiling]
+
+    def digest(runs: Sequence[Run]) -> Digest:
+        documents = digests.read_all(place.work, f"step-cuda-precision-{TAG}*.json")
+        sets = {name: digests.medians(document) for name, document in documents.items()}
+        return Digest(digests.precision_table(list(documents.values())), {"sets": sets})
+
+    return Stage("precision", 20, commands, digest)
 
 
 def overhead(place: Place) -> Stage:
@@ -270,14 +303,14 @@ def tactics(place: Place) -> Stage:
 
     def commands() -> list[Command]:
         place.needs_cuda()
-        return [python("-m", "bench.gpu_report.tactics", "--device", "cuda", "--seconds", "4.5", "--out", str(path))]
+        return [python("-m", "bench.gpu_report.tactics", "--device", "cuda", "--seconds", "4", "--out", str(path))]
 
     def digest(runs: Sequence[Run]) -> Digest:
         document = json.loads(path.read_text())
         alone, together = document["alone"]["rows"], document["together"]["rows"]
         return Digest(digests.tactics_tables(alone, together), {"alone": alone, "together": together})
 
-    return Stage("tactics", 60, commands, digest)
+    return Stage("tactics", 55, commands, digest)
 
 
 def tune(place: Place) -> Stage:
@@ -298,5 +331,18 @@ def tune(place: Place) -> Stage:
 
 STAGES: dict[str, Callable[[Place], Stage]] = {
     made.__name__: made
-    for made in (machine, build, tests, sanitizer, step, overhead, gradients, traffic, profile, tactics, tune)
+    for made in (
+        machine,
+        build,
+        tests,
+        sanitizer,
+        step,
+        precision,
+        overhead,
+        gradients,
+        traffic,
+        profile,
+        tactics,
+        tune,
+    )
 }

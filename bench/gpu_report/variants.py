@@ -24,6 +24,7 @@ from bench.measuring.races import Lane
 from bench.measuring.stats import Interval, Summary, median_interval, paired_ratios, summarize
 from bench.reporting import documents, terminal
 from bench.workloads import contenders
+from bench.workloads.formats import ACCESSES
 from bench.workloads.shapes import model_set
 from bench.workloads.tensors import Workload
 
@@ -108,7 +109,7 @@ def measure(
     copy = summarize(probe.samples).median
     steps = {name: [timing.step / case.steps for timing in taken] for name, taken in timings.items()}
     unit = steps[lanes[0].name]
-    moved = contenders.ACCESSES[case.rule] * case.dtype.itemsize * model.elements
+    moved = ACCESSES[case.rule] * case.dtype.itemsize * model.elements
     results = []
     for name, taken in steps.items():
         step_s, ratios = summarize(taken), [step / one for step, one in zip(taken, unit, strict=True)]

@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from bench.measuring.clocks import Timing
 from bench.measuring.stats import Summary, paired_ratios, ratio_of_fastest, ratio_of_medians, summarize
 from bench.reporting import documents
-from bench.workloads.contenders import YARDSTICK, Contender, Unmeasured
+from bench.workloads.contenders import BY_NAME, YARDSTICK, Contender, Unmeasured
 from bench.workloads.shapes import ModelSet
 
 DISTURBING = 0.1  # share of the processors
@@ -36,7 +38,8 @@ class Figures:
     ratio_of_medians: float
     ratio_of_fastest: float
     host_ratio: Summary
-    bytes_per_element: int  # that its rule must move
+    bytes_per_element: float  # that its rule must move
+    ratio_per_byte: float  # the ratio, of the time for each of those bytes
     bytes_per_second: float  # those bytes over the median time
     share_of_copy: float  # of the copy bandwidth measured between the same rounds
     kernels: int | None  # launched by one step; counted for agr_cuda's on a GPU
@@ -91,25 +94,30 @@ def figures(
     batch: int,
     timings: Mapping[str, Sequence[Timing]],
     model: ModelSet,
-    itemsize: int,
+    dtype: torch.dtype,
     copy: Summary,
     kernels: int | None = None,
 ) -> Figures:
-    """Return the figures of a contender from the timings of its batch: by name, round by round, the yardstick's too."""
+    """Return the figures of a contender from the timings of its batch: by name, round by round, the yardstick's too.
+
+    What a contender stores is of type `dtype`, unless it has a format of its own.
+    """
     steps, hosts = ({name: [timing[part] for timing in rounds] for name, rounds in timings.items()} for part in (0, 1))
     own, unit = steps[contender.name], steps[YARDSTICK]
     step_s = summarize(own)
-    bytes_per_element = contender.accesses * itemsize
+    ratio = paired_ratios(own, unit)
+    bytes_per_element = contender.bytes_per_element(dtype)
     bytes_per_second = bytes_per_element * model.elements / step_s.median
     return Figures(
         batch=batch,
         step_s=step_s,
         host_s=summarize(hosts[contender.name]),
-        ratio=paired_ratios(own, unit),
+        ratio=ratio,
         ratio_of_medians=ratio_of_medians(own, unit),
         ratio_of_fastest=ratio_of_fastest(own, unit),
         host_ratio=paired_ratios(hosts[contender.name], hosts[YARDSTICK]),
         bytes_per_element=bytes_per_element,
+        ratio_per_byte=ratio.median * BY_NAME[YARDSTICK].bytes_per_element(dtype) / bytes_per_element,
         bytes_per_second=bytes_per_second,
         share_of_copy=bytes_per_second / copy.median,
         kernels=kernels,

@@ -26,6 +26,8 @@ def _cells(row: Row, with_host: bool) -> list[str]:
         f"{figures.ratio.lower:.2f} - {figures.ratio.upper:.2f}",
         times(figures.ratio_of_fastest),
         *host,
+        f"{figures.bytes_per_element:.4g}",
+        times(figures.ratio_per_byte),
         f"{figures.bytes_per_second / 1e9:.2f}",
         f"{100 * figures.share_of_copy:.0f}%",
     ]
@@ -38,7 +40,7 @@ def results_table(result: SetResult, with_host: bool) -> Table:
     caption = f"Copy bandwidth: {result.copy.median / 1e9:.2f} GB/s (median of {result.copy.count}). {others}"
     host = ("host", "host ratio") if with_host else ()
     ratio = ("ratio", "quartiles", "of fastest")
-    numbers = ("step", "quartiles", "rounds", *ratio, *host, "GB/s", "of copy")
+    numbers = ("step", "quartiles", "rounds", *ratio, *host, "bytes", "a byte", "GB/s", "of copy")
     made = table(title, ["contender"], numbers, caption)
     for row in result.rows:
         style = "bold" if row.ours else None if row.figures else "dim"
@@ -77,8 +79,9 @@ def legend(with_host: bool) -> str:
         "ratio: to torch's fused AdamW in the same round, median over the rounds: drift of a shared machine",
         "  cancels in each pair. of fastest: each contender's fastest step to the yardstick's fastest; where",
         "  it differs much from the ratio, other work was disturbing the run.",
-        "GB/s: bytes that the rule must move over the median time (float32: AdamW 28, Adan 44, gradients",
-        "  alone 8 an element).",
+        "bytes: of an element that the rule must move as its numbers are stored (float32: AdamW 28, Adan 44,",
+        "  gradients alone 8). a byte: the ratio of the times for each of those bytes.",
+        "GB/s: those bytes over the median time.",
         copied,
     ]
     if with_host:

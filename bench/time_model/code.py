@@ -20,7 +20,7 @@ from math import inf
 from typing import Any
 
 from bench.time_model.gpu import Gpu
-from bench.workloads.contenders import ACCESSES
+from bench.workloads.formats import ACCESSES
 
 ALL = 1 << 30  # batches
 PREFETCHED_SHARE = 1 / 8  # of the cache; as in csrc/cuda/executor.cpp

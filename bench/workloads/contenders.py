@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from bench.workloads.formats import ACCESSES, FORMATS, Format, averages
 from bench.workloads.tensors import SHARED_COPIES
 
 Parameters = list[torch.nn.Parameter]
@@ -29,12 +30,9 @@ PIP_NAMES = {
     "torch": "torch",
     "optimi": "torch-optimi",
     "pytorch_optimizer": "pytorch_optimizer",
+    "torchao": "torchao",
+    "bitsandbytes": "bitsandbytes",
 }
-ACCESSES = {
-    "AdamW": 7,
-    "Adan": 11,
-    "gradients": 2,
-}  # tensors a step must read or write: 28, 44 and 8 bytes an element in float32
 
 
 @dataclass(frozen=True)
@@ -51,22 +49,22 @@ class Contender:
     scratch: int = 0  # temporary copies of the model's size that a step makes, about
     devices: tuple[str, ...] = ("cpu", "cuda")  # kinds of device where it is measured
     rivals: tuple[str, ...] = ()  # whom it is compared with, round by round, besides the yardstick
+    format: Format | None = None  # as what its numbers are stored; None: all as the run's type
 
     @property
     def ours(self) -> bool:
         """Whether it is agr_cuda's."""
         return self.module == "agr_cuda"
 
-    @property
-    def accesses(self) -> int:
-        """Reads and writes of one element that its rule needs, each of one storage type's size."""
-        return ACCESSES[self.rule]
+    def bytes_per_element(self, dtype: torch.dtype) -> float:
+        """Return the bytes that its rule must move where the run's type is `dtype`."""
+        return (self.format or Format.uniform(dtype)).bytes_moved(self.rule)
 
     @property
     def copies(self) -> int:
         """Tensors of the model's size that it keeps: its state, and private gradients if it writes them."""
-        # A gradient is read, a parameter and each tensor of state are read and written.
-        return max(0, (self.accesses - 3) // 2) + self.writes_gradients
+        master = self.format is not None and self.format.master
+        return averages(self.rule) + master + self.writes_gradients
 
 
 class LeftOutError(Exception):
@@ -163,12 +161,12 @@ def of_backend(backend: str, rule: str, **options: Any) -> Builder:
     return checked
 
 
-def _native(rule: str, agr: bool) -> Builder:
+def _native(rule: str, **options: Any) -> Builder:
     """Return a builder for one of agr_cuda's optimizers on the backend that is made for the parameters' device.
 
     On a CPU agr_cuda chooses. On a GPU it could choose another than cuda, which has a row of its own.
     """
-    on_cpu, on_gpu = optimizer("agr_cuda", rule, agr=agr), of_backend("cuda", rule, agr=agr)
+    on_cpu, on_gpu = optimizer("agr_cuda", rule, **options), of_backend("cuda", rule, **options)
 
     def make(parameters: Parameters, eps: float) -> Step:
         return (on_gpu if parameters[0].is_cuda else on_cpu)(parameters, eps)
@@ -177,7 +175,7 @@ def _native(rule: str, agr: bool) -> Builder:
 
 
 def _ours(name: str, label: str, rule: str, agr: bool = True, rivals: tuple[str, ...] = ()) -> Contender:
-    return Contender(name, f"agr_cuda {label}", rule, agr, _native(rule, agr), "agr_cuda", rivals=rivals)
+    return Contender(name, f"agr_cuda {label}", rule, agr, _native(rule, agr=agr), "agr_cuda", rivals=rivals)
 
 
 def _reference(name: str, rule: str, scratch: int) -> Contender:
@@ -236,6 +234,60 @@ def _peer_triton(name: str, rule: str) -> Contender:
     return Contender(name, f"optimi {rule}, Triton", rule, False, build, "optimi", devices=("cuda",))
 
 
+def _stored(rule: str, name: str, backend: str | None = None) -> Contender:
+    """One of agr_cuda's optimizers that stores its numbers in the format of that name."""
+    options = FORMATS[name].options
+    build = of_backend(backend, rule, **options) if backend else _native(rule, agr=True, **options)
+    own, peers = f"agr-{rule.lower()}-{name}", STORED[name] if rule == "AdamW" else ()
+    more: dict[str, Any] = {"devices": ("cuda",), "rivals": (own, *peers)} if backend else {"rivals": peers}
+    label = f"agr_cuda {rule}, {name}{', Triton' if backend else ''}"
+    full = f"{own}-{backend}" if backend else own
+    return Contender(full, label, rule, True, build, "agr_cuda", format=FORMATS[name], **more)
+
+
+def _peer_stored(
+    name: str, module: str, label: str, stored: str, build: Builder, scratch: int = 0, **more: Any
+) -> Contender:
+    """Another's AdamW that stores its numbers so; what it moves besides the format's bytes is its own affair."""
+    label = f"{module} {label}, {stored}"
+    return Contender(name, label, "AdamW", False, build, module, scratch=scratch, format=FORMATS[stored], **more)
+
+
+def _torch_masters(parameters: Parameters, eps: float) -> Step:
+    """Float32 masters as one trains with them by PyTorch alone: copies around the fused AdamW's step."""
+    weights = [parameter.detach() for parameter in parameters]
+    masters = [weight.float() for weight in weights]
+    gradients = [torch.empty_like(master) for master in masters]
+    trained = [torch.nn.Parameter(master) for master in masters]  # the same memory
+    for parameter, gradient in zip(trained, gradients, strict=True):
+        parameter.grad = gradient
+    step = _torch_fused(trained, eps)
+
+    @torch.no_grad()
+    def step_of_masters() -> None:
+        torch._foreach_copy_(gradients, [grad for parameter in parameters if (grad := parameter.grad) is not None])
+        step()
+        torch._foreach_copy_(weights, masters)
+
+    return step_of_masters
+
+
+def _torchao(name: str, stored: str) -> Builder:
+    """One of torchao's optimizers, which compile themselves, for every shape anew."""
+    return optimizer("torchao.optim", name, bf16_stochastic_round=FORMATS[stored].stochastic)
+
+
+# What agr_cuda's rows store, and who else stores AdamW's numbers so, or nearly.
+STORED = {
+    "bfloat16": ("torch-adamw-fused-bfloat16", "optimi-adamw-kahan"),
+    "bfloat16-stochastic": ("torchao-adamw-bfloat16-stochastic", "optimi-adamw-kahan"),
+    "bfloat16-master": ("torch-adamw-fused-master",),
+    "float32-8bit": ("torchao-adamw-float32-8bit", "bitsandbytes-adamw-float32-8bit"),
+    "bfloat16-8bit": ("torchao-adamw-bfloat16-8bit", "bitsandbytes-adamw-bfloat16-8bit"),
+}
+_torch_fused = optimizer("torch.optim", "AdamW", fused=True)
+_bitsandbytes = optimizer("bitsandbytes.optim", "AdamW8bit")
+
 ALL = (
     _ours("agr-adamw", "AdamW", "AdamW"),
     _triton("agr-adamw-triton", "AdamW"),
@@ -279,7 +331,27 @@ ALL = (
         writes_gradients=True,
     ),
 )
-BY_NAME = {contender.name: contender for contender in ALL}
+# Each stores its numbers in a format of its own, whatever the run's type.
+PRECISION = (
+    *(_stored(rule, name) for rule in ("AdamW", "Adan") for name in STORED),
+    *(_stored(rule, name, "triton") for rule in ("AdamW", "Adan") for name in STORED),
+    _peer_stored("torch-adamw-fused-bfloat16", "torch", "AdamW, fused", "bfloat16", _torch_fused),
+    _peer_stored("torch-adamw-fused-master", "torch", "AdamW, fused", "bfloat16-master", _torch_masters, 1),
+    _peer_stored("optimi-adamw-kahan", "optimi", "AdamW, Kahan sums", "bfloat16", optimizer("optimi", "AdamW"), 1),
+    *(
+        _peer_stored(f"torchao-adamw-{name}", "torchao", label, name, _torchao(label, name))
+        for label, name in (
+            ("_AdamW", "bfloat16-stochastic"),
+            ("AdamW8bit", "float32-8bit"),
+            ("AdamW8bit", "bfloat16-8bit"),
+        )
+    ),
+    *(
+        _peer_stored(f"bitsandbytes-adamw-{name}", "bitsandbytes", "AdamW8bit", name, _bitsandbytes, devices=("cuda",))
+        for name in ("float32-8bit", "bfloat16-8bit")
+    ),
+)
+BY_NAME = {contender.name: contender for contender in (*ALL, *PRECISION)}
 
 
 def contender(name: str) -> Contender:
@@ -290,8 +362,12 @@ def contender(name: str) -> Contender:
 
 
 def bytes_needed(contenders: Sequence[Contender], model_bytes: int) -> int:
-    """Return the bytes for these contenders alive together; model_bytes are those of all parameters."""
-    copies = SHARED_COPIES + sum(entry.copies for entry in contenders)
+    """Return the bytes for these contenders alive together; model_bytes are those of all parameters.
+
+    Those that store their numbers in formats of their own are counted as if they stored them in the run's type.
+    """
+    workloads = {entry.format.parameter if entry.format else None for entry in contenders}
+    copies = SHARED_COPIES * len(workloads) + sum(entry.copies for entry in contenders)
     return model_bytes * (copies + max((entry.scratch for entry in contenders), default=0))
 
 
