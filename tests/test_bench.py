@@ -31,6 +31,7 @@ from bench.measuring import clocks, races, stats
 from bench.measuring.clocks import Timing
 from bench.measuring.races import Lane
 from bench.reporting import chart, documents, plain, results, tables, targets
+from bench.reporting.terminal import PLAIN_WIDTH
 from bench.workloads import contenders, shapes
 from bench.workloads.contenders import ALL, BY_NAME, PRECISION, YARDSTICK, Contender
 from bench.workloads.formats import FORMATS
@@ -445,7 +446,7 @@ def test_tritons_targets_are_judged_on_large_models_against_cuda_and_optimi() ->
 def test_the_table_of_a_gpu_shows_host_times_and_the_chart_is_drawn(tmp_path: Path) -> None:
     result = result_of("321x64", {YARDSTICK: (0, [0.002] * 3), "agr-adamw": (0, [0.001, 0.0005, 0.0002])})
     result.rows.append(results.row(BY_NAME["optimi-adan"], "not installed", "pip install torch-optimi"))
-    console = Console(width=150, record=True, file=io.StringIO())
+    console = Console(width=PLAIN_WIDTH, record=True, file=io.StringIO())
     console.print(tables.results_table(result, with_host=True))
     shown = console.export_text()
     assert "host ratio" in shown

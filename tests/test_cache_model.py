@@ -13,6 +13,7 @@ from bench.__main__ import main
 from bench.cache_model.cache import EVICT_FIRST, EVICT_LAST, NORMAL, Cache
 from bench.cache_model.replay import Machine, Traffic, piece_bytes, replay
 from bench.workloads import shapes
+from bench.workloads.formats import FORMATS
 from bench.workloads.schedule import Task, Tensor
 
 CHUNK = 1024  # elements
@@ -36,7 +37,9 @@ def traffic(
     **more: int,
 ) -> Traffic:
     machine = Machine(cache_bytes, BLOCKS, **more)
-    return replay(tensors, tasks(tensors) if order is None else order, CHUNK, streams, machine, most_pieces, in_place)
+    return replay(
+        tensors, tasks(tensors) if order is None else order, CHUNK, streams, streams, machine, most_pieces, in_place
+    )
 
 
 # The cache
@@ -175,7 +178,8 @@ def test_coarse_pieces_predict_nearly_what_fine_ones_do() -> None:
     tensors: list[Tensor] = [(30 * 8 * CHUNK, 4, True), (90 * 8 * CHUNK, 4, True)] * 3
     plan = _C.Plan(tensors, chunk_elements=8 * CHUNK, window_bytes=20 * 8 * CHUNK_BYTES, lead_bytes=0)
     fine, coarse = (
-        replay(tensors, plan.tasks, 8 * CHUNK, ADAMW, Machine(60 * 8 * CHUNK_BYTES, 4), pieces) for pieces in (10**6, 1)
+        replay(tensors, plan.tasks, 8 * CHUNK, ADAMW, ADAMW, Machine(60 * 8 * CHUNK_BYTES, 4), pieces)
+        for pieces in (10**6, 1)
     )
     assert 28.1 < fine.total < 31.9
     assert coarse.total == pytest.approx(fine.total, rel=0.01)
@@ -273,6 +277,19 @@ def test_traffic_predicts_every_rule_at_every_share(tmp_path: Path, capsys: pyte
     assert 8 < totals[4] < totals[5] < 12
     assert totals[6:] == [28, 28, 44, 44, 8, 8]
     assert "3 tensors of 100,000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_moves_its_bytes_and_reads_its_gradients_a_second_time(name: str, tmp_path: Path) -> None:
+    machine = ["--l2=1", "--blocks=8", "--chunk=1024", "--window=0", "--lead=0", "--share=1"]
+    asked = ["traffic", "--sets=3x100000", f"--precision={name}", *machine, "--out", str(tmp_path), "--tag=small"]
+    assert main(asked) == 0
+    found = json.loads((tmp_path / f"traffic-{name}-small.json").read_text())["predictions"]
+    gradient = FORMATS[name].gradient.itemsize
+    for row in found:
+        assert row["ideal_bytes"] == 300_000 * FORMATS[name].bytes_moved(row["rule"])
+        assert row["read"] == pytest.approx(FORMATS[name].bytes_read(row["rule"]) + gradient, rel=1e-5)
+        assert row["written"] == pytest.approx(FORMATS[name].bytes_written(row["rule"]), rel=1e-5)
 
 
 def test_on_chip_says_what_it_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,7 +137,8 @@ def test_the_cache_model_counts_the_same_bytes() -> None:
     chunk = code.chunk_bytes // 4
     plan = _C.Plan(tensors, chunk_elements=chunk, window_bytes=gpu.l2_bytes // 8, lead_bytes=0)
     time = Replay(gpu, code, Schedule(tensors, plan.tasks, chunk)).run()
-    traffic = replay_traffic(tensors, plan.tasks, chunk, code.streams, Machine(gpu.l2_bytes, gpu.multiprocessors * 4))
+    on = Machine(gpu.l2_bytes, gpu.multiprocessors * 4)
+    traffic = replay_traffic(tensors, plan.tasks, chunk, code.streams, code.streams, on)
     assert 0.2 < traffic.hit_share < 0.8
     assert time.hit_share == pytest.approx(traffic.hit_share, abs=0.1)
     assert time.total == pytest.approx(traffic.total, rel=0.02)

@@ -17,12 +17,12 @@ class Cache:
 
     def __init__(self, capacity: float) -> None:
         self.capacity = capacity
-        self.used = 0
-        self.read_bytes = 0
-        self.written_bytes = 0
-        self._classes: tuple[OrderedDict[int, tuple[int, bool]], ...] = (OrderedDict(), OrderedDict(), OrderedDict())
+        self.used: float = 0
+        self.read_bytes: float = 0
+        self.written_bytes: float = 0
+        self._classes: tuple[OrderedDict[int, tuple[float, bool]], ...] = (OrderedDict(), OrderedDict(), OrderedDict())
 
-    def read(self, key: int, size: int, priority: int) -> bool:
+    def read(self, key: int, size: float, priority: int) -> bool:
         """Read a line, which then has this priority. Returns whether it was there; if not, DRAM reads it."""
         for lines in self._classes:
             if key in lines:
@@ -32,20 +32,20 @@ class Cache:
         self._enter(key, size, False, priority)
         return False
 
-    def write(self, key: int, size: int, priority: int) -> None:
+    def write(self, key: int, size: float, priority: int) -> None:
         """Overwrite all of a line, which DRAM therefore need not read first where it is not there."""
         for lines in self._classes:
             if key in lines:
                 self.used -= lines.pop(key)[0]
         self._enter(key, size, True, priority)
 
-    def hold(self, size: int) -> None:
+    def hold(self, size: float) -> None:
         """Read what is in use until `release` and cannot be evicted."""
         self.used += size
         if self.used > self.capacity:
             self._evict()
 
-    def release(self, size: int) -> None:
+    def release(self, size: float) -> None:
         """End `hold`."""
         self.used -= size
 
@@ -55,7 +55,7 @@ class Cache:
         self._evict()
         self.capacity = capacity
 
-    def _enter(self, key: int, size: int, dirty: bool, priority: int) -> None:
+    def _enter(self, key: int, size: float, dirty: bool, priority: int) -> None:
         self._classes[priority][key] = (size, dirty)
         self.used += size
         if self.used > self.capacity:

@@ -7,14 +7,12 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from math import prod
 
-import torch
-
 from agr_cuda import _C
 from agr_cuda.cuda import rehearsal
 from agr_cuda.precision import Precision
 from agr_cuda.tensors import kernel_types
 from bench.cache_model.replay import Machine, Traffic, replay
-from bench.workloads.formats import ACCESSES
+from bench.workloads.formats import ACCESSES, Format
 from bench.workloads.schedule import Tensor
 from bench.workloads.shapes import ModelSet
 
@@ -37,12 +35,13 @@ class Limits:
     lead_bytes: int
 
 
-def backend_limits(dtype: torch.dtype) -> tuple[Limits, int, int]:
-    """Return how the cuda backend cuts and orders tensors of this type on an H200.
+def backend_limits(stored: Format) -> tuple[Limits, int, int]:
+    """Return how the cuda backend cuts and orders tensors of this format on an H200.
 
     Also, how many blocks it has there, and how many bytes they prefetch together.
     """
-    types = kernel_types(dtype, dtype, Precision(dtype))
+    precision = Precision(stored.state, stored.master, stored.stochastic)
+    types = kernel_types(stored.parameter, stored.gradient, precision)
     with rehearsal():  # whose device has the numbers of an H200
         chunk, window, lead, prefetched, resident, multiprocessors = _C.cuda_limits("adamw", types, 0)
     return Limits(chunk, window, lead), resident * multiprocessors, prefetched
@@ -71,7 +70,7 @@ class Predictor:
     """A GPU with its cache, and a replay for any model, rule and limits. What is not given is the cuda backend's.
 
     Args:
-        dtype: Storage type of parameters, gradients and state.
+        stored: As what parameters, gradients and state are stored.
         cache_bytes: The cache's nominal size.
         blocks: How many run at once.
         chunk_elements: Elements of a chunk.
@@ -83,7 +82,7 @@ class Predictor:
 
     def __init__(
         self,
-        dtype: torch.dtype,
+        stored: Format,
         *,
         cache_bytes: float = H200.cache_bytes,
         blocks: int | None = None,
@@ -93,9 +92,9 @@ class Predictor:
         on_chip_bytes: int = 0,
         hints: bool = True,
     ) -> None:
-        defaults, default_blocks, prefetched = backend_limits(dtype)
+        defaults, default_blocks, prefetched = backend_limits(stored)
         self.prefetched = round(prefetched * cache_bytes / H200.cache_bytes)
-        self.itemsize, self.cache_bytes = dtype.itemsize, cache_bytes
+        self.stored, self.itemsize, self.cache_bytes = stored, stored.gradient.itemsize, cache_bytes
         self.blocks, self.on_chip_bytes, self.hints = blocks or default_blocks, on_chip_bytes, hints
         chunk = chunk_elements or defaults.chunk_elements
         self.wave = self.blocks * chunk * self.itemsize  # bytes of gradient that all blocks reduce at once
@@ -109,8 +108,10 @@ class Predictor:
         tensors: list[Tensor] = [(prod(shape), self.itemsize, True) for shape in model.shapes]
         plan = _C.Plan(tensors, **asdict(limits))
         on = Machine(share * self.cache_bytes, self.blocks, on_chip, limits.window_bytes, self.hints, self.prefetched)
-        streams, in_place = divmod(ACCESSES[rule] - 1, 2)  # all but the gradient are read and written
-        traffic = replay(tensors, plan.tasks, plan.chunk_elements, streams, on, pieces, bool(in_place))
+        in_place = rule == "gradients"
+        reads = self.stored.bytes_read(rule) / self.itemsize - 1  # all but the gradient
+        writes = self.stored.bytes_written(rule) / self.itemsize - in_place
+        traffic = replay(tensors, plan.tasks, plan.chunk_elements, reads, writes, on, pieces, in_place)
         return Prediction(model, rule, share, limits, on_chip, traffic)
 
     def figures(self, model: ModelSet, shares: Sequence[float]) -> list[Prediction]:

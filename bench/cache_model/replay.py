@@ -90,11 +90,13 @@ class Traffic:
 class Replay:
     """One pass through a schedule; see `replay`."""
 
-    def __init__(self, schedule: Schedule, streams: int, machine: Machine, piece_bytes: int, in_place: bool) -> None:
+    def __init__(
+        self, schedule: Schedule, reads: float, writes: float, machine: Machine, piece_bytes: int, in_place: bool
+    ) -> None:
         schedule.check()
-        self.schedule, self.streams, self.machine, self.piece_bytes = schedule, streams, machine, piece_bytes
-        self.in_place = in_place
-        self.accesses = 1 + 2 * streams + in_place  # of an element by an UPDATE
+        self.schedule, self.reads, self.writes, self.machine = schedule, reads, writes, machine
+        self.piece_bytes, self.in_place = piece_bytes, in_place
+        self.moved = 1 + reads + writes + in_place  # by an UPDATE, for each byte of gradient
         self.cache = Cache(machine.cache_bytes)
         self.tickets = iter(schedule.tasks)
         self.reduces = schedule.reduces
@@ -127,9 +129,9 @@ class Replay:
         time = max(1.0, self.now) * self.machine.blocks
         return Traffic(
             elements=self.schedule.elements,
-            ideal_bytes=self.schedule.gradient_bytes * self.accesses,
-            read_bytes=self.cache.read_bytes,
-            written_bytes=self.cache.written_bytes,
+            ideal_bytes=round(self.schedule.gradient_bytes * self.moved),
+            read_bytes=round(self.cache.read_bytes),
+            written_bytes=round(self.cache.written_bytes),
             second_reads=self.second_reads,
             cache_hits=self.cache_hits,
             on_chip_hits=self.on_chip_hits,
@@ -165,10 +167,10 @@ class Replay:
 
     def update(self, tensor: int, chunk: int, size: int, pace: float, number: int) -> Iterator[float]:
         """Update a chunk, as WHOLE does too: there the gradient is read once, as if it were not regularized."""
-        cache, streams, overhead = self.cache, self.streams, self.overhead
+        cache, reads, overhead = self.cache, self.reads, self.overhead
         # What is prefetched is not evicted before it is used: lines that were written go first.
-        ahead = min(size, self.machine.prefetched_bytes // (self.machine.blocks * streams)) if streams else 0
-        cache.hold(streams * ahead)
+        ahead = min(size, int(self.machine.prefetched_bytes / (self.machine.blocks * reads))) if reads else 0
+        cache.hold(reads * ahead)
         if not self.published[tensor]:
             # The first loads of parameters and state, which the overhead stands for, are issued before the wait.
             yield pace * overhead
@@ -186,22 +188,22 @@ class Replay:
         for line, piece in self.lines(tensor, chunk, size):
             if not kept and cache.read(line, piece, priority):
                 self.cache_hits += piece
-            cache.read_bytes += streams * piece
+            cache.read_bytes += reads * piece
             prefetched = min(piece, ahead)
             ahead -= prefetched
             if prefetched:
                 # However coarse the piece, what was prefetched is used first, and then no longer held.
-                yield pace * (overhead + self.accesses * prefetched)
+                yield pace * (overhead + self.moved * prefetched)
                 overhead = 0
-                cache.release(streams * prefetched)
+                cache.release(reads * prefetched)
             if rest := piece - prefetched:
-                held = streams * min(rest, IN_FLIGHT)
+                held = reads * min(rest, IN_FLIGHT)
                 cache.hold(held)
-                yield pace * (overhead + self.accesses * rest)
+                yield pace * (overhead + self.moved * rest)
                 overhead = 0
                 cache.release(held)
-            if streams:
-                cache.write(line + 1, streams * piece, priority)
+            if self.writes:
+                cache.write(line + 1, self.writes * piece, priority)
             if self.in_place:
                 cache.write(line, piece, priority)
         self.on_chip_used -= kept
@@ -239,7 +241,8 @@ def replay(
     tensors: Sequence[Tensor],
     tasks: Sequence[Task],
     chunk_elements: int,
-    streams: int,
+    reads: float,
+    writes: float,
     machine: Machine,
     most_pieces: int = 400_000,
     in_place: bool = False,
@@ -250,12 +253,13 @@ def replay(
         tensors: What the schedule was made for.
         tasks: The schedule, in the order of the tickets.
         chunk_elements: Elements of a chunk.
-        streams: Tensors besides the gradient that an UPDATE reads and writes: AdamW 3, Adan 5, and 0 for what changes
-            gradients alone.
+        reads: Bytes besides the gradient that an UPDATE reads, for each byte of gradient: where all have one type,
+            AdamW 3, Adan 5, and 0 for what changes gradients alone.
+        writes: Those that it writes.
         machine: What it runs on.
         most_pieces: About how many accesses are replayed one by one; a larger model gets coarser ones.
         in_place: Whether an UPDATE also writes the gradient.
     """
     chunk_bytes = chunk_elements * max((itemsize for _, itemsize, _ in tensors), default=1)
     piece = piece_bytes(tasks, chunk_bytes, most_pieces)
-    return Replay(Schedule(tensors, tasks, chunk_elements), streams, machine, piece, in_place).run()
+    return Replay(Schedule(tensors, tasks, chunk_elements), reads, writes, machine, piece, in_place).run()

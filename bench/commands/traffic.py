@@ -28,6 +28,7 @@ from bench.measuring import machine
 from bench.reporting import documents
 from bench.reporting.terminal import Console, Table, console, table
 from bench.reporting.units import percent
+from bench.workloads.formats import FORMATS
 from bench.workloads.shapes import MODELS, ModelSet
 
 
@@ -62,7 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-hints", action="store_true", help="the cache keeps what was used last, whatever a task asks it to keep"
     )
     parser.add_argument("--sweep", action="store_true", help="also try windows and leads, and say which are best")
-    options.add_dtype(parser)
+    parser.add_argument(
+        *("--dtype", "--precision"),
+        choices=FORMATS,
+        default="float32",
+        metavar="FORMAT",
+        help="as what numbers are stored (docs/precision.md): parameters, gradients and state in one type, or in those "
+        f"that a name tells; of {', '.join(FORMATS)} (default: float32)",
+    )
     options.add_output(parser)
 
 
@@ -155,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the predictions and write them as JSON."""
     terminal = console()
     predictor = Predictor(
-        options.DTYPES[args.dtype],
+        FORMATS[args.dtype],
         cache_bytes=args.l2,
         blocks=args.blocks,
         chunk_elements=args.chunk,

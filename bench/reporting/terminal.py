@@ -15,7 +15,7 @@ except ModuleNotFoundError:  # on a machine that was set up for training alone, 
 
 __all__ = ["Console", "Table", "Text", "console", "table"]
 
-PLAIN_WIDTH = 160  # columns where the output is no terminal
+PLAIN_WIDTH = 180  # columns where the output is no terminal
 
 
 def console() -> Console:

@@ -14,6 +14,7 @@ from bench.cache_model.prediction import Predictor
 from bench.time_model.code import IDEAS, KERNELS, Code, changes
 from bench.time_model.gpu import Gpu
 from bench.time_model.replay import Outcome, Replay
+from bench.workloads.formats import Format
 from bench.workloads.schedule import Schedule, Tensor
 from bench.workloads.shapes import ModelSet
 
@@ -70,7 +71,7 @@ def schedule_for(gpu: Gpu, code: Code, model: ModelSet, dtype: torch.dtype) -> S
     """Return the plan that the cuda backend makes for this GPU."""
     chunk = code.chunk_bytes // code.itemsize
     blocks = gpu.multiprocessors * code.blocks
-    limits = Predictor(dtype, cache_bytes=gpu.l2_bytes, blocks=blocks, chunk_elements=chunk).limits
+    limits = Predictor(Format.uniform(dtype), cache_bytes=gpu.l2_bytes, blocks=blocks, chunk_elements=chunk).limits
     tensors: list[Tensor] = [(prod(shape), code.itemsize, True) for shape in model.shapes]
     return Schedule(tensors, _C.Plan(tensors, code.clips, **asdict(limits)).tasks, chunk)
 
