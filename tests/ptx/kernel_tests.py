@@ -32,7 +32,7 @@ from helpers import (
     same_bits,
     to_numpy,
 )
-from precisions import RULES, TAKEN, fill_gradients, made, problem, step_beside_oracle
+from precisions import RULES, TAKEN, fill_gradients, leaf, made, problem, step_beside_oracle
 from precisions import Case as Storage
 from torch import Tensor
 
@@ -268,12 +268,16 @@ STORED = [(rule, case) for case in TAKEN["cuda"] if case not in OWN for rule in 
 STORED_SIZES = [4096 + 1, 257, 2 * 4096 + 300]
 
 
+def gradient_of(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
+
+
 def follow_stored(rule: str, case: Storage, offset: int, **options: Any) -> None:
     """Steps from what is stored beside the oracle."""
     generator = torch.Generator().manual_seed(7)
-    params = problem("cuda", case, generator, [(size,) for size in STORED_SIZES])
-    for p in params:
-        p.data, p.grad = at_offset(p.detach(), offset), at_offset(p.grad, offset)
+    aligned = problem("cuda", case, generator, [(size,) for size in STORED_SIZES])
+    params = [leaf(at_offset(p.detach(), offset), at_offset(gradient_of(p), offset)) for p in aligned]
     groups = [{"params": params[:2]}, {"params": params[2:], "agr": False, "maximize": True}]
     optimizer = made("cuda", rule, case, groups, rounding_seed=2**33 + 5, **options)
     for _ in range(2):
