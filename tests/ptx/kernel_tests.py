@@ -286,7 +286,13 @@ def follow_stored(rule: str, case: Storage, offset: int, **options: Any) -> None
 
 
 # What threads tell each other by.
-SYNCHRONIZES = re.compile(r"(bar|barrier|vote|shfl|atom|red|fence)\.")
+SYNCHRONIZES = re.compile(r"(bar|barrier|vote|shfl|atom|red|redux|fence)\.")
+# The formats of KERNELS, as they stand in the names of their functions.
+NAMES = {"float32": "float", "float64": "double", "bfloat16": "agr::bfloat16", "float16": "agr::float16"}
+FOLLOWED = [
+    "Format<{}, {}, {}, false, false>".format(*(NAMES[str(t)[6:]] for t in (k.dtype, k.gradient, k.dtype)))
+    for k in KERNELS
+]
 
 
 class KernelTests:
@@ -345,8 +351,14 @@ class KernelTests:
         """By the tests above: otherwise some of a kernel goes untested."""
         if not self.followed >= set(itertools.product([self.architecture], CASES, KERNELS)):
             pytest.skip("only some of the tests above have run")
-        # Where gradients are regularized in place, no steps are counted, and no gradients are missing.
-        coverage = [place for place in module.coverage() if "RegularizeRules" not in place[0]]
+        # Where gradients are regularized in place, no steps are counted, and no gradients are missing. Kernels that
+        # store numbers in other ways have the same synchronization, and one of their own.
+        coverage = [
+            place
+            for place in module.coverage()
+            if "RegularizeRules" not in place[0]
+            and (any(name in place[0] for name in FOLLOWED) or place[2].startswith("redux."))
+        ]
         missed = [place for place in coverage if SYNCHRONIZES.match(place[2]) and place[3] == 0]
         assert not missed, "\n".join(map(str, missed))
 
