@@ -283,7 +283,7 @@ void test_mistakes() {
     CHECK(refused([&] { cuda::Executor(two, {row}, 1, 0, 1, 1 << 16, launcher); }), "another number of tensors");
     CHECK(refused([&] { cuda::Executor(two, {row, other}, 1, 0, 1, 1 << 16, launcher); }), "two types");
     agr::Tensor odd = row;
-    odd.types.state = Type::bfloat16;
+    odd.types.state = Type::float16;
     CHECK(refused([&] { cuda::Executor(one, {odd}, 1, 0, 1, 1 << 16, launcher); }), "types that no kernel takes");
     const Plan apart({{1, 4, true}}, {1, 0, 0, false, true});
     CHECK(refused([&] { cuda::Executor(apart, {row}, 1, 0, 1, 1 << 16, launcher); }), "reductions apart from updates");
