@@ -28,8 +28,8 @@ def setup_py() -> Any:
     return module
 
 
-#: Architectures that kernels are compiled for by default.
-OLDEST, NEWEST = setup_py().DEFAULT_ARCHITECTURES[0], setup_py().DEFAULT_ARCHITECTURES[-1]
+#: Architectures whose PTX all machine code is made from.
+OLDEST, NEWEST = setup_py().PTX_ARCHITECTURES
 
 
 @functools.cache

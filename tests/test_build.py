@@ -4,6 +4,7 @@ import importlib.util
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -126,13 +127,26 @@ def written(setup_py, chosen):
     return file.getvalue(), objects
 
 
-@pytest.mark.parametrize("chosen", [["90"], ["80", "90", "100"], ["80", "86", "89", "90", "100", "120"]])
-def test_machine_code_is_made_for_all_and_ptx_for_the_newest(setup_py, chosen):
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        (["90"], {"90": "sm_90,compute_90"}),
+        (["80"], {"80": "sm_80,compute_80"}),
+        (["89"], {"80": "sm_89,compute_80"}),
+        (["80", "90", "100"], {"80": "sm_80", "90": "sm_90,sm_100,compute_90"}),
+        (
+            ["80", "86", "89", "90", "100", "120"],
+            {"80": "sm_80,sm_86,sm_89", "90": "sm_90,sm_100,sm_120,compute_90"},
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_machine_code_is_made_for_all_and_ptx_for_the_newest(setup_py, chosen, expected):
+    """Each GPU's code from the PTX of the latest architecture that it has."""
     text, _ = written(setup_py, chosen)
     (flags,) = [line for line in text.splitlines() if line.startswith("nvccflags = ")]
-    codes = [flag.removeprefix("-gencode=") for flag in flags.split() if flag.startswith("-gencode=")]
-    machine_code = [f"arch=compute_{name},code=sm_{name}" for name in chosen]
-    assert codes == [*machine_code, f"arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
+    codes = [flag.removeprefix("-gencode=") for flag in shlex.split(flags) if flag.startswith("-gencode=")]
+    assert codes == [f"arch=compute_{ptx},code=[{of}]" for ptx, of in expected.items()]
 
 
 def test_every_family_and_unit_has_its_object(setup_py):

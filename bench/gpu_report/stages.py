@@ -106,7 +106,11 @@ def build(place: Place) -> Stage:
         architecture = "{}{}".format(*place.capability)
         install = python("-m", "pip", "install", "-v", *options, "--editable", str(place.root))
         return [
-            Command(install.words, {**install.environment, "AGR_CUDA_ARCHS": architecture}),
+            # With the lines of the source, for ncu.
+            Command(
+                install.words,
+                {**install.environment, "AGR_CUDA_ARCHS": architecture, "NVCC_APPEND_FLAGS": "-lineinfo"},
+            ),
             python("-c", WITHOUT_CUDA, *install.words, AGR_CUDA_ARCHS="none"),
             python("-m", "agr_cuda"),
             python("-c", WHICH_BACKENDS, str(place.backends)),

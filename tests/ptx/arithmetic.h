@@ -243,6 +243,7 @@ inline Table arithmetic_table() {
     t["cvt.u32.u64"] = operation([](u64 x) { return u32(x); });
     t["cvt.u64.u16"] = operation([](u16 x) { return u64(x); });
     t["cvt.u64.u32"] = operation([](u32 x) { return u64(x); });
+    t["cvt.s16.s8"] = operation([](i16 x) { return i16(std::int8_t(x)); });
     t["cvt.s32.s16"] = operation([](i16 x) { return i32(x); });
     t["cvt.s64.s32"] = operation([](i32 x) { return i64(x); });
     t["cvt.f64.f32"] = operation([](float x) { return double(x); });

@@ -1,4 +1,4 @@
-"""The PTX of the newest architecture that kernels are compiled for."""
+"""The PTX from which machine code for compute capability 9.0 and later is made."""
 
 from compiled import NEWEST
 from kernel_tests import KernelTests

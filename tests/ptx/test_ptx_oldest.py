@@ -1,4 +1,4 @@
-"""The PTX of the oldest architecture that kernels are compiled for."""
+"""The PTX from which machine code for compute capability 8.x is made."""
 
 from compiled import OLDEST
 from kernel_tests import KernelTests
