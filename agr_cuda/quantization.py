@@ -47,6 +47,14 @@ def code_values(signed: bool) -> tuple[float, ...]:
     return (*positive, 1.0)
 
 
+@functools.cache
+def _lines(signed: bool) -> list[tuple[float, float]]:
+    """Return slope and offset, as float32 has them, of the code in every decade, as a function of y."""
+    sizes = [2.0 ** (_fraction_bits(signed) - decade) for decade in range(DECADES)]  # in codes
+    exact = [(size * 10**decade * 10 / 9, size * 8 / 9 - (not signed)) for decade, size in enumerate(sizes)]
+    return [tuple(line) for line in torch.tensor(exact, dtype=torch.float32).tolist()]
+
+
 def scale_count(elements: int) -> int:
     """Return the number of scales of a tensor with this many elements."""
     return -(-elements // BLOCK)
@@ -60,8 +68,8 @@ def in_memory_order(tensor: Tensor) -> Tensor:
 def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """Return the codes (uint8, in the values' shape and memory layout) and the float32 scales of dense `values`.
 
-    For the largest decade E with y < 10^-E, y is multiplied by 10 E times, one after the other: the order in which the
-    kernels do it too.
+    A decade's codes are the whole parts of a line. These lines meet where decades do, and are the flatter the larger y
+    is, so that the lowest of all is that of y's decade. Product and sum are rounded once, as in the kernels.
     """
     flat = in_memory_order(values.detach()).float()
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).reshape(-1, BLOCK)
@@ -69,24 +77,18 @@ def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     scales = torch.where(largest.isfinite(), largest, torch.nan)
     tiny = torch.finfo(torch.float32).tiny
     inverse = torch.where(largest.isfinite() & (largest >= tiny), 1 / largest, 0.0)
-    y = blocks.abs() * inverse[:, None]
-    y = torch.where(y > 0, y, 0.0)  # not NaN
-    most = _fraction_bits(signed)
-    one = y > 1 - 0.225 / 2**most
-    size = torch.full_like(y, 2.0**most)  # of the decade, in codes
-    scaled = y
-    for _ in range(DECADES - 1):
-        below = scaled < 0.1
-        scaled = torch.where(below, scaled * 10, scaled)
-        size = torch.where(below, size * 0.5, size)
-    code = (size * (1 + (scaled - 0.1) * (10 / 9))).to(torch.int32)
-    code = torch.minimum(code, (2 * size).to(torch.int32) - 1)
+    y = blocks * inverse[:, None]
+    one = y > 1 - 0.225 / 2 ** _fraction_bits(signed)
+    magnitude = torch.where(y.isnan(), 0.0, y.abs())
+    place = torch.full_like(y, 127.5 if signed else 254.5)
+    for slope, offset in _lines(signed):
+        place = torch.minimum(place, (magnitude.double() * slope + offset).float())
     if signed:
-        code = torch.where(y < 0.275e-6, 0, code)  # half of the smallest value
-        negative = blocks < 0
-        code = torch.where(one & ~negative, 128, torch.where(negative & (code > 0), code + 128, code))
+        # Below half of the smallest value, 0.55e-6, is 0.
+        code = torch.minimum(place, magnitude * (1 / 0.275e-6)).to(torch.int32)
+        code = torch.where(one, 128, torch.where((y < 0) & (code > 0), code + 128, code))
     else:
-        code = torch.where(y > 0, torch.clamp(code - 1, min=1), 0)
+        code = torch.maximum(place, (magnitude > 0).float()).to(torch.int32)
         code = torch.where(one, 255, code)
     codes = torch.empty_like(values, dtype=torch.uint8, memory_format=torch.preserve_format)
     in_memory_order(codes).copy_(code.reshape(-1)[: values.numel()])

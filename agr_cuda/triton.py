@@ -107,7 +107,7 @@ def compiler_options(dtype: torch.dtype, precision: Precision, nvidia: bool) -> 
     options: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
     if nvidia:
         # Without a limit, ptxas spills a few registers if one more program then fits on a multiprocessor.
-        wide = dtype == torch.float64 or (precision.quantized and precision.stochastic)
+        wide = dtype == torch.float64 or precision.quantized
         options["maxnreg"] = 168 if wide else 128
     return options
 

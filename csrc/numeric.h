@@ -77,6 +77,23 @@ template <class U>
 AGR_INLINE U truncated(float x) {
     return static_cast<U>(x);
 }
+
+// The smaller and the larger of two values of which b is a number; a may be NaN, which gives b.
+AGR_INLINE float smaller_number(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    return fminf(a, b);
+#else
+    return a < b ? a : b;
+#endif
+}
+AGR_INLINE float larger_number(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    return fmaxf(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
 // The upper half of the product of two words. The CPU kernels specialize it for vectors.
 template <class U>
 struct Product {
@@ -143,6 +160,14 @@ template <class V, int lanes = sizeof(V) / sizeof(V{}[0])>
 AGR_INLINE V square_root(V x) {
     for (int i = 0; i < lanes; ++i) x[i] = square_root(x[i]);
     return x;
+}
+template <class V, int lanes = sizeof(V) / sizeof(V{}[0])>
+AGR_INLINE V smaller_number(V a, V b) {
+    return a < b ? a : b;
+}
+template <class V, int lanes = sizeof(V) / sizeof(V{}[0])>
+AGR_INLINE V larger_number(V a, V b) {
+    return a > b ? a : b;
 }
 #endif
 

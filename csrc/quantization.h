@@ -5,6 +5,8 @@
 // a type V, float or a vector of float, and U, the unsigned 32-bit integer or the vector of them, of the same shape.
 #pragma once
 
+#include <utility>
+
 #include "numeric.h"
 #include "step.h"
 
@@ -47,37 +49,49 @@ struct BlockScale {
     }
 };
 
-// The code of x. The order of operations is that of the definition, so that all backends give the same code. Bits above
-// the lowest eight are 0.
+// In a decade, the code of y is the whole part of offset + slope y.
+struct CodeLine {
+    float slope, offset;
+
+    static constexpr CodeLine of(bool is_signed, int decade) {
+        double size = is_signed ? 64 : 128, power = 1;  // size in codes
+        for (int i = 0; i < decade; ++i) {
+            size /= 2;
+            power *= 10;
+        }
+        return {static_cast<float>(size * power * 10 / 9), static_cast<float>(size * 8 / 9 - (is_signed ? 0 : 1))};
+    }
+};
+// Constants, lest a GPU computes them.
+template <bool is_signed, int decade>
+constexpr CodeLine code_line = CodeLine::of(is_signed, decade);
+
+// The lines meet where decades do, and are the flatter the larger y is: the lowest is that of y's decade.
+template <bool is_signed, class V, int... decade>
+AGR_INLINE V lowest_line(V y, std::integer_sequence<int, decade...>) {
+    V lowest = V{} + (is_signed ? 127.5f : 254.5f);
+    ((lowest = smaller_number(
+          multiply_add(y, V{} + code_line<is_signed, decade>.slope, V{} + code_line<is_signed, decade>.offset),
+          lowest)),
+     ...);
+    return lowest;
+}
+
+// The code of x, by the definition's operations, so that all backends give the same. Bits above the lowest eight are 0.
 template <bool is_signed, class U, class V>
 AGR_INLINE U code_of(V x, float inverse) {
-    constexpr int most = fraction_bits<is_signed>;
-    V y = magnitude(x) * inverse;
-    y = y > 0.0f ? y : V{};  // not NaN
-    V scaled = y;
-    V size = V{} + static_cast<float>(1 << most);  // of the decade, in codes
-#if defined(__CUDACC__)
-#pragma unroll
-#endif
-    for (int i = 1; i < decades; ++i) {
-        const auto below = scaled < 0.1f;
-        scaled = below ? scaled * 10.0f : scaled;
-        size = below ? size * 0.5f : size;
-    }
-    const V fraction = (scaled - 0.1f) * static_cast<float>(10.0 / 9);
-    const V place = size * (1.0f + fraction);
-    const V last = size * 2.0f - 1.0f;
-    U code = truncated<U>(place < last ? place : last);
-    const auto one = y > static_cast<float>(1 - 0.225 / (1 << most));
+    const V signed_y = x * inverse;
+    const V y = larger_number(magnitude(signed_y), V{});  // not NaN
+    const V place = lowest_line<is_signed>(y, std::make_integer_sequence<int, decades>{});
+    const auto one = signed_y > static_cast<float>(1 - 0.225 / (1 << fraction_bits<is_signed>));
     if constexpr (is_signed) {
-        code = y < 0.275e-6f ? U{} : code;  // half of the smallest value
-        const U sign = x < 0.0f ? U{} + 128u : U{};
-        const U signed_code = code + (code > 0u ? sign : U{});
-        return one & (sign == 0u) ? U{} + 128u : signed_code;
+        // Below half of the smallest value, 0.55e-6, is 0.
+        const U code = truncated<U>(smaller_number(y * static_cast<float>(1 / 0.275e-6), place));
+        const U sign = (bit_cast<U>(x) >> 24) & 128u;
+        return one ? U{} + 128u : code > 0u ? code | sign : U{};
     } else {
-        code = code > 2u ? code - 1u : U{} + 1u;
-        code = one ? U{} + 255u : code;
-        return y > 0.0f ? code : U{};
+        const U code = truncated<U>(larger_number(place, y > 0.0f ? V{} + 1.0f : V{}));
+        return one ? U{} + 255u : code;
     }
 }
 

@@ -33,6 +33,14 @@ def decoded(codes, SIGNED: tl.constexpr):
 
 
 @triton.jit
+def _on_line(y, DECADE: tl.constexpr, SIGNED: tl.constexpr):
+    """Return what the code of y is the whole part of, if y is in this decade."""
+    size: tl.constexpr = (64.0 if SIGNED else 128.0) / 2.0**DECADE  # in codes
+    slope = tl.full(y.shape, size * 10.0**DECADE * 10.0 / 9.0, tl.float32)
+    return tl.fma(y, slope, tl.full(y.shape, size * 8.0 / 9.0 - (0.0 if SIGNED else 1.0), tl.float32))
+
+
+@triton.jit
 def quantized(x, SIGNED: tl.constexpr):
     """Return the codes and the scales of float32 values."""
     # As whole numbers, patterns of float32 are in the order of magnitudes, and infinity and NaN are the largest.
@@ -43,20 +51,17 @@ def quantized(x, SIGNED: tl.constexpr):
     usable = finite & (pattern >= 0x00800000)  # a normal number
     one = tl.full(largest.shape, 1.0, tl.float32)
     inverse = tl.where(usable, tl.div_rn(one, tl.where(usable, largest, one)), 0.0)
-    y = tl.abs(x) * inverse
-    y = tl.where(y > 0.0, y, 0.0)  # not NaN
-    size = tl.full(y.shape, 64.0 if SIGNED else 128.0, tl.float32)  # of the decade, in codes
+    y = x * inverse
     is_one = y > 1.0 - 0.225 / (64.0 if SIGNED else 128.0)
-    in_decade = y
-    for _ in tl.static_range(DECADES - 1):
-        below = in_decade < 0.1
-        in_decade = tl.where(below, in_decade * 10.0, in_decade)
-        size = tl.where(below, size * 0.5, size)
-    code = size * (1.0 + (in_decade - 0.1) * (10.0 / 9.0))
-    code = tl.minimum(code, 2.0 * size - 1.0).to(tl.int32)
+    y = tl.maximum(tl.abs(y), 0.0)  # not NaN
+    place = tl.full(y.shape, 127.5 if SIGNED else 254.5, tl.float32)
+    for decade in tl.static_range(DECADES):
+        place = tl.minimum(place, _on_line(y, decade, SIGNED))
     if SIGNED:
-        code = tl.where(y < 0.275e-6, 0, code)  # half of the smallest value
-        code = tl.where(x < 0.0, tl.where(code > 0, code + 128, code), tl.where(is_one, 128, code))
+        # Below half of the smallest value, 0.55e-6, is 0.
+        code = tl.minimum(place, y * (1.0 / 0.275e-6)).to(tl.int32)
+        code = tl.where(is_one, 128, tl.where((x < 0.0) & (code > 0), code + 128, code))
     else:
-        code = tl.where(is_one, 255, tl.where(y > 0.0, tl.maximum(code - 1, 1), 0))
+        code = tl.maximum(place, tl.where(y > 0.0, 1.0, 0.0)).to(tl.int32)
+        code = tl.where(is_one, 255, code)
     return code.to(tl.uint8), tl.where(finite, largest, float("nan"))
