@@ -16,12 +16,13 @@ STAGES ?=
 # Options of pytest: make test PYTEST="-k plan"
 PYTEST ?=
 
-.PHONY: help demo test ptx lint format bench gpu-report clean
+.PHONY: help demo test ptx triton lint format bench gpu-report clean
 
 help:
 	@echo 'make demo    train a small language model with AdamW, AGR-AdamW, Adan and AGR-Adan (3 minutes)'
 	@echo 'make test    lint, and run every test (10 minutes)'
 	@echo 'make ptx     with nvcc: every test of the CUDA backend on the PTX of its kernels, and mutants of it (10 minutes)'
+	@echo 'make triton  every case of the Triton backend in its interpreter, of which make test runs a quarter (25 minutes)'
 	@echo 'make lint    ruff, mypy, clang-format, shellcheck'
 	@echo 'make format  what lint can mend by itself'
 	@echo 'make bench   time a step beside other optimizers'
@@ -40,6 +41,10 @@ ptx: $(VENV)/development.stamp
 	AGR_PTX_MUTANTS=all $(BIN)/python -m pytest -n 2 tests/ptx/test_mutants.py $(PYTEST)
 	AGR_PTX=oldest $(BIN)/python -m pytest -n 2 --dist loadfile -k "cuda and not native" --ignore tests/ptx $(PYTEST)
 	AGR_PTX=newest $(BIN)/python -m pytest -n 2 --dist loadfile -k "cuda and not native" --ignore tests/ptx $(PYTEST)
+
+# On a machine with a GPU, make test runs all of them.
+triton: $(VENV)/development.stamp
+	AGR_CUDA_TRITON=all $(BIN)/python -m pytest -n 2 --dist loadfile -k triton $(PYTEST)
 
 lint: $(VENV)/development.stamp
 	$(BIN)/ruff check .

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -117,6 +119,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("backend", "float_dtype"), pairs, ids=[f"{b}-{str(d)[6:]}" for b, d in pairs])
     elif "backend" in names:
         metafunc.parametrize("backend", backends)
+
+
+#: Which of each test's cases run in Triton's interpreter: one of so many, or with AGR_CUDA_TRITON=all every one.
+EVERY = 1 if ON_GPU or os.environ.get("AGR_CUDA_TRITON") == "all" else 4
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out most of the cases that Python interprets, which would take half of all time. No test loses them all."""
+    cases = defaultdict(list)
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            backend = item.callspec.params.get("backend")
+            if isinstance(backend, str) and interpreted_by_python(backend):
+                cases[item.nodeid.partition("[")[0]].append(item)
+    left_out = set()
+    for name, of_one_test in cases.items():
+        first = zlib.crc32(name.encode()) % min(EVERY, len(of_one_test))
+        left_out |= set(of_one_test) - set(of_one_test[first::EVERY])
+    if left_out:
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture
