@@ -92,8 +92,8 @@ except KeyboardInterrupt:
     print("half of it")
 """
     begin = time.monotonic()
-    outcome = runner.run_stage(stage("slow", script(text)), 4, log)  # a busy machine takes a second to start Python
-    assert time.monotonic() - begin < 30
+    outcome = runner.run_stage(stage("slow", script(text)), 0.8, log)
+    assert time.monotonic() - begin < 5
     assert outcome.status == "failed"
     assert "was stopped after" in outcome.reason
     assert outcome.tail == ["half of it"]
