@@ -232,7 +232,7 @@ template <class U, class F>
 AGR_INLINE U rounded_bfloat16(F x) {
     U bits = bit_cast<U>(x);
     U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return (bits & 0x7fffffffu) > 0x7f800000u ? U{} + 0x7fc0u : rounded;
+    return x != x ? U{} + 0x7fc0u : rounded;
 }
 
 template <class F, class U>

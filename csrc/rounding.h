@@ -56,7 +56,7 @@ AGR_INLINE U rounded_stochastically(F x, U random) {
     const U magnitude_bits = bits & 0x7fffffffu;
     const U moved = (bits + random) >> 16;
     const U finite = (moved & 0x7fffu) == 0x7f80u ? moved - 1u : moved;
-    const U infinite = magnitude_bits > 0x7f800000u ? U{} + 0x7fc0u : bits >> 16;
+    const U infinite = x != x ? U{} + 0x7fc0u : bits >> 16;
     return magnitude_bits >= 0x7f800000u ? infinite : finite;
 }
 
