@@ -20,7 +20,7 @@ PYTEST ?=
 
 help:
 	@echo 'make demo    train a small language model with AdamW, AGR-AdamW, Adan and AGR-Adan (3 minutes)'
-	@echo 'make test    lint, and run every test (20 to 30 minutes)'
+	@echo 'make test    lint, and run the tests (20 to 30 minutes)'
 	@echo 'make ptx     with nvcc: every test of the CUDA backend on the PTX of its kernels, and mutants of it (10 minutes)'
 	@echo 'make triton  every case of the Triton backend in its interpreter, of which make test runs a quarter (25 minutes)'
 	@echo 'make lint    ruff, mypy, clang-format, shellcheck'

@@ -53,8 +53,9 @@ struct BlockScale {
 struct CodeLine {
     float slope, offset;
 
-    static constexpr CodeLine of(bool is_signed, int decade) {
-        double size = is_signed ? 64 : 128, power = 1;  // size in codes
+    template <bool is_signed>
+    static constexpr CodeLine of(int decade) {
+        double size = 1 << fraction_bits<is_signed>, power = 1;  // size in codes
         for (int i = 0; i < decade; ++i) {
             size /= 2;
             power *= 10;
@@ -64,12 +65,12 @@ struct CodeLine {
 };
 // Constants, lest a GPU computes them.
 template <bool is_signed, int decade>
-constexpr CodeLine code_line = CodeLine::of(is_signed, decade);
+constexpr CodeLine code_line = CodeLine::of<is_signed>(decade);
 
 // The lines meet where decades do, and are the flatter the larger y is: the lowest is that of y's decade.
 template <bool is_signed, class V, int... decade>
 AGR_INLINE V lowest_line(V y, std::integer_sequence<int, decade...>) {
-    V lowest = V{} + (is_signed ? 127.5f : 254.5f);
+    V lowest = V{} + (is_signed ? 127.5f : 254.5f);  // below the code that is 1
     ((lowest = smaller_number(
           multiply_add(y, V{} + code_line<is_signed, decade>.slope, V{} + code_line<is_signed, decade>.offset),
           lowest)),
