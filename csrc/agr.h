@@ -49,7 +49,8 @@ AGR_INLINE V regularized(V g, const AbsSum<T>& s) {
     const V factor = (subtract_product(s.sum, magnitude(g), s.prescale) + s.rest) * s.inverse;
     // The comparison is written such that a NaN factor is kept: an infinite element of an infinite sum gives
     // inf (1 - inf / inf) = NaN.
-    return g * (factor > T(1) ? V{} + T(1) : factor);
+    const V one = V{} + T(1);
+    return g * (one < factor ? one : factor);
 }
 
 // The options of a group of gradients that are regularized in place: there are none.

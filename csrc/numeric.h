@@ -140,9 +140,10 @@ template <class C, class V, class B>
 AGR_INLINE V subtract_product(C c, V a, B b) {
     return c - a * b;
 }
+// A comparison of vectors, which is done once before a loop, and not a branch within it.
 template <class V, class T>
 AGR_INLINE V select_by_sign(T x, V a, V b) {
-    return x > T(0) ? a : b;
+    return V{} + x > V{} ? a : b;
 }
 // As signed integers, for which every instruction set has a conversion.
 template <class U, class V, int lanes = sizeof(V) / sizeof(V{}[0])>
@@ -227,12 +228,18 @@ AGR_INLINE F widened_bfloat16(U bits) {
     return bit_cast<F>(bits << 16);
 }
 
-// Rounds to nearest, ties to even. Every NaN becomes the quiet NaN 0x7fc0.
+// Rounds to nearest, ties to even. Every NaN becomes the quiet NaN 0x7fc0. The result is in the upper half of the
+// word; its lower half is undefined.
+template <class U, class F>
+AGR_INLINE U shifted_bfloat16(F x) {
+    U bits = bit_cast<U>(x);
+    U rounded = bits + 0x8000u + ((bits & 0x10000u) == 0u ? U{} - 1u : U{});
+    return x != x ? U{} + 0x7fc00000u : rounded;
+}
+
 template <class U, class F>
 AGR_INLINE U rounded_bfloat16(F x) {
-    U bits = bit_cast<U>(x);
-    U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return x != x ? U{} + 0x7fc0u : rounded;
+    return shifted_bfloat16<U>(x) >> 16;
 }
 
 template <class F, class U>

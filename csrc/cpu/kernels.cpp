@@ -12,9 +12,6 @@ namespace {
 
 constexpr int double_lanes = AGR_VECTOR_BYTES / 8;
 
-template <class T>
-constexpr int lanes_of = AGR_VECTOR_BYTES / static_cast<int>(sizeof(T));
-
 template <class Stored>
 AGR_INLINE vector<double, double_lanes> load_double(const Stored* from) {
     return __builtin_convertvector(load<double_lanes>(from), vector<double, double_lanes>);
@@ -68,7 +65,11 @@ AGR_INLINE double fast_abs_sum(const Stored* g, std::int64_t n) {
     std::int64_t i = 0;
     for (; i + block <= n; i += block) {
         V x[8];
-        for (int k = 0; k < 8; ++k) x[k] = magnitude(load<lanes>(g + i + k * lanes));
+        constexpr int parts = parts_of<Stored>;
+        for (int k = 0; k < 8; k += parts) {
+            const auto loaded = load_parts<float, parts>(g + i + k * lanes);
+            for (int part = 0; part < parts; ++part) x[k + part] = magnitude(loaded.part[part]);
+        }
         const V sum = ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
         largest = sum > largest ? sum : largest;
         Half halves[2];
@@ -104,31 +105,47 @@ AGR_INLINE const auto& in_type(const CoefficientsOf<R>& coefficients) {
         return coefficients.in_float64;
 }
 
-// One vector of elements: load, regularize, apply the rule, sweep, store.
-template <class R, bool regularize, class T, class P, class G, class S, class Coefficients>
-AGR_INLINE void update_vector(P* p, const G* g, S* const* state, const Coefficients& coefficients, const AbsSum<T>& sum,
-                              T scale, bool sweeps) {
-    constexpr int lanes = lanes_of<T>;
-    using V = vector<T, lanes>;
-    V parameter = load<lanes>(p);
-    V gradient = load<lanes>(g);
-    V states[max_states];
-    for (int k = 0; k < R::states; ++k) states[k] = load<lanes>(state[k]);
-    if constexpr (regularize) gradient = regularized(gradient, sum);
-    gradient = gradient * scale;
-    R::apply(parameter, gradient, states, coefficients);
-    if constexpr (R::states > 0) {
-        if (sweeps) R::sweep(gradient, states, coefficients);
+// How many vectors an iteration updates: bfloat16 numbers come in pairs of vectors (see vector.h).
+template <class P, class G, class S>
+constexpr int vectors_of = parts_of<P> == 2 && parts_of<G> == 2 && parts_of<S> == 2 ? 2 : 1;
+
+// The gradient of one iteration, regularized and scaled.
+template <bool regularize, int vectors, class T, class G>
+AGR_INLINE Parts<T, vectors> gradient_from(const G* g, const AbsSum<T>& sum, T scale) {
+    auto gradient = load_parts<T, vectors>(g);
+    for (auto& part : gradient.part) {
+        if constexpr (regularize) part = regularized(part, sum);
+        part = part * scale;
     }
-    store(p, parameter);
-    for (int k = 0; k < R::states; ++k) store(state[k], states[k]);
+    return gradient;
+}
+
+// The rest of an iteration: load, apply the rule, sweep, store.
+template <class R, class T, int vectors, class P, class S, class Coefficients>
+AGR_INLINE void update_parts(P* p, const Parts<T, vectors>& gradient, S* const* state, const Coefficients& coefficients,
+                             bool sweeps) {
+    auto parameter = load_parts<T, vectors>(p);
+    Parts<T, vectors> states[max_states];
+    for (int k = 0; k < R::states; ++k) states[k] = load_parts<T, vectors>(state[k]);
+    for (int i = 0; i < vectors; ++i) {
+        vector<T, lanes_of<T>> of_part[max_states];
+        for (int k = 0; k < R::states; ++k) of_part[k] = states[k].part[i];
+        R::apply(parameter.part[i], gradient.part[i], of_part, coefficients);
+        if constexpr (R::states > 0) {
+            if (sweeps) R::sweep(gradient.part[i], of_part, coefficients);
+        }
+        for (int k = 0; k < R::states; ++k) states[k].part[i] = of_part[k];
+    }
+    store_parts(p, parameter);
+    for (int k = 0; k < R::states; ++k) store_parts(state[k], states[k]);
 }
 
 template <class R, bool regularize, class P, class G, class S>
 AGR_INLINE void update_span(const Span& span, const CoefficientsOf<R>& both_types, double abs_sum,
                             double scale_in_double, bool sweeps) {
     using T = computed_in<P>;
-    constexpr int lanes = lanes_of<T>;
+    constexpr int vectors = vectors_of<P, G, S>;
+    constexpr int elements = vectors * lanes_of<T>;
     const auto coefficients = in_type<T>(both_types);
     const auto sum = AbsSum<T>::of(abs_sum).for_scale(scale_in_double);
     const T scale = static_cast<T>(scale_in_double);
@@ -138,17 +155,25 @@ AGR_INLINE void update_span(const Span& span, const CoefficientsOf<R>& both_type
     for (int k = 0; k < R::states; ++k) state[k] = static_cast<S*>(span.state[k]);
 
     std::int64_t n = span.elements;
-    for (; n >= lanes; n -= lanes) {
-        update_vector<R, regularize, T>(p, g, state, coefficients, sum, scale, sweeps);
-        p += lanes;
-        g += lanes;
-        for (int k = 0; k < R::states; ++k) state[k] += lanes;
+    if (n >= elements) {
+        // Gradients are regularized one iteration ahead: otherwise an iteration is one long chain of operations, of
+        // which a processor's window holds too few to keep its divider busy.
+        auto ahead = gradient_from<regularize, vectors>(g, sum, scale);
+        for (; n >= elements; n -= elements) {
+            const auto gradient = ahead;
+            g += elements;
+            // After the last gradient, it is read once more.
+            ahead = gradient_from<regularize, vectors>(n >= 2 * elements ? g : g - elements, sum, scale);
+            update_parts<R>(p, gradient, state, coefficients, sweeps);
+            p += elements;
+            for (int k = 0; k < R::states; ++k) state[k] += elements;
+        }
     }
     if (n > 0) {
         // The last elements are copied to vectors that are padded with zeros, and updated in the same way.
-        P p_rest[lanes] = {};
-        G g_rest[lanes] = {};
-        S rest[max_states][lanes] = {};
+        P p_rest[elements] = {};
+        G g_rest[elements] = {};
+        S rest[max_states][elements] = {};
         S* state_rest[max_states];
         std::memcpy(p_rest, p, n * sizeof(P));
         std::memcpy(g_rest, g, n * sizeof(G));
@@ -156,7 +181,8 @@ AGR_INLINE void update_span(const Span& span, const CoefficientsOf<R>& both_type
             std::memcpy(rest[k], state[k], n * sizeof(S));
             state_rest[k] = rest[k];
         }
-        update_vector<R, regularize, T>(p_rest, g_rest, state_rest, coefficients, sum, scale, sweeps);
+        update_parts<R>(p_rest, gradient_from<regularize, vectors>(g_rest, sum, scale), state_rest, coefficients,
+                        sweeps);
         std::memcpy(p, p_rest, n * sizeof(P));
         for (int k = 0; k < R::states; ++k) std::memcpy(state[k], rest[k], n * sizeof(S));
     }
@@ -176,12 +202,13 @@ void update(const Span& span, const Inputs& inputs) {
     update_inline<R, P, G, S>(span, inputs);
 }
 
-// The update for all other combinations of types: in float32, of a block of elements at a time.
-template <class R>
+// The update for all other combinations of types: in float32, of a block of elements at a time. G is the gradient's
+// type.
+template <class R, class G>
 void update_converted(const Span& span, const Inputs& inputs) {
     constexpr Rule rule = R::states == 4 ? Rule::adan : R::states == 3 ? Rule::adamw_amsgrad : Rule::adamw;
     const Types& types = inputs.types;
-    alignas(64) float parameter[converted_elements], gradient[converted_elements];
+    alignas(64) float parameter[converted_elements];
     alignas(64) float state[R::states][converted_elements];
     Span block{};
     for (std::int64_t first = 0; first < span.elements; first += converted_elements) {
@@ -195,8 +222,7 @@ void update_converted(const Span& span, const Inputs& inputs) {
                                                                  : parameter;
         block.parameter = weight;
         if (weight == parameter) widen(types.parameter, stored.parameter, n, parameter);
-        block.gradient = types.gradient == Type::float32 ? stored.gradient : gradient;
-        if (block.gradient == gradient) widen(types.gradient, stored.gradient, n, gradient);
+        block.gradient = stored.gradient;
         for (int k = 0; k < R::states; ++k) {
             block.state[k] = types.state == Type::float32 ? stored.state[k] : state[k];
             if (types.state == Type::code8)
@@ -205,7 +231,7 @@ void update_converted(const Span& span, const Inputs& inputs) {
                 widen(types.state, stored.state[k], n, state[k]);
         }
 
-        update_inline<R, float, float, float>(block, inputs);
+        update_inline<R, float, G, float>(block, inputs);
 
         auto narrow_as_asked = [&](Type type, std::uint32_t array, const float* from, void* to) {
             if (types.stochastic && type == Type::bfloat16)
@@ -235,7 +261,7 @@ template <class G>
 constexpr Kernels converted_table = {
     abs_sum<G>,
     abs_sum_and_squares<G>,
-    {update_converted<AdamW<false>>, update_converted<AdamW<true>>, update_converted<Adan>, nullptr}};
+    {update_converted<AdamW<false>, G>, update_converted<AdamW<true>, G>, update_converted<Adan, G>, nullptr}};
 
 // The kernels that convert nothing in memory, for the parameter type P.
 template <class P>
