@@ -15,7 +15,7 @@ from .options import format_value, number, number_or_tensor
 from .plan import StepPlan
 from .precision import PRECISION_OPTIONS
 from .scaling import Scaling
-from .tensors import StateTensor, is_wrapper, scales_key
+from .tensors import StateTensor, is_wrapper
 
 _STATE_SPECS = (
     StateTensor("exp_avg"),
@@ -160,7 +160,7 @@ class Adan(AGROptimizer):
         # sail-sg's restart_opt() leaves old gradients in the state, and ignores them because the group's step is 0.
         restarted = {i for group in adapted["param_groups"] if not group["step"] for i in group["params"]}
         state = {
-            i: {key: x for key, x in parameter_state.items() if key not in ("neg_pre_grad", scales_key("neg_pre_grad"))}
+            i: {key: x for key, x in parameter_state.items() if not str(key).startswith("neg_pre_grad")}
             if i in restarted
             else parameter_state
             for i, parameter_state in adapted["state"].items()
@@ -226,12 +226,12 @@ class Adan(AGROptimizer):
             for parameter in group["params"]:
                 state = self.state.get(parameter, {})
                 for spec in _STATE_SPECS:
-                    value, scales = state.get(spec.key), state.get(scales_key(spec.key))
-                    if isinstance(scales, Tensor) and isinstance(value, Tensor):
+                    numbers, codes, scales = map(state.get, (spec.key, spec.codes_key, spec.scales_key))
+                    if isinstance(numbers, Tensor):
+                        spec.fill_initial(numbers)
+                    if isinstance(codes, Tensor) and isinstance(scales, Tensor):
                         spec.fill_initial(scales)  # Each code of 0 then stands for that value.
-                        value.zero_()
-                    elif isinstance(value, Tensor):
-                        spec.fill_initial(value)
+                        codes.zero_()
 
 
 def _convert_for_saving(saved: dict[str, Any]) -> dict[str, Any]:

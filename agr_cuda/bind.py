@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import backends
 from .backends import choose, why_not
+from .groups import STATE_CONVERTED
 from .precision import Precision, says_state
 from .state import (
     StateChange,
@@ -55,7 +56,7 @@ def bind(optimizer: AGROptimizer, previous: Sequence[Binding]) -> list[Binding]:
             index += 1
             location = _Location(optimizer, index, group_index, position)
             if parameter.grad is not None:
-                present.append(_bind(location, parameter, None, previous_of.get(id(parameter))))
+                present.append(_bind(location, parameter, None))
             elif id(parameter) in previous_of:
                 rebound = _bind_without_gradient(location, previous_of[id(parameter)])
                 if rebound is not None:
@@ -90,13 +91,12 @@ class _Location:
             self.name += f" ({names[position]!r})"
 
 
-def _bind(
-    location: _Location, parameter: Tensor, kind: GradientKind | None, previous: Binding | None = None
-) -> Binding:
+def _bind(location: _Location, parameter: Tensor, kind: GradientKind | None) -> Binding:
     """Return the binding of a parameter to its gradient, or to a future gradient of `kind` if it has none now."""
     precision = Precision.of(parameter, location.group)
-    # The options may be back at their defaults; the state of before is still converted.
-    converts = says_state(location.group) or (previous is not None and previous.converts)
+    if says_state(location.group):
+        location.group[STATE_CONVERTED] = True
+    converts = STATE_CONVERTED in location.group
     specs = stored_state(location.optimizer._declared_state(location.group), precision)
     state = location.optimizer.state.get(parameter, {})
     if precision.quantized and is_wrapper(parameter):
@@ -135,7 +135,7 @@ def _bind_without_gradient(location: _Location, previous: Binding) -> Binding | 
     An unusable parameter is no error here, since this step does not update it.
     """
     try:
-        binding = _bind(location, previous.parameter, previous.gradient, previous)
+        binding = _bind(location, previous.parameter, previous.gradient)
         with ordinary_mode():
             change = state_change(location.optimizer, binding)
     except (RuntimeError, TypeError, AttributeError):
@@ -166,8 +166,8 @@ def check_tensors(place: str, parameter: Tensor, state: dict[str, Any], specs: S
         raise RuntimeError(f"{place} is expanded: its elements share memory, so that they cannot be updated")
     if parameter.grad is not None:
         _check_gradient(place, parameter, parameter.grad)
-    for spec in specs:
-        key, value = spec.key, state.get(spec.key)
+    for key, spec in {key: x for x in specs for key in (x.key, x.other_key)}.items():
+        value = state.get(key)
         if spec.role == "count":
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise RuntimeError(f"{key} of {place} has shape {tuple(value.shape)}; it must have 1 element")
@@ -186,6 +186,10 @@ def check_tensors(place: str, parameter: Tensor, state: dict[str, Any], specs: S
 def _check_gradient(place: str, parameter: Tensor, gradient: Tensor) -> None:
     if gradient.layout != torch.strided:
         raise RuntimeError(f"the gradient of {place} is {gradient.layout}; it must be dense (torch.strided)")
+    # What is no such number loses something when it is converted, and torch.optim.AdamW refuses it, too.
+    if gradient.is_complex() != parameter.is_complex() or not (gradient.is_complex() or gradient.is_floating_point()):
+        numbers = "complex" if parameter.is_complex() else "real floating-point numbers"
+        raise RuntimeError(f"the gradient of {place} is {gradient.dtype}; it must be {numbers}")
     if gradient.shape != parameter.shape:
         shape, wanted = tuple(gradient.shape), tuple(parameter.shape)
         raise RuntimeError(f"the gradient of {place} has shape {shape}; it must be {wanted}")
@@ -253,6 +257,6 @@ def _why_state_unsupported(
         if value.dtype == spec.dtype and is_plain(value):
             if spec.role != "scales":
                 kept[key] = value
-        elif not is_plain(value) or not (converts or value.dtype == torch.uint8):
+        elif not is_plain(value) or not converts:
             return f"its state is a {value.dtype} {type(value).__name__}, the parameter {parameter.dtype}"
     return why_not_movable(parameter, kept)

@@ -11,6 +11,9 @@ from .precision import PRECISION_OPTIONS
 HIDDEN_OPTIONS = ("agr", *PRECISION_OPTIONS)
 #: Those, and one that is left out where it has no meaning.
 UNSAVED_OPTIONS = (*HIDDEN_OPTIONS, "rounding_seed")
+#: No option, and left out as well: that a step has been prepared with options that say of what type the state is. The
+#: options may be back at their defaults since; the state of before is then still converted.
+STATE_CONVERTED = "_state_converted"
 
 
 class ParameterGroup(dict[str, Any]):
@@ -28,7 +31,9 @@ class ParameterGroup(dict[str, Any]):
             self.update(options._hidden())
 
     def _hides(self, key: str) -> bool:
-        return key in HIDDEN_OPTIONS or (key == "rounding_seed" and not self.get("stochastic_rounding"))
+        return key in (*HIDDEN_OPTIONS, STATE_CONVERTED) or (
+            key == "rounding_seed" and not self.get("stochastic_rounding")
+        )
 
     def _hidden(self) -> dict[str, Any]:
         return {key: self[key] for key in super().__iter__() if self._hides(key)}

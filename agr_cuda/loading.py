@@ -1,4 +1,4 @@
-"""Load state without losing precision: torch.optim.Optimizer casts all state that it loads to the parameter's type."""
+"""Checkpoints that lose no precision: torch.optim.Optimizer casts all state that it loads to the parameter's type."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from .precision import SIXTEEN_BITS
 from .state import stored_as_asked
-from .tensors import MASTER, StateTensor, ordinary_mode, scales_key
+from .tensors import MASTER, StateTensor, ordinary_mode
 
 
 @dataclass(eq=False)
@@ -44,12 +44,15 @@ def take_loaded(parameter: Tensor, state: dict[str, Any], specs: Sequence[StateT
         Whether there was a master copy that the parameter does not have.
     """
     wanted = {spec.key for spec in specs}
+    stays = wanted | {key for spec in specs if spec.role == "average" for key in (spec.other_key, spec.scales_key)}
     tensors = {key: kept.tensor.to(parameter.device) for key, kept in state.items() if isinstance(kept, _Kept)}
-    codes = {key for key, value in tensors.items() if value.dtype == torch.uint8 and scales_key(key) in tensors}
-    stays = wanted | codes | {scales_key(key) for key in codes}
     for key, value in tensors.items():
         # torch.optim.Optimizer casts all that it does not know.
         state[key] = value.to(parameter.dtype) if key not in stays and parameter.is_floating_point() else value
+    master = state.get(MASTER.key)
+    if isinstance(master, Tensor) and master.dtype in SIXTEEN_BITS:
+        # An optimizer without masters has carried it along, cast it, and moved the parameter since.
+        del state[MASTER.key]
     had_master = MASTER.key in state and MASTER.key not in wanted
     with ordinary_mode():
         stored_as_asked(parameter, state, specs, converts=parameter.is_floating_point()).apply(state)

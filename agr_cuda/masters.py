@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tensors import MASTER, is_wrapper
+from .tensors import MASTER, StateTensor, is_wrapper
 
 #: What master weights are loaded from: tensors by parameters' names, a state dict of an optimizer that had master
 #: weights, or one tensor for each parameter, in the order of the groups.
@@ -20,7 +20,8 @@ def master_sources(groups: Sequence[dict[str, Any]], source: MasterSource) -> li
 
     Raises:
         KeyError: for a parameter that `source` lacks.
-        ValueError: for a tensor of another shape than its parameter, and for a wrong number of tensors.
+        ValueError: for a tensor of another shape than its parameter, for one that is sparse, on the meta device, or not
+            of real floating-point numbers, and for a wrong number of tensors.
         RuntimeError: if `source` is by name and the optimizer does not know its parameters' names.
     """
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -43,6 +44,11 @@ def master_sources(groups: Sequence[dict[str, Any]], source: MasterSource) -> li
             raise ValueError(f"{len(tensors)} master weights are given, and there are {len(parameters)} parameters")
         found = list(zip(parameters, tensors, strict=True))
     for i, (parameter, tensor) in enumerate(found):
+        if isinstance(tensor, Tensor) and (
+            tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point()
+        ):
+            kind = "a meta tensor" if tensor.is_meta else f"{tensor.layout}, {tensor.dtype}"
+            raise ValueError(f"master weight {i} is {kind}; it must be a dense tensor of real floating-point numbers")
         if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
             what = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"master weight {i} is {what}; it must be a tensor of shape {tuple(parameter.shape)}")
@@ -66,10 +72,15 @@ def _of_state_dict(parameters: list[Tensor], saved: Mapping[str, Any]) -> list[t
 
 
 @torch.no_grad()
-def set_parameter(parameter: Tensor, value: Tensor, state: dict[str, Any] | None) -> None:
-    """Set a parameter to `value`, and also its master, which is in `state`; without one, `state` is None."""
-    if state is not None:
-        if not isinstance(state.get(MASTER.key), Tensor):
+def set_parameter(parameter: Tensor, value: Tensor, state: dict[str, Any], specs: Sequence[StateTensor]) -> None:
+    """Set a parameter to `value`, and its master too, if it has one among its state tensors, which are `specs`."""
+    if MASTER in specs:
+        if not state:
+            # A checkpoint with nothing but masters is not one that other optimizers could go on from.
+            for spec in specs:
+                where = torch.device("cpu") if spec.role == "count" else parameter.device
+                state[spec.key] = spec.create(parameter, where)
+        elif not isinstance(state.get(MASTER.key), Tensor):
             state[MASTER.key] = MASTER.create(parameter, parameter.device)
         value = state[MASTER.key].copy_(value)
     parameter.copy_(value)

@@ -17,13 +17,13 @@ from .backends import check_backend
 from .bind import bind, check_tensors, check_writable, state_change
 from .clipping import Clipping, prepare_clipping
 from .fork import renew_lock_after_fork
-from .groups import UNSAVED_OPTIONS, ParameterGroup
+from .groups import STATE_CONVERTED, UNSAVED_OPTIONS, ParameterGroup
 from .hooks import caller_stacklevel, exclude_from_compile, with_step_hooks
 from .loading import keep_dtypes, take_loaded
 from .masters import MasterSource, master_sources, set_parameter
 from .options import BOOLEAN_OPTIONS, check_betas, check_flag, check_nonnegative, convert_to_builtin, number
 from .plan import StepPlan
-from .precision import PRECISION_OPTIONS, Precision, check_precision, check_precision_options
+from .precision import PRECISION_OPTIONS, Precision, check_precision, check_precision_options, says_state
 from .scaling import Scaling
 from .tensors import MASTER, Binding, StateTensor, is_plain, ordinary_mode, stored_state
 
@@ -237,7 +237,8 @@ class AGROptimizer(torch.optim.Optimizer):
         with (
             self._temporary_hook(self.register_load_state_dict_post_hook, lambda _: self._take_loaded(), prepend=True),
             self._temporary_hook(
-                self.register_load_state_dict_pre_hook, lambda saved: keep_dtypes(self._adapt_state_dict(saved))
+                self.register_load_state_dict_pre_hook,
+                lambda saved: keep_dtypes(self._adapt_state_dict(saved)),
             ),
         ):
             super().load_state_dict(state_dict)
@@ -245,6 +246,8 @@ class AGROptimizer(torch.optim.Optimizer):
     def _take_loaded(self) -> None:
         """Store the loaded state as the groups' options say."""
         for group in self.param_groups:
+            if says_state(group):
+                group[STATE_CONVERTED] = True
             for parameter in group["params"]:
                 specs = stored_state(self._declared_state(group), Precision.of(parameter, group))
                 if parameter in self.state and take_loaded(parameter, self.state[parameter], specs):
@@ -304,15 +307,17 @@ class AGROptimizer(torch.optim.Optimizer):
 
         Raises:
             KeyError: for a name that is missing.
-            ValueError: for a wrong number of tensors, or a tensor of the wrong shape.
+            ValueError: for a wrong number of tensors, and for a tensor of the wrong shape, or one that is sparse, on
+                the meta device, or not of real floating-point numbers.
             RuntimeError: for names, if the optimizer does not know its parameters' names.
         """
         with self._lock, ordinary_mode():
             found = master_sources(self.param_groups, weights)
             group_of = {id(p): group for group in self.param_groups for p in group["params"]}
             for parameter, value in found:
-                has_master = Precision.of(parameter, group_of[id(parameter)]).master
-                set_parameter(parameter, value, self.state[parameter] if has_master else None)
+                group = group_of[id(parameter)]
+                specs = stored_state(self._declared_state(group), Precision.of(parameter, group))
+                set_parameter(parameter, value, self.state[parameter] if MASTER in specs else {}, specs)
 
     def reset_master_weights(self) -> None:
         """Set all master weights to their parameters' values, after a program has written into the parameters.

@@ -23,7 +23,9 @@ SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 #: Parameters of these types can have state of another type than their own.
 CONVERTIBLE = (torch.float32, *SIXTEEN_BITS)
 #: Parameters with fewer elements keep their state in float32 where it would be 8 bits, as in the 8-bit optimizers of
-#: arXiv 2110.02861: it takes little memory, and is of biases and norms, which are sensitive.
+#: arXiv 2110.02861: it takes little memory, and is of biases and norms, which are sensitive. So do parameters that are
+#: not contiguous: blocks are neighbours in memory, and a checkpoint's tensors need not come back in the order in which
+#: they were in memory.
 SMALLEST_QUANTIZED = 4096
 
 
@@ -50,7 +52,8 @@ class Precision(NamedTuple):
         if state is None:
             state = torch.float32 if master else parameter.dtype
         elif state == EIGHT_BIT:
-            state = torch.uint8 if parameter.numel() >= SMALLEST_QUANTIZED else torch.float32
+            quantized = parameter.numel() >= SMALLEST_QUANTIZED and parameter.is_contiguous()
+            state = torch.uint8 if quantized else torch.float32
         rounds = state == torch.bfloat16 or (parameter.dtype == torch.bfloat16 and not master)
         return cls(state, master, bool(group["stochastic_rounding"]) and rounds)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .quantization import dequantize, quantize, scale_count
-from .tensors import MASTER, Binding, StateTensor, is_dense, is_wrapper, same_layout, scales_key, state_like
+from .tensors import MASTER, Binding, StateTensor, is_wrapper, same_layout
 
 
 @dataclass
@@ -29,6 +29,12 @@ class StateChange:
     def __bool__(self) -> bool:
         return bool(self.added or self.moved or self.removed)
 
+    def update(self, other: StateChange) -> None:
+        """Take the changes of another tensor of the same state along."""
+        self.added.update(other.added)
+        self.moved += other.moved
+        self.removed += other.removed
+
     def apply(self, state: dict[str, Any]) -> None:
         """Apply the changes to `state`, the parameter's state dictionary."""
         for tensor, memory in self.moved:
@@ -44,8 +50,12 @@ def check_complete(place: str, state: dict[str, Any], specs: Sequence[StateTenso
     A newly initialized tensor beside averages from a long run would bias the steps for as long as those averages
     remember. If all state is missing, the parameter starts from its first step.
     """
-    missing = [spec.key for spec in specs if state.get(spec.key) is None and not spec.optional]
-    found = [spec.key for spec in specs if state.get(spec.key) is not None and spec.role != "master"]
+
+    def there(spec: StateTensor) -> bool:
+        return state.get(spec.key) is not None or state.get(spec.other_key) is not None
+
+    missing = [spec.key for spec in specs if not there(spec) and not spec.optional]
+    found = [spec.key for spec in specs if there(spec) and spec.role != "master"]
     if missing and found:
         raise RuntimeError(
             f"the state of {place} has {', '.join(found)} and lacks {', '.join(missing)}; it must have all, or none to "
@@ -54,24 +64,25 @@ def check_complete(place: str, state: dict[str, Any], specs: Sequence[StateTenso
 
 
 def check_codes(place: str, parameter: Tensor, state: dict[str, Any], specs: Sequence[StateTensor]) -> None:
-    """Raise RuntimeError if an average is stored as codes of 8 bits, and its scales are not those of the parameter."""
+    """Raise RuntimeError if an average's codes are no codes of 8 bits, or their scales not those of the parameter."""
     for spec in specs:
-        value = state.get(spec.key)
-        if spec.role == "average" and _is_coded(value) and not _has_scales(parameter, state, spec.key):
-            key, wanted = scales_key(spec.key), scale_count(parameter.numel())
-            scales = state.get(key)
+        codes = state.get(spec.codes_key)
+        if spec.role != "average" or codes is None or (spec.key != spec.codes_key and state.get(spec.key) is not None):
+            continue
+        if not isinstance(codes, Tensor) or codes.dtype != torch.uint8:
+            found = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
+            raise RuntimeError(f"{spec.codes_key} of {place} is {found}; it must be a tensor of torch.uint8")
+        if not _has_scales(parameter, state, spec):
+            scales, wanted = state.get(spec.scales_key), scale_count(parameter.numel())
             found = f"of shape {tuple(scales.shape)}" if isinstance(scales, Tensor) else "missing"
             raise RuntimeError(
-                f"{spec.key} of {place} has codes of 8 bits, and {key} is {found}; it must have {wanted} elements"
+                f"{spec.codes_key} of {place} are codes of 8 bits, and {spec.scales_key} is {found}; it must have "
+                f"{wanted} elements"
             )
 
 
-def _is_coded(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype == torch.uint8
-
-
-def _has_scales(parameter: Tensor, state: dict[str, Any], key: str) -> bool:
-    scales = state.get(scales_key(key))
+def _has_scales(parameter: Tensor, state: dict[str, Any], spec: StateTensor) -> bool:
+    scales = state.get(spec.scales_key)
     return isinstance(scales, Tensor) and scales.shape == (scale_count(parameter.numel()),)
 
 
@@ -114,31 +125,55 @@ def stored_as_asked(
 ) -> StateChange:
     """Return the changes by which a parameter's averages and master are stored as `specs` say.
 
-    Codes of 8 bits become numbers, and the other way round; where codes are in another memory layout than the
-    parameter, and so in other blocks, they are made anew. Numbers of one type become numbers of another if `converts`.
+    Codes of 8 bits become numbers, and the other way round. Numbers of one type become numbers of another if
+    `converts`.
     What is missing stays missing, what another precision has left is removed, and what does not fit the parameter is
     left for the checks before a step to refuse.
     """
     change = StateChange()
-    wanted = {spec.key: spec for spec in specs}
     for spec in specs:
-        value, its_scales = state.get(spec.key), scales_key(spec.key)
-        if spec.role in ("count", "scales") or not isinstance(value, Tensor) or value.shape != parameter.shape:
-            continue
-        to_codes, coded = spec.dtype == torch.uint8, _is_coded(value)
-        if (to_codes and is_wrapper(parameter)) or (coded and not _has_scales(parameter, state, spec.key)):
-            continue
-        if coded and not (to_codes and same_layout(state_like(parameter), value)):
-            dense = value if is_dense(value) else value.clone()
-            value = dequantize(dense, state[its_scales], spec.signed)
-        if to_codes and not _is_coded(value):
-            change.added.update(quantized_like(parameter, value, spec))
-        elif not to_codes and (coded or (converts and value.dtype != spec.dtype)):
-            change.added[spec.key] = _converted(parameter, value.detach(), spec.dtype)
-        if spec.role == "average" and its_scales in state and its_scales not in wanted:
-            change.removed.append(its_scales)
-    if MASTER.key in state and MASTER.key not in wanted:
+        if spec.role == "average":
+            change.update(_stored_average(parameter, state, spec, converts))
+        elif spec.role == "master" and isinstance(state.get(spec.key), Tensor):
+            change.update(_stored_numbers(parameter, state, spec, converts))
+    if MASTER.key in state and MASTER not in specs:
         change.removed.append(MASTER.key)
+    return change
+
+
+def _stored_average(parameter: Tensor, state: dict[str, Any], spec: StateTensor, converts: bool) -> StateChange:
+    """Return the changes by which an average is stored as `spec` says."""
+    other = state.get(spec.other_key)
+    change = StateChange()
+    if isinstance(state.get(spec.key), Tensor):
+        change = _stored_numbers(parameter, state, spec, converts)
+    elif not isinstance(other, Tensor) or other.shape != parameter.shape:
+        return change
+    elif spec.dtype == torch.uint8:
+        if is_wrapper(parameter):
+            return change
+        change.added.update(quantized_like(parameter, other, spec))
+    elif _has_scales(parameter, state, spec):
+        # Blocks are of neighbours in this order.
+        numbers = dequantize(other.contiguous(), state[spec.scales_key], spec.signed)
+        change.added[spec.key] = _converted(parameter, numbers, spec.dtype)
+    else:
+        return change
+    # What the other way has left.
+    leftover = [spec.other_key] if spec.dtype == torch.uint8 else [spec.other_key, spec.scales_key]
+    change.removed += [key for key in leftover if key in state]
+    return change
+
+
+def _stored_numbers(parameter: Tensor, state: dict[str, Any], spec: StateTensor, converts: bool) -> StateChange:
+    """Return the changes by which a master, or an average that is stored the right way, has the right type."""
+    value, change = state[spec.key], StateChange()
+    if value.shape == parameter.shape:
+        if spec.dtype == torch.uint8:
+            if not value.is_contiguous():
+                change.added[spec.key] = value.contiguous()
+        elif converts and value.dtype != spec.dtype:
+            change.added[spec.key] = _converted(parameter, value.detach(), spec.dtype)
     return change
 
 
@@ -150,10 +185,10 @@ def _converted(parameter: Tensor, values: Tensor, dtype: torch.dtype | None) -> 
 
 
 def quantized_like(parameter: Tensor, values: Tensor, spec: StateTensor) -> dict[str, Tensor]:
-    """Return the codes and scales of an average, by their keys, in the memory layout of its parameter."""
+    """Return the codes and scales of an average, by their keys. The parameter is contiguous, and so are the codes."""
     like_parameter = torch.empty_like(parameter, dtype=torch.float32, memory_format=torch.preserve_format)
     codes, scales = quantize(like_parameter.copy_(values), spec.signed)
-    return {spec.key: codes, scales_key(spec.key): scales}
+    return {spec.codes_key: codes, spec.scales_key: scales}
 
 
 def _change_count(change: StateChange, binding: Binding, spec: StateTensor, value: Any, device: torch.device) -> None:

@@ -60,7 +60,8 @@ def _rounded(binding: Binding, values: Tensor, array: int, step: Tensor | float,
     here: Any = values
     if is_wrapper(values):
         here = here.redistribute(placements=whole.placements).to_local()
-    chunks = [x.reshape(-1).split(_CHUNK) for x in (element_indices(whole), here)]
+    # In the arithmetic of a 0-d parameter, options that are float64 tensors have made its values float64.
+    chunks = [x.reshape(-1).split(_CHUNK) for x in (element_indices(whole), here.float())]
     parts = [
         round_stochastically(x, random_bits(elements, seed=seed, step=step, index=binding.index, array=array))
         for elements, x in zip(*chunks, strict=True)

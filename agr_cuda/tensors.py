@@ -17,8 +17,10 @@ from torch import Tensor
 from .precision import Precision
 from .quantization import scale_count
 
-#: What the key of an average's scales ends with.
+#: What the keys of an average's scales and codes end with. Codes are not at the key of the numbers, from which other
+#: optimizers, and torch.distributed.checkpoint, would take them for averages of up to 255.
 _SCALES = "_scale"
+_CODES = "_codes"
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,21 @@ class StateTensor:
     signed: bool = True
 
     @property
+    def other_key(self) -> str:
+        """The key of an average where it is stored the other way: as codes instead of numbers, or as numbers."""
+        if self.role != "average":
+            return self.key
+        return self.key.removesuffix(_CODES) if self.key.endswith(_CODES) else self.key + _CODES
+
+    @property
+    def scales_key(self) -> str:
+        """The key of an average's scales, where it is stored as codes."""
+        return self.key.removesuffix(_CODES) + _SCALES
+
+    @property
     def codes_key(self) -> str:
-        """The key of the codes that these scales belong to."""
-        return self.key.removesuffix(_SCALES)
+        """The key of the codes that these scales belong to, or of the codes of an average."""
+        return self.key.removesuffix(_CODES).removesuffix(_SCALES) + _CODES
 
     def shape_for(self, parameter: Tensor) -> torch.Size:
         """Return the shape of this tensor for `parameter`."""
@@ -66,21 +80,16 @@ class StateTensor:
 MASTER = StateTensor("master_param", role="master", dtype=torch.float32, optional=True)
 
 
-def scales_key(key: str) -> str:
-    """Return the key of the scales of the average at `key`."""
-    return key + _SCALES
-
-
 def stored_state(declared: Sequence[StateTensor], precision: Precision) -> tuple[StateTensor, ...]:
     """Return the state tensors of one parameter, given those that its update rule declares."""
     averages = [replace(spec, dtype=precision.state) for spec in declared if spec.role == "average"]
     scales = []
     if precision.quantized:
+        # Each code of 0 stands for the initial value, if that is in its scale.
         scales = [
-            replace(spec, key=scales_key(spec.key), role="scales", dtype=torch.float32, optional=True)
-            for spec in averages
+            replace(spec, key=spec.scales_key, role="scales", dtype=torch.float32, optional=True) for spec in averages
         ]
-        averages = [replace(spec, initial=0.0) for spec in averages]
+        averages = [replace(spec, key=spec.codes_key, initial=0.0) for spec in averages]
     masters = [MASTER] if precision.master else []
     return (*averages, *scales, *masters, *(spec for spec in declared if spec.role == "count"))
 

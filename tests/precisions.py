@@ -151,10 +151,9 @@ def value_of(p: Tensor, state: dict[str, Tensor]) -> np.ndarray:
 
 def average_of(p: Tensor, state: dict[str, Tensor], key: str) -> np.ndarray:
     """An average as the next step sees it, in the order of memory."""
-    kept = flat(state[key], p)
-    if kept.dtype != torch.uint8:
-        return exact(kept)
-    scales = exact(state[f"{key}_scale"])
+    if key in state:
+        return exact(flat(state[key], p))
+    kept, scales = flat(state[f"{key}_codes"], p), exact(state[f"{key}_scale"])
     return stored.code_values(key not in UNSIGNED)[kept.cpu().numpy()] * stored.each(scales, kept.numel())
 
 
@@ -211,7 +210,7 @@ def oracle_now(rule: str, optimizer: Any) -> tuple[Any, list[oracle.Parameter]]:
         params = []
         for p in group["params"]:
             state = optimizer.state.get(p, {})
-            there = {k: Approximate(average_of(p, state, k)) for k in averages if k in state}
+            there = {k: Approximate(average_of(p, state, k)) for k in averages if {k, f"{k}_codes"} & state.keys()}
             if not group.get("step", 1):  # of Adan's before the first step, which were restarted or skipped
                 there.pop("neg_pre_grad", None)
             steps = int(state.get("step", group.get("step", 0)))
@@ -243,16 +242,18 @@ def step_beside_oracle(rule: str, case: Case, optimizer: Any, grad_scale: float 
             assert_stored(label, p, p, None, q.value, True, draws[0])
         for array, key in enumerate(RULES[rule][2], 1):
             scales, signed = state.get(f"{key}_scale"), key not in UNSIGNED
-            assert_stored(f"{label}, {key}", state[key], p, scales, q.state[key], signed, draws[array])
+            kept = state[key if scales is None else f"{key}_codes"]
+            assert_stored(f"{label}, {key}", kept, p, scales, q.state[key], signed, draws[array])
 
 
 def assert_types(label: str, case: Case, p: Tensor, state: dict[str, Tensor]) -> None:
     """Everything is of the type that was asked for, and there is nothing else."""
     own = "float32" if case.master else case.parameter
-    wanted = DTYPES.get(case.state or own, torch.uint8 if p.numel() >= 4096 else torch.float32)
+    wanted = DTYPES.get(case.state or own, torch.uint8 if p.numel() >= 4096 and p.is_contiguous() else torch.float32)
     assert p.dtype == DTYPES[case.parameter]
-    scales = {f"{key}_scale" for key in state} & state.keys()
+    scales = {key for key in state if key.endswith("_scale")}
     averages = state.keys() - scales - {"step", "master_param"}
+    assert all(key.endswith("_codes") == (wanted == torch.uint8) for key in averages)
     assert {state[key].dtype for key in averages} == {wanted}, label
     assert len(scales) == (len(averages) if wanted == torch.uint8 else 0), label
     assert ("master_param" in state) == case.master, label

@@ -276,3 +276,21 @@ def test_what_torch_refuses_is_refused(method) -> None:
 def test_what_is_no_number_is_refused_by_name(method, option, value) -> None:
     with pytest.raises(TypeError, match=f"{option} is .*must be a number"):
         method.ours([torch.nn.Parameter(torch.ones(3))], **{option: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
+@pytest.mark.parametrize("asked", [None, "reference"])
+def test_gradients_that_would_lose_something_are_refused(
+    dtype: torch.dtype, backend, method: Method, generator
+) -> None:
+    """Any type of gradient can be given to a parameter whose grad_dtype is None."""
+    params = parameters(generator, SHAPES)
+    optimizer = method.ours(params, backend=asked)
+    give_gradients(params, generator)
+    params[1].grad_dtype = None
+    params[1].grad = torch.ones_like(params[1], dtype=dtype)
+    unchanged = snapshot(optimizer)
+    message = rf"gradient of group 0, parameter 1 is {dtype}; it must be real floating-point numbers"
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    unchanged()

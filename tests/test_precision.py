@@ -569,9 +569,9 @@ def test_what_a_step_keeps_in_codes(on: str, rule: str, case: Case) -> None:
     optimizer.step()
     betas, state = optimizer.defaults["betas"], optimizer.state[p]
     averages = {"exp_avg": 1 - betas[0], "exp_avg_sq": 1 - betas[-1], "neg_pre_grad": -1.0}
-    for key in averages.keys() & state.keys():
+    for key in (key for key in averages if f"{key}_codes" in state):
         signed, g = key not in UNSIGNED, exact(gradient)
-        kept = exact(dequantize(state[key], state[f"{key}_scale"], signed))
+        kept = exact(dequantize(state[f"{key}_codes"], state[f"{key}_scale"], signed))
         wanted = averages[key] * (g if signed else g * g)
         assert np.isnan(kept[bad : bad + 256]).all()
         for begin in range(0, len(wanted), 256):

@@ -68,19 +68,20 @@ def values_of(optimizer: Any, p: Tensor, key: str) -> Tensor:
     """An average as numbers."""
     state = optimizer.state[p]
     if f"{key}_scale" in state:
-        return dequantize(state[key], state[f"{key}_scale"], signed=not key.endswith("_sq"))
+        return dequantize(state[f"{key}_codes"], state[f"{key}_scale"], signed=not key.endswith("_sq"))
     return state[key]
 
 
 def assert_holds(optimizer: Any, p: Tensor, key: str, values: Tensor, state_dtype: Any) -> None:
     """The average is stored in this type, and is what `values` become when they are converted."""
     state = optimizer.state[p]
-    if state_dtype == "8bit" and p.numel() >= 4096:
+    if state_dtype == "8bit" and p.numel() >= 4096 and p.is_contiguous():
         codes, scales = quantize(values.float(), signed=not key.endswith("_sq"))
-        assert same_bits(state[key], codes)
+        assert same_bits(state[f"{key}_codes"], codes)
         assert same_bits(state[f"{key}_scale"], scales)
+        assert key not in state
     else:
-        assert f"{key}_scale" not in state
+        assert not {f"{key}_scale", f"{key}_codes"} & state.keys()
         assert same_bits(state[key], values.to(FP32 if state_dtype == "8bit" else state_dtype))
 
 
@@ -108,22 +109,33 @@ def test_a_run_resumes_bit_for_bit(dtype: torch.dtype, options: dict, how: str, 
     assert_same_bits(optimizer, other)
 
 
-def test_channels_last_codes_resume_bit_for_bit(method: Method, generator) -> None:
-    def image() -> list[Tensor]:
+@pytest.mark.parametrize("stored_as", [torch.contiguous_format, torch.channels_last])
+def test_codes_survive_a_checkpoint_that_keeps_no_memory_layout(stored_as, method: Method, generator) -> None:
+    def image(layout: torch.memory_format) -> list[Tensor]:
         given = parameter((4, 16, 9, 8), torch.Generator().manual_seed(1)).detach()
-        return [given.to(memory_format=torch.channels_last).requires_grad_()]
+        return [given.to(memory_format=layout).requires_grad_()]
 
-    optimizer, other = (made(method, image(), state_dtype="8bit") for _ in range(2))
+    optimizer = made(method, image(torch.contiguous_format), state_dtype="8bit")
     run(optimizer, 2)
-    other.load_state_dict(through_a_file(optimizer.state_dict()))
-    other.param_groups[0]["params"][0].data.copy_(optimizer.param_groups[0]["params"][0])
-    for o in (optimizer, other):
-        run(o, range(2, 4))
-    assert_same_bits(optimizer, other)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0] = {
+        k: x.contiguous(memory_format=stored_as) if isinstance(x, Tensor) and x.dim() == 4 else x
+        for k, x in saved["state"][0].items()
+    }
+    for layout in (torch.contiguous_format, torch.channels_last):
+        other = made(method, image(layout), state_dtype="8bit")
+        other.load_state_dict(copy.deepcopy(saved))
+        (p,), (q,) = all_params(optimizer), all_params(other)
+        for key in method.states:
+            if q.is_contiguous():
+                assert same_bits(other.state[q][f"{key}_codes"], optimizer.state[p][f"{key}_codes"])
+                assert same_bits(other.state[q][f"{key}_scale"], optimizer.state[p][f"{key}_scale"])
+            else:
+                assert_holds(other, q, key, values_of(optimizer, p, key), "8bit")
+        run(other, range(2, 3))
 
 
-def test_codes_of_another_memory_layout_are_made_anew(method: Method) -> None:
-    """Their blocks are other elements."""
+def test_codes_of_a_parameter_whose_memory_layout_changes_become_numbers(method: Method) -> None:
     optimizer = begun(method, FP32, state_dtype="8bit")
     other = made(method, [p.detach().t().contiguous().t().requires_grad_() for p in all_params(optimizer)[1:2]])
     other.param_groups[0]["state_dtype"] = "8bit"
@@ -133,9 +145,8 @@ def test_codes_of_another_memory_layout_are_made_anew(method: Method) -> None:
     other.load_state_dict(saved)
     (q,) = all_params(other)
     for key in method.states:
-        values = values_of(optimizer, all_params(optimizer)[1], key)
         assert other.state[q][key].stride() == q.stride()
-        assert_holds(other, q, key, values.t().contiguous().t(), "8bit")
+        assert_holds(other, q, key, values_of(optimizer, all_params(optimizer)[1], key), "8bit")
 
 
 @pytest.mark.parametrize(("dtype", "options"), [(FP32, {}), (BF16, {}), (BF16, {"master_weights": True})], ids=str)
@@ -150,7 +161,10 @@ def test_loading_converts(source: Any, target: Any, dtype: torch.dtype, options:
     for p, q in zip(all_params(optimizer), all_params(other), strict=True):
         for key in method.states:
             if source == target:  # the codes themselves, which are not made again
-                assert same_bits(other.state[q][key], optimizer.state[p][key])
+                mine, theirs = optimizer.state[p], other.state[q]
+                assert mine.keys() == theirs.keys()
+                kept = f"{key}_codes" if f"{key}_codes" in mine else key
+                assert same_bits(theirs[kept], mine[kept])
                 continue
             wanted = state_dtype_of(q, {"state_dtype": target, **options})
             assert_holds(other, q, key, values_of(optimizer, p, key), wanted)
@@ -236,7 +250,7 @@ def test_codes_without_their_scales_are_refused(to: Any, method: Method) -> None
         p.grad = torch.ones_like(p)
     unchanged = snapshot(other)
     with pytest.raises(
-        RuntimeError, match=r"exp_avg of group 0, parameter 1 has codes of 8 bits, and exp_avg_scale is mis"
+        RuntimeError, match=r"exp_avg_codes of group 0, parameter 1 are codes of 8 bits, and exp_avg_scale is mis"
     ):
         other.step()
     unchanged()
@@ -300,7 +314,81 @@ def test_a_run_of_sails_continues(step: int, dtype: torch.dtype, options: dict) 
     assert all(values_of(ours, p, key).isfinite().all() for p in all_params(ours) for key in ADAN.states)
 
 
+def checkpoint(optimizer: Any, model: torch.nn.Module, folder: Any) -> None:
+    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
+
+
+def restore(optimizer: Any, model: torch.nn.Module, folder: Any) -> None:
+    saved = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.load(saved, checkpoint_id=folder)
+    set_optimizer_state_dict(model, optimizer, saved["optimizer"])
+
+
+@pytest.mark.parametrize("target", ["8bit", None, BF16, "torch"])
+def test_distributed_checkpoints_do_not_take_codes_for_numbers(target: Any, tmp_path) -> None:
+    models = [torch.nn.Linear(64, 80, bias=False) for _ in range(2)]
+    for model in models:
+        model.weight.data.copy_(torch.linspace(-1, 1, 64 * 80).view(80, 64))
+    optimizer = agr_cuda.AdamW(models[0].parameters(), state_dtype="8bit", backend="reference")
+    if target == "torch":
+        other = torch.optim.AdamW(models[1].parameters())
+    else:
+        other = agr_cuda.AdamW(models[1].parameters(), state_dtype=target, backend="reference")
+    run(optimizer, 3)
+    checkpoint(optimizer, models[0], tmp_path)
+    if target == "8bit":
+        restore(other, models[1], tmp_path)
+        models[1].load_state_dict(models[0].state_dict())
+        assert_same_bits(optimizer, other)
+    else:
+        with pytest.raises(dcp.CheckpointException, match=r"Missing key.*exp_avg"):
+            restore(other, models[1], tmp_path)
+
+
+def test_torchs_optimizer_does_not_take_codes_for_numbers() -> None:
+    optimizer = begun(METHODS[0], FP32, state_dtype="8bit")
+    assert optimizer.state_dict()["state"][1].keys() == {
+        "step", "exp_avg_codes", "exp_avg_scale", "exp_avg_sq_codes", "exp_avg_sq_scale",
+    }  # fmt: skip
+    theirs = torch.optim.AdamW(copies(all_params(optimizer)))
+    theirs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with pytest.raises(KeyError, match="exp_avg"):
+        run(theirs, range(3, 4))
+
+
 # Masters.
+
+
+def test_masters_that_another_optimizer_has_carried_along_do_not_count(generator) -> None:
+    """torch.optim.AdamW keeps them, cast to the parameter's type, and moves the parameter."""
+    ours = agr_cuda.AdamW(parameters(generator, SHAPES, BF16), lr=0.01, master_weights=True, backend="reference")
+    run(ours, 2)
+    theirs = torch.optim.AdamW(copies(all_params(ours)), lr=0.01)
+    theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
+    run(theirs, range(2, 30))
+    assert "master_param" in theirs.state[all_params(theirs)[0]]
+    back = agr_cuda.AdamW(copies(all_params(theirs)), lr=0.0, master_weights=True, backend="reference")
+    back.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    back.param_groups[0]["lr"] = 0.0
+    run(back, range(30, 31))
+    for p, q in zip(all_params(back), all_params(theirs), strict=True):
+        assert same_bits(p, q)
+        assert same_bits(back.state[p]["master_param"], q.float())
+
+
+def test_masters_loaded_before_the_first_step_make_a_whole_state(method: Method, generator) -> None:
+    params = parameters(generator, SHAPES, BF16)
+    early, late = (made(method, copies(params), master_weights=True) for _ in range(2))
+    early.load_master_weights([p.detach().float() for p in params])
+    wanted = {"master_param", *method.states} | ({"step"} if method is not ADAN else set())
+    assert all(early.state[p].keys() == wanted for p in all_params(early))
+    if method is not ADAN:
+        theirs = torch.optim.AdamW(copies(params))
+        theirs.load_state_dict(copy.deepcopy(early.state_dict()))
+        run(theirs, 1)
+    for o in (early, late):
+        run(o, 3)
+    assert_same_bits(early, late)
 
 
 def test_a_float32_checkpoint_starts_masters_and_takes_them_back(method: Method) -> None:
@@ -365,6 +453,9 @@ def test_masters_are_loaded_by_name(method: Method, generator) -> None:
             "state dict has 1 parameters, and there",
         ),
         (lambda ps: {"state": {}, "param_groups": [{"params": [0, 1, 2]}]}, KeyError, "has no master_param"),
+        (lambda ps: [ps[0], ps[1].to_sparse(), ps[2]], ValueError, "master weight 1 is torch.sparse_coo, .*; it must"),
+        (lambda ps: [*ps[:2], ps[2].to("meta")], ValueError, "master weight 2 is a meta tensor; it must be a dense"),
+        (lambda ps: [*ps[:2], ps[2].to(torch.complex64)], ValueError, "weight 2 is torch.strided, torch.complex64; it"),
     ],
 )
 def test_wrong_masters_are_refused_before_anything_changes(
@@ -401,6 +492,44 @@ def test_what_a_program_writes_counts_after_a_reset(method: Method) -> None:
 
 
 # In flux.
+
+
+@pytest.mark.parametrize("how", ["no gradient", "deepcopy", "pickle", "failed step", "loaded"])
+@pytest.mark.parametrize(
+    ("dtype", "name", "value"),
+    [(FP32, "state_dtype", BF16), (BF16, "state_dtype", FP32), (BF16, "master_weights", True)],
+    ids=str,
+)
+def test_options_back_at_their_defaults_still_convert(
+    dtype: torch.dtype, name: str, value: Any, how: str, method: Method, generator
+) -> None:
+    optimizer = method.ours(parameters(generator, SHAPES, dtype), lr=0.01, **{name: value})
+    run(optimizer, 2)
+    if how == "loaded":
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.param_groups[0][name] = method.ours([torch.zeros(2)]).param_groups[0][name]
+    if how == "deepcopy":
+        optimizer = copy.deepcopy(optimizer)
+    elif how == "pickle":
+        optimizer = pickle.loads(pickle.dumps(optimizer))
+    first, other, _ = all_params(optimizer)
+    gradients = [torch.randn(p.shape, generator=generator).to(dtype) for p in all_params(optimizer)]
+    for p, grad in zip(all_params(optimizer), gradients, strict=True):
+        p.grad = grad
+    if how == "no gradient":
+        other.grad = None
+        optimizer.step()
+        other.grad = gradients[1]
+    elif how == "failed step":
+        first.grad = gradients[0].to_sparse()
+        with pytest.raises(RuntimeError, match="must be dense"):
+            optimizer.step()
+        first.grad = gradients[0]
+    optimizer.step()
+    assert "reference" not in optimizer.backends
+    for p in all_params(optimizer):
+        assert all(optimizer.state[p][key].dtype == dtype for key in method.states)
+        assert "master_param" not in optimizer.state[p]
 
 
 @pytest.mark.parametrize("options", [{"state_dtype": BF16}, {"state_dtype": "8bit"}, {"state_dtype": FP32}], ids=str)
@@ -444,7 +573,7 @@ def test_restart_opt_starts_afresh(source: Any, target: Any) -> None:
     twin.load_master_weights(optimizer.state_dict())
     optimizer.param_groups[0]["state_dtype"] = target
     optimizer.restart_opt()
-    assert not any(optimizer.state[p]["exp_avg"].any() for p in all_params(optimizer))
+    assert not any(values_of(optimizer, p, "exp_avg").any() for p in all_params(optimizer))
     for o in (optimizer, twin):
         run(o, range(3, 5))
     assert_same_bits(optimizer, twin)
@@ -459,7 +588,7 @@ def test_a_late_parameter_of_codes_starts_with_no_difference() -> None:
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert not values_of(optimizer, params[1], "exp_avg_diff").any()
-    del optimizer.state[params[1]]["neg_pre_grad"]
+    del optimizer.state[params[1]]["neg_pre_grad_codes"]
     optimizer.step()
     assert not values_of(optimizer, params[1], "exp_avg_diff").any()
 

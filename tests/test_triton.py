@@ -278,9 +278,9 @@ def kernels_values(signed: bool) -> Tensor:
 
 def stored_as_numbers(binding, key: str, signed: bool) -> Tensor:
     """An average in float32, as the kernels read it."""
-    value = binding.state[key]
-    if value.dtype != torch.uint8:
-        return value.float()
+    if key in binding.state:
+        return binding.state[key].float()
+    value = binding.state[f"{key}_codes"]
     scales = binding.state[f"{key}_scale"].repeat_interleave(256)[: value.numel()]
     numbers = torch.empty_like(value, dtype=F32)
     in_memory_order(numbers).copy_(kernels_values(signed)[in_memory_order(value).long()] * scales)
@@ -312,7 +312,8 @@ def step_beside_float32(optimizer, method: Method, options: dict, step: int) -> 
     bindings = {} if optimizer._plan is None else {b.index: b for b in optimizer._plan.bindings}
     for index, twin in enumerate(twins if bindings else []):
         averages = [spec for spec in bindings[index].specs if spec.role == "average"]
-        state = {spec.key: stored_as_numbers(bindings[index], spec.key, spec.signed).clone() for spec in averages}
+        keys = {spec.key.removesuffix("_codes"): spec.signed for spec in averages}
+        state = {key: stored_as_numbers(bindings[index], key, signed).clone() for key, signed in keys.items()}
         plain.state[twin] = state | ({} if method is ADAN else {"step": torch.tensor(float(step - 1))})
     if method is ADAN:
         plain.param_groups[0]["step"] = step - 1
@@ -325,9 +326,10 @@ def step_beside_float32(optimizer, method: Method, options: dict, step: int) -> 
         assert_stored(b.parameter, twin, stochastic and not b.precision.master, step, b.index, 0)
         for k, spec in enumerate(spec for spec in b.specs if spec.role == "average"):
             if b.precision.quantized:
-                codes, scales = quantize(plain.state[twin][spec.key], spec.signed)
-                assert same_bits(in_memory_order(b.state[spec.key]), in_memory_order(codes)), spec.key
-                assert same_bits(b.state[f"{spec.key}_scale"], scales), spec.key
+                key = spec.key.removesuffix("_codes")
+                codes, scales = quantize(plain.state[twin][key], spec.signed)
+                assert same_bits(b.state[f"{key}_codes"], codes), key
+                assert same_bits(b.state[f"{key}_scale"], scales), key
             else:
                 assert_stored(b.state[spec.key], plain.state[twin][spec.key], stochastic, step, b.index, k + 1)
 
