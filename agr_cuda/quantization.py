@@ -2,6 +2,8 @@
 
 This is the definition, in PyTorch's operations; the backends do the same within their kernels.
 
+Only contiguous tensors have codes, so that a block's elements are neighbours in every order that they may be copied in.
+
 An element x of a block is stored as a code of y = |x| / scale, where the scale is the largest |x| of the block. A code
 has some leading zero bits (the decade E of y), a one bit, and the bits f of a linear fraction within that decade, in
 the middle of its interval: y = 10^-E (0.1 + 0.9 (f + 1/2) / 2^bits). Codes of first moments have a sign bit and 7 more
@@ -13,7 +15,8 @@ A second moment that is not 0 gets a code that is not 0. It divides a step, and 
 vanished while the first moment, which is larger than its square, did not.
 
 A block with an infinite element or NaN has a scale of NaN, and is NaN as a whole. A block whose largest element is
-denormal has no reciprocal of its scale to multiply by, and becomes 0.
+denormal has no reciprocal of its scale to multiply by, and becomes 0. (Where the processor is told to flush denormal
+numbers, neither has one whose largest element is above 2^126.)
 """
 
 from __future__ import annotations

@@ -78,7 +78,8 @@ AGR_INLINE V lowest_line(V y, std::integer_sequence<int, decade...>) {
     return lowest;
 }
 
-// The code of x, by the definition's operations, so that all backends give the same. Bits above the lowest eight are 0.
+// The code of x, by the definition's operations, so that all backends give the same (processors without a fused
+// multiply and add: but for one in a million, at the border of two codes). Bits above the lowest eight are 0.
 template <bool is_signed, class U, class V>
 AGR_INLINE U code_of(V x, float inverse) {
     const V signed_y = x * inverse;

@@ -281,7 +281,7 @@ def test_what_is_no_number_is_refused_by_name(method, option, value) -> None:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
 @pytest.mark.parametrize("asked", [None, "reference"])
 def test_gradients_that_would_lose_something_are_refused(
-    dtype: torch.dtype, backend, method: Method, generator
+    dtype: torch.dtype, asked: str | None, method: Method, generator
 ) -> None:
     """Any type of gradient can be given to a parameter whose grad_dtype is None."""
     params = parameters(generator, SHAPES)
