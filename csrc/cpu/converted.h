@@ -52,6 +52,8 @@ AGR_INLINE void widen(Type type, const void* from, int n, float* to) {
 template <class Stored>
 AGR_INLINE void narrow_to(const float* from, int n, void* to) {
     auto* stored = static_cast<Stored*>(to);
+    for (; n >= 2 * float_lanes; n -= 2 * float_lanes, from += 2 * float_lanes, stored += 2 * float_lanes)
+        store_two(stored, load<float_lanes>(from), load<float_lanes>(from + float_lanes));
     for_vectors(
         n, [&](int i) { store(stored + i, load<float_lanes>(from + i)); },
         [&](int i, int count) {

@@ -60,10 +60,15 @@ AGR_INLINE double fast_abs_sum(const Stored* g, std::int64_t n) {
     using Half = vector<float, double_lanes>;
     using D = vector<double, double_lanes>;
     constexpr std::int64_t block = 8 * lanes;
+    constexpr std::int64_t ahead = 2048 / sizeof(Stored);  // elements
     D low = {}, high = {};
     V largest = {};
     std::int64_t i = 0;
     for (; i + block <= n; i += block) {
+        // Processors prefetch a single stream too slowly by themselves, and not past a page.
+        if (i + ahead + block <= n)
+            for (int line = 0; line < static_cast<int>(block * sizeof(Stored)) / 64; ++line)
+                __builtin_prefetch(reinterpret_cast<const char*>(g + i + ahead) + line * 64);
         V x[8];
         constexpr int parts = parts_of<Stored>;
         for (int k = 0; k < 8; k += parts) {

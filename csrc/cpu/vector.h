@@ -143,6 +143,22 @@ AGR_INLINE void store(float16* to, V value) {
     store_bits<lanes>(to, rounded_float16<vector<std::uint32_t, lanes>>(value));
 }
 
+// Stores two vectors one after the other.
+template <class Stored, class V>
+AGR_INLINE void store_two(Stored* to, V first, V second) {
+    store(to, first);
+    store(to + sizeof(V) / sizeof(float), second);
+}
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// AVX2 narrows two vectors with the instructions that it takes for one.
+AGR_INLINE void store_two(bfloat16* to, vector<float, 8> first, vector<float, 8> second) {
+    using Words = vector<std::uint32_t, 8>;
+    const __m256i halves =
+        _mm256_packus_epi32((__m256i)rounded_bfloat16<Words>(first), (__m256i)rounded_bfloat16<Words>(second));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(halves, 0xd8));
+}
+#endif
+
 template <class T>
 constexpr int lanes_of = AGR_VECTOR_BYTES / static_cast<int>(sizeof(T));
 
