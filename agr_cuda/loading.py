@@ -46,13 +46,13 @@ def take_loaded(parameter: Tensor, state: dict[str, Any], specs: Sequence[StateT
     wanted = {spec.key for spec in specs}
     stays = wanted | {key for spec in specs if spec.role == "average" for key in (spec.other_key, spec.scales_key)}
     tensors = {key: kept.tensor.to(parameter.device) for key, kept in state.items() if isinstance(kept, _Kept)}
+    master = tensors.get(MASTER.key)
+    if master is not None and master.dtype in SIXTEEN_BITS:
+        # An optimizer without masters has carried it along, cast it, and moved the parameter since.
+        del tensors[MASTER.key], state[MASTER.key]
     for key, value in tensors.items():
         # torch.optim.Optimizer casts all that it does not know.
         state[key] = value.to(parameter.dtype) if key not in stays and parameter.is_floating_point() else value
-    master = state.get(MASTER.key)
-    if isinstance(master, Tensor) and master.dtype in SIXTEEN_BITS:
-        # An optimizer without masters has carried it along, cast it, and moved the parameter since.
-        del state[MASTER.key]
     had_master = MASTER.key in state and MASTER.key not in wanted
     with ordinary_mode():
         stored_as_asked(parameter, state, specs, converts=parameter.is_floating_point()).apply(state)

@@ -126,9 +126,8 @@ def stored_as_asked(
     """Return the changes by which a parameter's averages and master are stored as `specs` say.
 
     Codes of 8 bits become numbers, and the other way round. Numbers of one type become numbers of another if
-    `converts`.
-    What is missing stays missing, what another precision has left is removed, and what does not fit the parameter is
-    left for the checks before a step to refuse.
+    `converts`. What is missing stays missing, what another precision has left is removed, and what does not fit the
+    parameter is left for the checks before a step to refuse.
     """
     change = StateChange()
     for spec in specs:

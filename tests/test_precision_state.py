@@ -376,6 +376,15 @@ def test_masters_that_another_optimizer_has_carried_along_do_not_count(generator
         assert same_bits(back.state[p]["master_param"], q.float())
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_masters_without_a_place_are_told_of(dtype: torch.dtype, method: Method) -> None:
+    saved = copy.deepcopy(begun(method, BF16, master_weights=True).state_dict())
+    other = begun(method, dtype)
+    with pytest.warns(UserWarning, match="has master weights of parameters that have none here"):
+        other.load_state_dict(saved)
+    assert not any("master_param" in other.state[p] for p in all_params(other))
+
+
 def test_masters_loaded_before_the_first_step_make_a_whole_state(method: Method, generator) -> None:
     params = parameters(generator, SHAPES, BF16)
     early, late = (made(method, copies(params), master_weights=True) for _ in range(2))
