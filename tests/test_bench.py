@@ -239,7 +239,8 @@ def test_contenders_with_formats_take_the_step_of_adamw_or_adan(
         torch.testing.assert_close(parameter.detach(), value - 0.01 * gradient.sign(), atol=2e-3, rtol=0)
     if contender.ours:
         state = step.__self__.state[workload.parameters[0]]
-        assert state["exp_avg"].dtype == contender.format.state
+        key = "exp_avg_codes" if contender.format.state == torch.uint8 else "exp_avg"
+        assert state[key].dtype == contender.format.state
         assert ("master_param" in state) == contender.format.master
 
 
