@@ -159,8 +159,10 @@ class Adan(AGROptimizer):
         adapted = super()._adapt_state_dict(state_dict)
         # sail-sg's restart_opt() leaves old gradients in the state, and ignores them because the group's step is 0.
         restarted = {i for group in adapted["param_groups"] if not group["step"] for i in group["params"]}
+        previous = next(spec for spec in _STATE_SPECS if spec.key == "neg_pre_grad")
+        ignored = previous.key, previous.codes_key, previous.scales_key
         state = {
-            i: {key: x for key, x in parameter_state.items() if not str(key).startswith("neg_pre_grad")}
+            i: {key: x for key, x in parameter_state.items() if key not in ignored}
             if i in restarted
             else parameter_state
             for i, parameter_state in adapted["state"].items()

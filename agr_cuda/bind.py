@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import backends
 from .backends import choose, why_not
-from .groups import STATE_CONVERTED
-from .precision import Precision, says_state
+from .groups import converts_state
+from .precision import Precision
 from .state import (
     StateChange,
     check_codes,
@@ -94,9 +94,7 @@ class _Location:
 def _bind(location: _Location, parameter: Tensor, kind: GradientKind | None) -> Binding:
     """Return the binding of a parameter to its gradient, or to a future gradient of `kind` if it has none now."""
     precision = Precision.of(parameter, location.group)
-    if says_state(location.group):
-        location.group[STATE_CONVERTED] = True
-    converts = STATE_CONVERTED in location.group
+    converts = converts_state(location.group)
     specs = stored_state(location.optimizer._declared_state(location.group), precision)
     state = location.optimizer.state.get(parameter, {})
     if precision.quantized and is_wrapper(parameter):
@@ -186,7 +184,7 @@ def check_tensors(place: str, parameter: Tensor, state: dict[str, Any], specs: S
 def _check_gradient(place: str, parameter: Tensor, gradient: Tensor) -> None:
     if gradient.layout != torch.strided:
         raise RuntimeError(f"the gradient of {place} is {gradient.layout}; it must be dense (torch.strided)")
-    # What is no such number loses something when it is converted, and torch.optim.AdamW refuses it, too.
+    # A complex gradient of a real parameter would lose its imaginary part.
     if gradient.is_complex() != parameter.is_complex() or not (gradient.is_complex() or gradient.is_floating_point()):
         numbers = "complex" if parameter.is_complex() else "real floating-point numbers"
         raise RuntimeError(f"the gradient of {place} is {gradient.dtype}; it must be {numbers}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from typing import Any
 
-from .precision import PRECISION_OPTIONS
+from .precision import PRECISION_OPTIONS, says_state
 
 #: The options that are read and set like any other, but that iteration leaves out.
 HIDDEN_OPTIONS = ("agr", *PRECISION_OPTIONS)
@@ -14,6 +14,13 @@ UNSAVED_OPTIONS = (*HIDDEN_OPTIONS, "rounding_seed")
 #: No option, and left out as well: that a step has been prepared with options that say of what type the state is. The
 #: options may be back at their defaults since; the state of before is then still converted.
 STATE_CONVERTED = "_state_converted"
+
+
+def converts_state(group: dict[str, Any]) -> bool:
+    """Whether state of another type than the group's options say is converted. The group remembers that it is."""
+    if says_state(group):
+        group[STATE_CONVERTED] = True
+    return STATE_CONVERTED in group
 
 
 class ParameterGroup(dict[str, Any]):

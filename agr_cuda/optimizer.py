@@ -17,13 +17,13 @@ from .backends import check_backend
 from .bind import bind, check_tensors, check_writable, state_change
 from .clipping import Clipping, prepare_clipping
 from .fork import renew_lock_after_fork
-from .groups import STATE_CONVERTED, UNSAVED_OPTIONS, ParameterGroup
+from .groups import UNSAVED_OPTIONS, ParameterGroup, converts_state
 from .hooks import caller_stacklevel, exclude_from_compile, with_step_hooks
 from .loading import keep_dtypes, take_loaded
 from .masters import MasterSource, master_sources, set_parameter
 from .options import BOOLEAN_OPTIONS, check_betas, check_flag, check_nonnegative, convert_to_builtin, number
 from .plan import StepPlan
-from .precision import PRECISION_OPTIONS, Precision, check_precision, check_precision_options, says_state
+from .precision import PRECISION_OPTIONS, Precision, check_precision, check_precision_options
 from .scaling import Scaling
 from .tensors import MASTER, Binding, StateTensor, is_plain, ordinary_mode, stored_state
 
@@ -246,8 +246,7 @@ class AGROptimizer(torch.optim.Optimizer):
     def _take_loaded(self) -> None:
         """Store the loaded state as the groups' options say."""
         for group in self.param_groups:
-            if says_state(group):
-                group[STATE_CONVERTED] = True
+            converts_state(group)  # Later steps convert what is stored here.
             for parameter in group["params"]:
                 specs = stored_state(self._declared_state(group), Precision.of(parameter, group))
                 if parameter in self.state and take_loaded(parameter, self.state[parameter], specs):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ADAMW, ADAN, Method, all_params, parameter, same_bits, snapshot
+from helpers import ADAMW, ADAN, METHODS, Method, all_params, parameter, same_bits, snapshot
 from torch import Tensor
 
 from agr_cuda import quantization, reference, rounding, storage
@@ -104,14 +104,16 @@ def test_a_step_is_one_in_float32_between_reading_and_storing(
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"max_grad_norm": 1.0}, {"lr": torch.tensor(0.01, dtype=torch.float64)}, {"capturable": True}],
-    ids=["clipped", "lr", "capturable"],
+    ("method", "options"),
+    [
+        *((method, {"max_grad_norm": 1.0}) for method in METHODS),
+        *((method, {"lr": torch.tensor(0.01, dtype=torch.float64)}) for method in METHODS),
+        (ADAMW, {"capturable": True}),  # Adan's step count is in its group
+    ],
+    ids=str,
 )
 def test_scalars_are_rounded_where_options_are_float64_tensors(options: dict, method: Method) -> None:
     """Without dimensions of their own, they take part in float64 arithmetic as float64 numbers."""
-    if "capturable" in options and method is ADAN:
-        pytest.skip("Adan has its step count in the group")
     steps = []
     for shape in ((), (1,)):
         p = torch.ones(shape, dtype=BF16, requires_grad=True)

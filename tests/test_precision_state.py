@@ -367,7 +367,7 @@ def test_masters_that_another_optimizer_has_carried_along_do_not_count(generator
     theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
     run(theirs, range(2, 30))
     assert "master_param" in theirs.state[all_params(theirs)[0]]
-    back = agr_cuda.AdamW(copies(all_params(theirs)), lr=0.0, master_weights=True, backend="reference")
+    back = agr_cuda.AdamW(copies(all_params(theirs)), master_weights=True, backend="reference")
     back.load_state_dict(copy.deepcopy(theirs.state_dict()))
     back.param_groups[0]["lr"] = 0.0
     run(back, range(30, 31))
