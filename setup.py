@@ -33,11 +33,14 @@ ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 
 CORE = ["plan.cpp", "cpu/executor.cpp", "cpu/pool.cpp", "cpu/instruction_set.cpp", "cuda/executor.cpp"]
+# One unit of all of these: each unit that includes pybind11 compiles hundreds of its functions, most of the work.
 PYTHON = [
     "module.cpp",
     *("python/tensor_reader.cpp", "python/watch.cpp", "python/gradient_watch.cpp", "python/rows.cpp"),
     *("python/cpu_executor.cpp", "python/cuda_executor.cpp"),
 ]
+
+PYTHON_UNIT = "python.cpp"  # in the build's folder
 
 # cpu/kernels.cpp is compiled once for each of these; cpu/instruction_set.cpp chooses one of them at run time.
 INSTRUCTION_SETS = {"portable": ""}
@@ -48,13 +51,14 @@ if platform.machine() in ("x86_64", "AMD64"):
     }
 
 CXXFLAGS = [
-    *("-std=c++17", "-O3", "-g1", "-fPIC", "-pthread", "-fvisibility=hidden"),
+    *("-std=c++17", "-O2", "-g1", "-fPIC", "-pthread", "-fvisibility=hidden"),
     # Nothing reads errno after sqrt. All other arithmetic follows IEEE 754, so that inf and NaN propagate.
     *("-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wextra"),
 ]
+# -O3: without it, some kernels take a third longer. Elsewhere it only takes longer to compile.
 # -Wno-psabi: vectors are passed only between inlined functions, so their calling convention does not matter.
 # -Wno-maybe-uninitialized: GCC warns about the undefined values in its own intrinsics (GCC bug 105593).
-KERNEL_CXXFLAGS = ["-Wno-psabi", "-Wno-maybe-uninitialized"]
+KERNEL_CXXFLAGS = ["-O3", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 
 
 NO_NVCC = "nvcc was not found when agr-cuda was built: put it on PATH or set CUDA_HOME, and install again"
@@ -136,6 +140,13 @@ def ptx_architecture(name: str) -> str:
     return max((ptx for ptx in PTX_ARCHITECTURES if int(ptx) <= int(name)), key=int)
 
 
+def write_unit(path: Path, sources: list[str]) -> None:
+    """Write a unit of several sources, unless it is there."""
+    text = "".join(f'#include "{CSRC / source}"\n' for source in sources)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
 class BuildWithNinja(build_ext):
     """Write a build.ninja beside the objects and run it: in parallel, and incrementally if the folder is kept."""
 
@@ -157,6 +168,7 @@ class BuildWithNinja(build_ext):
             print(f"{cpu}; left out: cuda, because {reason}", file=sys.stderr)
         with (folder / "build.ninja").open("w") as file:
             self.write_rules(Writer(file, width=120), target, nvcc, chosen, reason)
+        write_unit(folder / PYTHON_UNIT, PYTHON)
         jobs = ["-j", str(self.parallel)] if isinstance(self.parallel, int) else []
         subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder, *jobs], check=True)
 
@@ -174,8 +186,9 @@ class BuildWithNinja(build_ext):
         flags = [*CXXFLAGS, *(f"-isystem {shlex.quote(path)}" for path in dict.fromkeys(includes))]
         shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
         build.variable("cxx", os.environ.get("CXX", "c++"))
-        build.variable("cxxflags", " ".join([*flags, os.environ.get("CXXFLAGS", "")]))
-        build.rule("cxx", "$cxx -MD -MF $out.d $cxxflags $flags -c $in -o $out", depfile="$out.d", deps="gcc")
+        build.variable("cxxflags", " ".join(flags))
+        build.variable("asked", os.environ.get("CXXFLAGS", ""))
+        build.rule("cxx", "$cxx -MD -MF $out.d $cxxflags $flags $asked -c $in -o $out", depfile="$out.d", deps="gcc")
         # nvcc links because it knows the path of the static CUDA runtime.
         link = "$nvcc -shared --cudart=static -Xcompiler=-pthread" if nvcc else f"$cxx {shared} -pthread"
         if sys.platform == "linux":  # debug information, from which sanitizers and profilers name lines, is large
@@ -193,8 +206,8 @@ class BuildWithNinja(build_ext):
         about_cuda = "-DAGR_LEFT_OUT=" + shlex.quote(f'"{reason}"')
         if nvcc:
             about_cuda += " -DAGR_CUDA_ARCHITECTURES=" + shlex.quote(f'"{" ".join(chosen)}"')
-        for source in PYTHON:
-            compile_source(source, source.replace("/", "_"), about_cuda)
+        objects.append("python.o")
+        build.build("python.o", "cxx", PYTHON_UNIT, variables={"flags": about_cuda})
         for name, options in INSTRUCTION_SETS.items():
             kernel_flags = [options, f"-DAGR_KERNELS={name}_kernels", *KERNEL_CXXFLAGS]
             compile_source("cpu/kernels.cpp", f"kernels_{name}", " ".join(kernel_flags))

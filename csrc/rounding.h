@@ -25,8 +25,9 @@ struct RandomWords {
     U word[4];
 };
 
-// The random words of the counter `block` (its low and high word): those of elements 8 block and up.
-template <class U>
+// The random words of the counter `block` (its low and high word): those of elements 8 block and up. A GPU's code has
+// `unrolled` of the rounds after each other.
+template <class U, int unrolled = 10>
 AGR_INLINE RandomWords<U> random_words(const RoundingKey& key, std::uint32_t array, U low, U high) {
     U x0 = low, x1 = high;
     U x2 = U{} + key.step;
@@ -34,7 +35,7 @@ AGR_INLINE RandomWords<U> random_words(const RoundingKey& key, std::uint32_t arr
     auto k0 = static_cast<std::uint32_t>(key.seed);
     auto k1 = static_cast<std::uint32_t>(key.seed >> 32);
 #if defined(__CUDACC__)
-#pragma unroll
+#pragma unroll unrolled
 #endif
     for (int round = 0; round < 10; ++round) {
         const U high0 = Product<U>::high(x0, 0xd2511f53u), low0 = x0 * 0xd2511f53u;

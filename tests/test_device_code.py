@@ -85,14 +85,12 @@ FORMATS = [
     *(Format("bfloat16", "bfloat16", state, stochastic=True) for state in ("bfloat16", "float32", "8bit")),
     *(Format("bfloat16", "bfloat16", state, master=True) for state in ("float32", "8bit")),
     Format("bfloat16", "float32", "float32", master=True),
-    Format("float16", "float32", "float16"),
     *(Format("float16", gradient, "float32", master=True) for gradient in ("float16", "float32")),
 ]
 # The states of every rule that a kernel takes: AdamW's has AMSGrad too.
 RULES = {"AdamW": ("AdamWRules", [2, 3]), "Adan": ("AdanRules", [4]), "Regularize": ("RegularizeRules", [0])}
 KERNELS = [(rule, format_) for rule in RULES for format_ in (SAME if rule == "Regularize" else FORMATS)]
-# Every kernel adds up gradients in three places: a REDUCE with squares, one without, and a WHOLE task.
-SUMS = 3
+# Every kernel adds up gradients in one place, for all kinds of tasks.
 every_kernel = pytest.mark.parametrize(("rule", "format_"), KERNELS, ids=str)
 
 # A load that leaves nothing in the first-level cache: of a tensor, not of a table. Its bits, the register it loads,
@@ -279,7 +277,7 @@ def test_tensors_are_read_and_written_in_wide_accesses(kernels: Kernels, rule: s
     states = RULES[rule][1]
     batches = format_.batches if format_.state == "8bit" else 1
     loads, stores = Counter[int](), Counter[int]()
-    loads[format_.bits(format_.gradient)] += SUMS * (8 + 1) + batches * len(states)  # in eights, and what remains
+    loads[format_.bits(format_.gradient)] += 8 + 1 + batches * len(states)  # in eights, and what remains
     for count in states:
         stores[format_.bits(format_.weight)] += batches  # or a gradient that is regularized in place
         if count > 0:
@@ -300,7 +298,7 @@ def test_a_reduction_has_many_loads_under_way(kernels: Kernels, rule: str, forma
     """Eight, of every type: ptxas would put some off until the first are summed up, if it were let."""
     for architecture, kernel in of(kernels, rule, format_):
         found = kernel.reductions(format_.bits(format_.gradient))
-        assert sum(loads == 8 for loads in found) >= SUMS, f"sm_{architecture}: {found}"
+        assert sum(loads == 8 for loads in found) >= 1, f"sm_{architecture}: {found}"
 
 
 TWO_BATCHES = [f for f in FORMATS if f.state != "8bit" and not (f.stochastic and f.lanes == 8)]
@@ -358,6 +356,6 @@ def test_nothing_waits_for_a_ticket_before_its_time(kernels: Kernels) -> None:
         code = kernel.instructions
         last = ("0x3800", "0x1c00")  # the offsets of the eighth load of 16 bytes, and of 8
         eighths = [i for i, text in enumerate(code) if (load := TENSOR_LOAD.match(text)) and load[4] in last]
-        assert len(eighths) >= 3, f"sm_{architecture} {name}"
+        assert len(eighths) >= 1, f"sm_{architecture} {name}"
         for i in eighths:
             assert any(re.match(r"ATOMG\S*\.INC\.", text) for text in code[i : i + 40]), f"sm_{architecture} {name}"

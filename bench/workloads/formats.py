@@ -87,7 +87,6 @@ FORMATS = {
     "bfloat16-master-float32-gradient": Format(BFLOAT16, FLOAT32, FLOAT32, master=True),
     "bfloat16-master-8bit": Format(BFLOAT16, BFLOAT16, CODES, master=True),
     "float16": Format.uniform(FLOAT16),
-    "float16-float32-gradient": Format(FLOAT16, FLOAT32, FLOAT16),
     "float16-master": Format(FLOAT16, FLOAT16, FLOAT32, master=True),
     "float16-master-float32-gradient": Format(FLOAT16, FLOAT32, FLOAT32, master=True),
     "float64": Format.uniform(torch.float64),

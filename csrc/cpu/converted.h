@@ -9,9 +9,8 @@
 namespace agr::cpu {
 namespace {
 
-// The elements that are converted together. Their float32 values stay in the first-level cache. A block of codes has
-// one scale.
-constexpr int converted_elements = scale_block;
+// The most elements that are converted together. Their float32 values stay in the first-level cache.
+constexpr int converted_elements = 1024;
 
 constexpr int float_lanes = AGR_VECTOR_BYTES / 4;
 using Floats = vector<float, float_lanes>;

@@ -194,7 +194,7 @@ AGR_INLINE void update_span(const Span& span, const CoefficientsOf<R>& both_type
 }
 
 template <class R, class P, class G, class S>
-AGR_INLINE void update_inline(const Span& span, const Inputs& inputs) {
+void update(const Span& span, const Inputs& inputs) {
     const auto& both_types = *static_cast<const CoefficientsOf<R>*>(inputs.coefficients);
     if (inputs.sum != nullptr)
         update_span<R, true, P, G, S>(span, both_types, *inputs.sum, inputs.scale, inputs.sweeps);
@@ -202,23 +202,28 @@ AGR_INLINE void update_inline(const Span& span, const Inputs& inputs) {
         update_span<R, false, P, G, S>(span, both_types, 0, inputs.scale, inputs.sweeps);
 }
 
-template <class R, class P, class G, class S>
-void update(const Span& span, const Inputs& inputs) {
-    update_inline<R, P, G, S>(span, inputs);
+// The update of float32 parameters and states with gradients of the given type.
+template <class R>
+auto update_in_float32(Type gradient) {
+    return gradient == Type::float32    ? update<R, float, float, float>
+           : gradient == Type::bfloat16 ? update<R, float, bfloat16, float>
+                                        : update<R, float, float16, float>;
 }
 
-// The update for all other combinations of types: in float32, of a block of elements at a time. G is the gradient's
-// type.
-template <class R, class G>
+// The update for all other combinations of types: in float32, of a block of elements at a time.
+template <class R>
 void update_converted(const Span& span, const Inputs& inputs) {
     constexpr Rule rule = R::states == 4 ? Rule::adan : R::states == 3 ? Rule::adamw_amsgrad : Rule::adamw;
     const Types& types = inputs.types;
+    const auto update_block = update_in_float32<R>(types.gradient);
+    // A block of codes has one scale.
+    const int most = types.state == Type::code8 ? scale_block : converted_elements;
     alignas(64) float parameter[converted_elements];
     alignas(64) float state[R::states][converted_elements];
     Span block{};
-    for (std::int64_t first = 0; first < span.elements; first += converted_elements) {
+    for (std::int64_t first = 0; first < span.elements; first += most) {
         const std::int64_t left = span.elements - first;
-        const int n = left < converted_elements ? static_cast<int>(left) : converted_elements;
+        const int n = left < most ? static_cast<int>(left) : most;
         const Span stored = span.part(types, R::states, first, n);
         block.elements = n;
         // What is in float32 already is updated where it is.
@@ -236,7 +241,7 @@ void update_converted(const Span& span, const Inputs& inputs) {
                 widen(types.state, stored.state[k], n, state[k]);
         }
 
-        update_inline<R, float, G, float>(block, inputs);
+        update_block(block, inputs);
 
         auto narrow_as_asked = [&](Type type, std::uint32_t array, const float* from, void* to) {
             if (types.stochastic && type == Type::bfloat16)
@@ -266,7 +271,7 @@ template <class G>
 constexpr Kernels converted_table = {
     abs_sum<G>,
     abs_sum_and_squares<G>,
-    {update_converted<AdamW<false>, G>, update_converted<AdamW<true>, G>, update_converted<Adan, G>, nullptr}};
+    {update_converted<AdamW<false>>, update_converted<AdamW<true>>, update_converted<Adan>, nullptr}};
 
 // The kernels that convert nothing in memory, for the parameter type P.
 template <class P>

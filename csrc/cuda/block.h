@@ -139,21 +139,15 @@ public:
                 finish_accounting();
             }
             if (task.tensor < 0) break;
-            if (task.kind == TaskKind::reduce) {
-                if (args_.computes_norm)
-                    reduce<true>(task);
-                else
-                    reduce<false>(task);
-            } else if (prepare_update(task)) {
-                if constexpr (std::is_same_v<Rules, AdanRules>)
-                    update<Adan>(task);
-                else if constexpr (std::is_same_v<Rules, RegularizeRules>)
-                    update<Regularize>(task);
-                else if (task.rule == Rule::adamw_amsgrad)
-                    update<AdamW<true>>(task);
-                else
-                    update<AdamW<false>>(task);
-            }
+            if (!begin(task)) continue;
+            if constexpr (std::is_same_v<Rules, AdanRules>)
+                update<Adan>(task);
+            else if constexpr (std::is_same_v<Rules, RegularizeRules>)
+                update<Regularize>(task);
+            else if (task.rule == Rule::adamw_amsgrad)
+                update<AdamW<true>>(task);
+            else
+                update<AdamW<false>>(task);
         }
         if (args_.counts_at_end != CountsAtEnd::none || args_.group_counts) count_steps_at_end();
     }
@@ -230,26 +224,64 @@ private:
         return load_parameter<Field>(&(groups[group].*field));
     }
 
-    // REDUCE tasks.
-
-    template <bool squares>
-    AGR_DEVICE void reduce(const DeviceTask& task) {
-        const G* g = gradient_of(task.tensor);
+    // Runs a REDUCE task, or writes the inputs of another task's update to shared memory: those that the tensor's
+    // REDUCE tasks have published, or its own. Meanwhile the chunk is prefetched. Draws the next ticket. Returns
+    // whether there is something to update. All kinds of tasks share this code, since a third of a kernel would be
+    // copies of the sums.
+    AGR_DEVICE bool begin(const DeviceTask& task) {
+        const bool reduces = task.kind == TaskKind::reduce;
+        const G* gradient = gradient_of(task.tensor);
         // The chunks of a tensor without a gradient add 0 to the sums, but are counted like all others, since other
         // blocks wait for all chunks of a tensor and, for the norm, for all tensors.
-        const int elements = g != nullptr ? task.elements : 0;
-        store_warp_sum(thread_sums<squares>(g + task.chunk * args_.chunk_elements, elements), squares);
-        if (first_thread()) shared_.task[buffer_ ^ 1] = next_task();
+        const int elements = gradient != nullptr ? task.elements : 0;
+        const bool updates = !reduces && gradient != nullptr;
+        gradient += task.chunk * args_.chunk_elements;
+        const Row& row = args_.rows[task.tensor];
+        const bool squares = reduces && args_.computes_norm;
+        const bool sums_itself = updates && task.regularize && !task.reduced;
+        const bool own_coefficients = updates && !task.reduced && uses(early_inputs) && accounting_thread();
+        Inputs& inputs = shared_.inputs[buffer_];
+        float count = 0;
+        if (updates) {
+            // What is prefetched takes the place of gradients that updates will read from the cache. A tensor of one
+            // chunk has no such gradient.
+            const int most = task.kind == TaskKind::whole ? most_prefetched : args_.prefetched_elements;
+            const int prefetched = elements < most ? elements : most;
+            // First what does not depend on the row: the gradient, if nothing has read it before.
+            if (!task.reduced) prefetch_elements(gradient, prefetched);
+            // Issued before the loads below, and first used after them.
+            if (own_coefficients) count = step_count(row);
+            prefetch_parameter(task, row, prefetched);
+        }
+        if (reduces || sums_itself)
+            store_warp_sum(thread_sums(gradient, elements, squares), squares);
+        else
+            draw_next_ticket();
+        if (own_coefficients) set_coefficients(inputs, row, count, shared_.caches[1]);
+        if (sums_itself) block_barrier();
+        if (updates && task.reduced && thread_index() < warp_threads)
+            receive<Inputs>(&inputs, args_.progress[task.tensor].inputs, shared_.epoch);
+        if (first_thread()) {
+            // The load of the task overlaps with what follows. It is not issued earlier, since it needs the ticket.
+            const DeviceTask next = next_task();
+            if (updates) {
+                if (!uses(early_inputs)) set_coefficients(inputs, row, step_count(row), shared_.caches[0]);
+                complete_inputs(inputs, task, row, sums_itself);
+            }
+            shared_.task[buffer_ ^ 1] = next;
+        }
         block_barrier();
         // Meanwhile the other warps proceed to the next task.
-        if (in_accounting_warp()) account(task, squares);
+        if (reduces && in_accounting_warp()) account(task, squares);
+        return updates;
     }
+
+    // Sums.
 
     // The sums over this thread's elements of a chunk. Which elements these are, and the order of additions, do not
     // depend on the gradient's alignment. Draws the next ticket.
-    template <bool squares>
-    AGR_DEVICE Sums thread_sums(const G* g, int n) {
-        ThreadSums<T, lanes, squares> thread_sums;
+    AGR_DEVICE Sums thread_sums(const G* g, int n, bool squares) {
+        ThreadSums<T, lanes> thread_sums(squares);
         const int first = thread_index() * lanes;
         int i = first;
         const bool aligned = Packed<G, lanes>::aligned(g);
@@ -261,8 +293,9 @@ private:
             for (int k = 0; k < unroll; ++k) packed[k].template load<Eviction::evict_last>(g + i + k * stride);
             scheduling_barrier();
             // The ticket must not be drawn before the loads: ptxas tracks the ticket and the loads with the same
-            // scoreboard, and would make the loads wait for the ticket.
+            // scoreboard, and would make the loads wait for the ticket. Nor must sums come first, for which loads wait.
             if (i == first) draw_next_ticket();
+            scheduling_barrier();
 #pragma unroll
             for (int k = 0; k < unroll; ++k) add(thread_sums, packed[k]);
         }
@@ -284,8 +317,7 @@ private:
         return sums;
     }
 
-    template <bool squares>
-    AGR_DEVICE static void add(ThreadSums<T, lanes, squares>& sums, const Packed<G, lanes>& packed) {
+    AGR_DEVICE static void add(ThreadSums<T, lanes>& sums, const Packed<G, lanes>& packed) {
         T x[lanes];
 #pragma unroll
         for (int k = 0; k < lanes; ++k) x[k] = static_cast<T>(packed.get(k));
@@ -493,50 +525,7 @@ private:
         }
     }
 
-    // UPDATE tasks, and WHOLE tasks, which compute the abs-sum first.
-
-    // Writes the inputs of the task's update to shared memory: those that the tensor's REDUCE tasks have published, or
-    // its own. Meanwhile the chunk is prefetched. Draws the next ticket. Returns false if the tensor has no gradient.
-    AGR_DEVICE bool prepare_update(const DeviceTask& task) {
-        const G* gradient = gradient_of(task.tensor);
-        if (gradient == nullptr) {
-            draw_next_ticket();
-            if (first_thread()) shared_.task[buffer_ ^ 1] = next_task();
-            block_barrier();
-            return false;
-        }
-        gradient += task.chunk * args_.chunk_elements;
-        const Row& row = args_.rows[task.tensor];
-        const bool sums_itself = task.regularize && !task.reduced;
-        const bool own_coefficients = !task.reduced && uses(early_inputs) && accounting_thread();
-        Inputs& inputs = shared_.inputs[buffer_];
-        // What is prefetched takes the place of gradients that updates will read from the cache. A tensor of one chunk
-        // has no such gradient.
-        const int most = task.kind == TaskKind::whole ? most_prefetched : args_.prefetched_elements;
-        const int prefetched = task.elements < most ? task.elements : most;
-        // First what does not depend on the row: the gradient, if nothing has read it before.
-        if (!task.reduced) prefetch_elements(gradient, prefetched);
-        // Issued before the loads below, and first used after them.
-        const float count = own_coefficients ? step_count(row) : 0.0f;
-        prefetch_parameter(task, row, prefetched);
-        if (sums_itself)
-            store_warp_sum(thread_sums<false>(gradient, task.elements), false);
-        else
-            draw_next_ticket();
-        if (own_coefficients) set_coefficients(inputs, row, count, shared_.caches[1]);
-        if (sums_itself) block_barrier();
-        if (task.reduced && thread_index() < warp_threads)
-            receive<Inputs>(&inputs, args_.progress[task.tensor].inputs, shared_.epoch);
-        if (first_thread()) {
-            // The load of the task overlaps with what follows. It is not issued earlier, since it needs the ticket.
-            const DeviceTask next = next_task();
-            if (!uses(early_inputs)) set_coefficients(inputs, row, step_count(row), shared_.caches[0]);
-            complete_inputs(inputs, task, row, sums_itself);
-            shared_.task[buffer_ ^ 1] = next;
-        }
-        block_barrier();
-        return true;
-    }
+    // Updates.
 
     // Writes the scale and the abs-sum, if they are not the published ones.
     AGR_DEVICE void complete_inputs(Inputs& inputs, const DeviceTask& task, const Row& row, bool sums_itself) {
@@ -583,6 +572,7 @@ private:
             // The first thread of the last warp has least else to do.
             if (thread_index() == block_threads - warp_threads && bytes >= 16) prefetch_range(from, bytes / 16 * 16);
         } else {
+#pragma unroll 1
             for (int i = thread_index() * line_bytes; i < bytes; i += block_threads * line_bytes) prefetch(first + i);
         }
     }

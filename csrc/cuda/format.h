@@ -52,7 +52,7 @@ using bfloat16_stochastic = FormatList<Format<agr::bfloat16, agr::bfloat16, agr:
 using bfloat16_master =
     FormatList<Format<agr::bfloat16, agr::bfloat16, float, true>, Format<agr::bfloat16, float, float, true>,
                Format<agr::bfloat16, agr::bfloat16, code8, true>>;
-using float16 = FormatList<Format<agr::float16, agr::float16, agr::float16>, Format<agr::float16, float, agr::float16>>;
+using float16 = FormatList<Format<agr::float16, agr::float16, agr::float16>>;
 using float16_master =
     FormatList<Format<agr::float16, agr::float16, float, true>, Format<agr::float16, float, float, true>>;
 using float64 = FormatList<Format<double, double, double>>;

@@ -27,10 +27,11 @@ AGR_DEVICE void set_bits(Stored& x, std::uint32_t bits) {
 }
 
 // The random words of the counter that an element shares.
+template <int unrolled>
 AGR_DEVICE RandomWords<std::uint32_t> random_words_of(const RoundingKey& key, std::uint32_t array, std::int64_t index) {
     const auto counter = static_cast<std::uint64_t>(index) / elements_of_counter;
-    return random_words<std::uint32_t>(not_known(key), array, static_cast<std::uint32_t>(counter),
-                                       static_cast<std::uint32_t>(counter >> 32));
+    return random_words<std::uint32_t, unrolled>(not_known(key), array, static_cast<std::uint32_t>(counter),
+                                                 static_cast<std::uint32_t>(counter >> 32));
 }
 
 // Both are computed: a condition between elements of an array would move the array to memory.
@@ -72,7 +73,7 @@ struct Packed {
     AGR_DEVICE void set_stochastically(const float (&values)[lanes], const RoundingKey& key, std::uint32_t array,
                                        std::int64_t first) {
         static_assert(std::is_same_v<Stored, bfloat16> && elements_of_counter % lanes == 0, "as it is rounded");
-        const auto random = random_words_of(key, array, first);
+        const auto random = random_words_of<10>(key, array, first);
         // Which of the counter's words are these elements': all, or those of one half.
         const bool second = lanes < elements_of_counter && first % elements_of_counter != 0;
 #pragma unroll
@@ -128,9 +129,9 @@ AGR_DEVICE double to_computed(double x) { return x; }
 AGR_DEVICE float to_computed(bfloat16 x) { return widened(x); }
 AGR_DEVICE float to_computed(float16 x) { return widened(x); }
 
-// One element, rounded stochastically.
+// One element, rounded stochastically: small code, for few elements.
 AGR_DEVICE bfloat16 to_stored_stochastically(float x, const RoundingKey& key, std::uint32_t array, std::int64_t index) {
-    const auto random = random_words_of(key, array, index);
+    const auto random = random_words_of<1>(key, array, index);
     const int place = static_cast<int>(index % elements_of_counter);
     std::uint32_t numbers = random.word[0];
 #pragma unroll

@@ -51,14 +51,16 @@ struct SumOf<double> {
 
 // The sums over one thread's elements, which it adds `lanes` at a time. The result has the same bits every time, since
 // the order of additions depends on an element's position alone.
-template <class T, int lanes, bool squares>
+template <class T, int lanes>
 class ThreadSums {
 public:
+    AGR_DEVICE explicit ThreadSums(bool squares) : adds_squares_(squares) {}
+
     AGR_DEVICE void add(const T (&x)[lanes]) {
         // Several independent sums, so that additions do not wait for each other.
 #pragma unroll
         for (int lane = 0; lane < lanes; ++lane) abs_sums_[lane % accumulators].add(magnitude(x[lane]));
-        if constexpr (squares) {
+        if (adds_squares_) {
             // A few squares are added plainly: the norm is not a small difference of large numbers, so that roundings
             // that average out do not matter. (In float64, each element would take a conversion and a multiplication
             // on units of which many GPUs have few.)
@@ -75,20 +77,21 @@ public:
 #pragma unroll
         for (int i = 1; i < accumulators; ++i) abs_sum.add(abs_sums_[i]);
         sums.abs_sum = abs_sum.value();
-        if constexpr (squares) sums.squares = squares_.value();
+        if (adds_squares_) sums.squares = squares_.value();
         return sums;
     }
 
     // Whether a float32 sum may have overflowed, or squares have lost too much as denormal numbers. The elements must
     // then be added in float64.
-    AGR_DEVICE static bool out_of_range(const Sums& sums) {
+    AGR_DEVICE bool out_of_range(const Sums& sums) const {
         if (sizeof(T) == sizeof(double)) return false;
         return !(sums.abs_sum < 0x1p127) ||
-               (squares && (!(sums.squares < 0x1p120) || (sums.squares < 0x1p-100 && sums.abs_sum != 0)));
+               (adds_squares_ && (!(sums.squares < 0x1p120) || (sums.squares < 0x1p-100 && sums.abs_sum != 0)));
     }
 
 private:
     static constexpr int accumulators = lanes < 4 ? lanes : 4;
+    bool adds_squares_;
     typename SumOf<T>::type abs_sums_[accumulators];
     typename SumOf<T>::type squares_;
 };

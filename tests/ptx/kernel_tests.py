@@ -60,7 +60,7 @@ class Kernel:
 
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
-TYPES = [(d, d) for d in (torch.float32, torch.float64, *SIXTEEN_BIT)] + [(d, torch.float32) for d in SIXTEEN_BIT]
+TYPES = [*((d, d) for d in (torch.float32, torch.float64, *SIXTEEN_BIT)), (torch.bfloat16, torch.float32)]
 KERNELS = [Kernel(method, *types) for method in METHODS for types in TYPES]
 
 
