@@ -12,6 +12,7 @@ from . import backends
 from .backends import choose, why_not
 from .groups import converts_state
 from .precision import Precision
+from .sharding import check_distributed, keep_parts, kind_of_part, part_of, parts_of_state
 from .state import (
     StateChange,
     check_codes,
@@ -48,7 +49,7 @@ def bind(optimizer: AGROptimizer, previous: Sequence[Binding]) -> list[Binding]:
     Raises:
         RuntimeError: for a parameter, gradient or state that cannot be used, before anything has changed.
     """
-    previous_of = {id(binding.parameter): binding for binding in previous}
+    previous_of = {id(binding.owner): binding for binding in previous}
     present, absent = [], []
     index = -1
     for group_index, group in enumerate(optimizer.param_groups):
@@ -68,7 +69,13 @@ def bind(optimizer: AGROptimizer, previous: Sequence[Binding]) -> list[Binding]:
     for binding, change in zip(present, changes, strict=True):
         if change:
             change.apply(binding.state)
-            optimizer.state[binding.parameter] = binding.state
+            if binding.whole is None:
+                optimizer.state[binding.parameter] = binding.state
+            else:
+                state = optimizer.state[binding.whole]
+                keep_parts(state, binding.state, change.added, binding.whole)
+                for key in change.removed:
+                    del state[key]
     return _merge(present, absent)
 
 
@@ -97,6 +104,7 @@ def _bind(location: _Location, parameter: Tensor, kind: GradientKind | None) -> 
     converts = converts_state(location.group)
     specs = stored_state(location.optimizer._declared_state(location.group), precision)
     state = location.optimizer.state.get(parameter, {})
+    gradient = parameter.grad
     if precision.quantized and is_wrapper(parameter):
         raise RuntimeError(
             f"state_dtype is '8bit', and {location.name} is a {type(parameter).__name__}; the state of such tensors "
@@ -107,13 +115,19 @@ def _bind(location: _Location, parameter: Tensor, kind: GradientKind | None) -> 
             f"stochastic_rounding is True, and {location.name} is a {type(parameter).__name__}, whose elements have no "
             "known place in memory: stochastic_rounding=False"
         )
+    whole = None
+    if is_distributed(parameter):
+        check_distributed(location.name, parameter)
+        if gradient is not None:
+            _check_gradient(location.name, parameter, gradient)
+        whole, parameter = parameter, part_of(parameter)
+        state = parts_of_state(location.name, whole, state)
     check_tensors(location.name, parameter, state, specs)
     check_complete(location.name, state, specs)
     if kind is None:
-        gradient = parameter.grad
         assert gradient is not None
-        kind = GradientKind.of(parameter, gradient)
-    backend = choose_backend(location, parameter, kind, state, specs, precision, converts)
+        kind = GradientKind.of(parameter, gradient) if whole is None else kind_of_part(whole, parameter, gradient)
+    backend = choose_backend(location, parameter, whole, kind, state, specs, precision, converts)
     if backend == "reference":
         check_writable(location.name, parameter, state)
     staged = None
@@ -123,7 +137,7 @@ def _bind(location: _Location, parameter: Tensor, kind: GradientKind | None) -> 
     return Binding(
         location.index, location.group_index, location.name, parameter, kind, state, specs, precision, backend,
         regularize=bool(location.group["agr"]), amsgrad=bool(location.group.get("amsgrad")), staged=staged,
-        converts=converts,
+        whole=whole, converts=converts,
     )  # fmt: skip
 
 
@@ -133,7 +147,7 @@ def _bind_without_gradient(location: _Location, previous: Binding) -> Binding | 
     An unusable parameter is no error here, since this step does not update it.
     """
     try:
-        binding = _bind(location, previous.parameter, previous.gradient)
+        binding = _bind(location, previous.owner, previous.gradient)
         with ordinary_mode():
             change = state_change(location.optimizer, binding)
     except (RuntimeError, TypeError, AttributeError):
@@ -213,13 +227,14 @@ def check_writable(place: str, parameter: Tensor, state: dict[str, Any]) -> None
 def choose_backend(
     location: _Location,
     parameter: Tensor,
+    whole: Tensor | None,
     kind: GradientKind,
     state: dict[str, Any],
     specs: Sequence[StateTensor],
     precision: Precision,
     converts: bool,
 ) -> str:
-    """Return the backend that updates `parameter`.
+    """Return the backend that updates `parameter`, which is this process's part of `whole` if that is a DTensor.
 
     Raises:
         RuntimeError: if the requested backend does not take it, or `fused=True` rules out the only one that does.
@@ -234,15 +249,26 @@ def choose_backend(
         reason = _why_state_unsupported(parameter, state, specs, converts)
         if reason is not None:
             backend = "reference"
+    if reason is None and whole is not None and backend != "reference":
+        reason = _why_part_unsupported(precision)
+        if reason is not None:
+            backend = "reference"
     if requested is not None and reason is not None:
         raise RuntimeError(f"backend={requested!r} does not take {location.name}: {reason}")
-    # For a DTensor, fused=True is accepted with the reference backend, since no other backend takes DTensors.
-    if group["fused"] and backend == "reference" and not is_wrapper(parameter):
+    # For a DTensor, fused=True is accepted with the reference backend, since FSDP2's examples have it.
+    if group["fused"] and backend == "reference" and whole is None and not is_wrapper(parameter):
         others = [name for name in backends.available_backends() if name != "reference"]
         reasons = [reason] if reason else [why_not(name, parameter, kind, precision) for name in others]
         because = "; ".join(r for r in reasons if r) or "no other backend is there"
         raise RuntimeError(f"fused=True refuses the reference backend, which alone takes {location.name}: {because}")
     return backend
+
+
+def _why_part_unsupported(precision: Precision) -> str | None:
+    """Return why kernels do not take this process's part of a DTensor, or None if they do."""
+    if precision.stochastic:
+        return "stochastic rounding of a DTensor's part needs the places of its elements, which only reference knows"
+    return None
 
 
 def _why_state_unsupported(

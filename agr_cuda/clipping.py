@@ -26,11 +26,8 @@ class Clipping:
     norm: float | Tensor | None = None
     #: The tensor in which the launch leaves the square of the norm, if the launch computes it.
     squares: Tensor | None = None
-
-    @property
-    def reduced(self) -> bool:
-        """Whether every launch has reduced its gradients, so that only updates are left."""
-        return self.norm is not None
+    #: Whether every launch has reduced its gradients, so that only updates are left.
+    reduced: bool = False
 
     def measured_norm(self) -> Tensor | None:
         """Return the norm as a float64 tensor, or None if clipping is off."""
@@ -55,7 +52,7 @@ def clip_by_norm(launches: Sequence[Launch], max_grad_norm: float, eps: float) -
     if len(launches) == 1 and launches[0].squares is not None:
         return Clipping(max_grad_norm, eps, None, squares=launches[0].squares)
     norm = global_norm(launches)
-    return Clipping(max_grad_norm, eps, clip_coefficient(norm, max_grad_norm, eps), norm)
+    return Clipping(max_grad_norm, eps, clip_coefficient(norm, max_grad_norm, eps), norm, reduced=True)
 
 
 def global_norm(launches: Sequence[Launch]) -> float | Tensor:

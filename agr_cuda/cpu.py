@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from .launch import Hyperparameters, Launch
 from .native import native
@@ -40,6 +41,17 @@ class CpuLaunch(Launch):
     def square_sum(self) -> float:
         """Return the sum of the squares of all unscaled gradients; see Launch.square_sum."""
         return float(self._executor.reduce(self.gradients, torch.get_num_threads())) / self._factor**2
+
+    def sums(self) -> Tensor:
+        """Return the sums of each gradient; see Launch.sums."""
+        self._executor.reduce(self.gradients, torch.get_num_threads())
+        sums = torch.empty(2, len(self.bindings), dtype=torch.float64, device="cpu")
+        self._executor.sums(sums)
+        return sums
+
+    def set_abs_sums(self, abs_sums: Tensor) -> None:
+        """Take the abs-sums of whole tensors; see Launch.set_abs_sums."""
+        self._executor.set_abs_sums(abs_sums.cpu())
 
     def update(self, clipping: Clipping, counted: Sequence[dict[str, Any]]) -> None:
         """Update and count the step in one native call, which no signal handler can interrupt; see Launch.update."""

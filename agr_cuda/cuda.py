@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .launch import DeviceLaunch
+from .launch import DeviceLaunch, move_coefficient
 from .native import native
 from .tensors import Binding, executor_rows, plan_entries
 
@@ -115,6 +115,8 @@ class CudaLaunch(DeviceLaunch):
         super().__init__(bindings, counts)
         _C = native()
         self.squares = torch.zeros((), dtype=torch.float64, device=self.device) if clip else None
+        #: Where `sums` has left the sums of each gradient; the abs-sums are replaced before the update.
+        self._sums: Tensor | None = None
         with self._current_device():
             chunk, window, lead, prefetched, resident, multiprocessors = _C.cuda_limits(
                 rule, bindings[0].types, self._device_index
@@ -141,11 +143,22 @@ class CudaLaunch(DeviceLaunch):
         self._launch("reduce", counts=False)
         return self.squares
 
+    def sums(self) -> Tensor:
+        """Return the sums of each gradient; see Launch.sums."""
+        # Nothing writes those of tensors without elements, nor any where mixed precision skips the step.
+        self._sums = torch.zeros(2, len(self.bindings), dtype=torch.float64, device=self.device)
+        self._launch("reduce", counts=False)
+        return self._sums
+
+    def set_abs_sums(self, abs_sums: Tensor) -> None:
+        """Take the abs-sums of whole tensors; see Launch.set_abs_sums."""
+        assert self._sums is not None
+        self._sums[0].copy_(abs_sums)
+
     def update(self, clipping: Clipping, counted: Sequence[dict[str, Any]]) -> None:
         """Update and count the step in one native call, which no signal handler can interrupt; see Launch.update."""
         if clipping.reduced:
-            assert isinstance(clipping.coefficient, Tensor)
-            clip = clipping.coefficient.to(self.device, torch.float64)
+            clip = move_coefficient(clipping, self.device)
             self._launch("update", self.counts, clip=clip, counted=counted)
         else:
             self._launch("all", self.counts, clipping.max_grad_norm, clipping.eps, counted=counted)
@@ -166,7 +179,7 @@ class CudaLaunch(DeviceLaunch):
         with self._current_device():
             self.captured = self._executor.launch(
                 self.gradients, self.hyperparameters, counts, max_grad_norm, clip_eps, clip, squares,
-                grad_scale, found_inf, phase, stream, counted,
+                grad_scale, found_inf, self._sums, phase, stream, counted,
             )  # fmt: skip
         self.newly_captured = self.newly_captured or self.captured != captured
 

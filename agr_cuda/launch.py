@@ -51,9 +51,20 @@ class Launch(ABC):
     def square_sum(self) -> float | Tensor:
         """Return the sum of the squares of all unscaled gradients, and keep the abs-sums for `update`."""
 
+    def sums(self) -> Tensor:
+        """Return the abs-sum and the sum of squares of each gradient, as it is: of shape (2, bindings), in float64.
+
+        Only for launches of a plan with an exchange; see agr_cuda/sharding.py. `set_abs_sums` follows.
+        """
+        raise NotImplementedError
+
+    def set_abs_sums(self, abs_sums: Tensor) -> None:
+        """Take the abs-sums of the tensors of which the gradients are parts, for `update`."""
+        raise NotImplementedError
+
     @abstractmethod
     def update(self, clipping: Clipping, counted: Sequence[dict[str, Any]]) -> None:
-        """Update the parameters, reusing what `square_sum` has reduced if it was called.
+        """Update the parameters, reusing what `square_sum` or `sums` has reduced if it was called.
 
         Args:
             clipping: how to clip.
@@ -77,6 +88,12 @@ def move_hyperparameter(value: Any, device: torch.device, readable_dtypes: Seque
     if value.device == device and value.dtype == dtype:
         return value
     return value.detach().to(device=device, dtype=dtype, non_blocking=True)
+
+
+def move_coefficient(clipping: Clipping, device: torch.device) -> Tensor | None:
+    """Return the factor of all gradients as kernels on `device` take it; None if gradients are only exchanged."""
+    coefficient = clipping.coefficient
+    return coefficient.to(device, torch.float64) if isinstance(coefficient, Tensor) else None
 
 
 def capturing_on(device: torch.device) -> bool:

@@ -25,6 +25,7 @@ from .options import BOOLEAN_OPTIONS, check_betas, check_flag, check_nonnegative
 from .plan import StepPlan
 from .precision import PRECISION_OPTIONS, Precision, check_precision, check_precision_options
 from .scaling import Scaling
+from .sharding import Exchange, check_distributed, has_these_parts
 from .tensors import MASTER, Binding, StateTensor, is_plain, ordinary_mode, stored_state
 
 #: The options that hold for the whole optimizer. They are in its `defaults` and in no parameter group.
@@ -383,7 +384,8 @@ class AGROptimizer(torch.optim.Optimizer):
     def _execute(self, plan: StepPlan) -> None:
         """Execute a plan, unless mixed precision skips the step. Everything that may fail comes before any update."""
         scaling = Scaling.from_optimizer(self)
-        if plan.updates_on_host and scaling.skips_step():
+        # Where processes exchange sums, all skip the step or none.
+        if not plan.exchange and plan.updates_on_host and scaling.skips_step():
             return
         self._check_capture(plan)
         self._place_step_counts(plan, scaling)
@@ -391,7 +393,13 @@ class AGROptimizer(torch.optim.Optimizer):
         hyperparameters = [self._hyperparameters(group) for group in self.param_groups]
         for launch in plan.launches:
             launch.prepare(self.param_groups, hyperparameters, scaling)
-        self._clipping = prepare_clipping(plan.launches, float(self.max_grad_norm or 0), self._clip_eps())
+        max_grad_norm = float(self.max_grad_norm or 0)
+        if plan.exchange:
+            self._clipping = plan.exchange.run(scaling, max_grad_norm, self._clip_eps())
+            if plan.updates_on_host and scaling.skips_step():
+                return
+        else:
+            self._clipping = prepare_clipping(plan.launches, max_grad_norm, self._clip_eps())
         counted = self._groups_counted_on_host()
         for launch in plan.launches:
             launch.update(self._clipping, counted if launch is plan.launches[-1] else [])
@@ -441,7 +449,9 @@ class AGROptimizer(torch.optim.Optimizer):
         self._warn_about_single_elements(bindings)
         self._warn_about_wrappers(bindings)
         clip = bool(self.max_grad_norm)
-        plan = StepPlan(self._rule, configuration, bindings, self.param_groups, self.state, clip)
+        parameters = [(p, bool(group["agr"])) for group in self.param_groups for p in group["params"]]
+        exchange = Exchange([p for p, _ in parameters], [agr for _, agr in parameters], clip)
+        plan = StepPlan(self._rule, configuration, bindings, self.param_groups, self.state, clip, exchange)
         if not plan.fits(self.param_groups, self.state) and plan.has_native_bindings:
             raise RuntimeError("parameters, gradients or state were changed by another thread during step()")
         self._plan = plan
@@ -449,19 +459,23 @@ class AGROptimizer(torch.optim.Optimizer):
 
     def _reference_state_ready(self, bindings: Sequence[Binding]) -> bool:
         """Whether the reference backend's state needs no change; raise RuntimeError if it cannot be used."""
-        present = [b for b in bindings if b.parameter.grad is not None]
+        present = [b for b in bindings if b.owner.grad is not None]
         for b in present:
+            if b.whole is not None:
+                check_distributed(b.place, b.whole)
+                if not has_these_parts(b.whole, self.state.get(b.whole, {}), b.parameter, b.state):
+                    return False
             check_tensors(b.place, b.parameter, b.state, b.specs)
             check_writable(b.place, b.parameter, b.state)
             # A parameter whose gradient no other backend took goes back to another when its gradients are plain again.
-            if Precision.of(b.parameter, self.param_groups[b.group]) != b.precision:  # It has another dtype now.
+            if Precision.of(b.owner, self.param_groups[b.group]) != b.precision:  # It has another dtype now.
                 return False
-            if not b.gradient.plain and b.parameter.grad is not None and is_plain(b.parameter.grad):
+            if not b.gradient.plain and b.owner.grad is not None and is_plain(b.owner.grad):
                 return False
         return not any(state_change(self, b) for b in present)
 
     def _warn_about_single_elements(self, bindings: list[Binding]) -> None:
-        places = [b.place for b in bindings if b.regularize and b.parameter.numel() == 1]
+        places = [b.place for b in bindings if b.regularize and b.owner.numel() == 1]
         if places:
             self._warn_once(
                 "single elements",
@@ -474,7 +488,7 @@ class AGROptimizer(torch.optim.Optimizer):
         if found:
             self._warn_once(
                 "wrappers",
-                f"fused=True asks for fused kernels, and none takes a {type(found[0].parameter).__name__}: the "
+                f"fused=True asks for fused kernels, and none takes a {type(found[0].owner).__name__}: the "
                 f"reference backend updates {found[0].place}"
                 + (f" and {len(found) - 1} others" if len(found) > 1 else ""),
             )

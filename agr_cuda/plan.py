@@ -15,6 +15,7 @@ from .cuda import CudaLaunch
 from .launch import DeviceLaunch, Launch
 from .native import native
 from .reference import ReferenceLaunch
+from .sharding import Exchange, inner_name, read_gradient
 from .tensors import Binding, ordinary_mode
 from .triton import TritonLaunch
 
@@ -36,22 +37,27 @@ class StepPlan:
         groups: list[dict[str, Any]],
         state: dict[Tensor, Any],
         clip: bool,
+        exchange: Exchange,
     ) -> None:
         #: The values of the options for which the launches were made.
         self.configuration = configuration
         self.bindings = bindings
+        #: The sums over processes; it is false where there are none.
+        self.exchange = exchange
+        apart = clip or bool(exchange)  # whether all gradients are reduced before the first update
         self.reference_bindings = [b for b in bindings if b.backend == "reference"]
         #: The bindings whose gradient has another memory layout than the parameter.
         self.staged = [b for b in bindings if b.staged is not None]
         reference = [ReferenceLaunch(rule, self.reference_bindings)] if self.reference_bindings else []
         #: The launches on GPUs: one for each combination of dtypes on each device.
         sizes = [parameter.numel() for group in groups for parameter in group["params"]]
-        self.device_launches = device_launches(DEVICE_LAUNCH_CLASSES, rule, bindings, len(groups), sizes, clip)
+        self.device_launches = device_launches(DEVICE_LAUNCH_CLASSES, rule, bindings, len(groups), sizes, apart)
         on_cpu = [b for b in bindings if b.backend == "cpu"]
-        cpu = [CpuLaunch(rule, on_cpu, clip)] if on_cpu else []
+        cpu = [CpuLaunch(rule, on_cpu, apart)] if on_cpu else []
         #: All launches, in the order of a step. The last one counts the step; a native launch does so in the same call
         #: as the update, so that no signal handler can run in between.
         self.launches: list[Launch] = [*reference, *self.device_launches, *cpu]
+        exchange.attach(self.launches)
         #: Whether a part of the step runs on the host, which then has to know whether mixed precision skips the step.
         self.updates_on_host = bool(reference or cpu or not self.device_launches)
         self._second_owners = _second_owners(bindings)
@@ -68,7 +74,10 @@ class StepPlan:
         assert self._watch is not None
         for slot, b in enumerate(bindings):
             keys = [spec.key for spec in b.specs]
-            self._watch.add(b.index, keys, gradients, slot, b.gradient.class_, str(b.gradient.dtype), b.staged)
+            inner = None if b.whole is None else inner_name(b.whole)
+            placements = None if b.whole is None or b.gradient.moved else b.whole.placements  # type: ignore[attr-defined]
+            of_gradient = b.gradient.class_, str(b.gradient.dtype)
+            self._watch.add(b.index, keys, gradients, slot, *of_gradient, b.staged, inner, placements)
 
     @property
     def has_native_bindings(self) -> bool:
@@ -88,9 +97,10 @@ class StepPlan:
     def stage_gradients(self) -> None:
         """Copy gradients whose memory layout differs from the parameter's into the staging buffers."""
         for binding in self.staged:
-            if binding.parameter.grad is not None:
+            gradient = read_gradient(binding)
+            if gradient is not None:
                 assert binding.staged is not None
-                binding.staged.copy_(binding.parameter.grad)
+                binding.staged.copy_(gradient)
 
     def increment_versions(self) -> None:
         """Increment the version counter of every parameter that kernels wrote, as PyTorch's in-place operations do.
@@ -140,7 +150,7 @@ def device_launches(
         bindings: the bindings, of all backends.
         groups: the number of parameter groups.
         sizes: the numbers of elements of all parameters, bound or not, by their indices.
-        clip: whether to clip by the global norm.
+        clip: whether all gradients are reduced before the first update, as for clipping by the global norm.
     """
     by_types = defaultdict(list)
     for b in bindings:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .launch import Hyperparameters, Launch
 from .scaling import Scaling
+from .sharding import read_gradient
 from .storage import read_numbers, write_numbers
 from .tensors import Binding
 
@@ -32,15 +33,17 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def psi(g: Tensor) -> Tensor:
+def psi(g: Tensor, total: Tensor | None = None) -> Tensor:
     """Return the regularized gradient g (1 - |g| / S), where S is the sum of |g| over all elements.
+
+    S is `total` if `g` is a part of a larger tensor, whose other parts are in other processes.
 
     A 16-bit gradient is computed and returned in float32, because 1 - |g| / S would round to 1 in its own type. An
     all-zero gradient gives zeros. For complex gradients, |g| is the modulus.
     """
     g = g.to(compute_dtype(g.dtype))
     magnitude = g.abs()
-    total = magnitude.sum()
+    total = magnitude.sum() if total is None else total
     total = torch.where(total == 0, torch.ones_like(total), total)
     return g * (1 - magnitude / total)
 
@@ -154,9 +157,9 @@ def adan(
     return p, m, u, n, -g
 
 
-def foreach_psi(grads: list[Tensor]) -> list[Tensor]:
+def foreach_psi(grads: list[Tensor], of_wholes: Sequence[Tensor] | None = None) -> list[Tensor]:
     """Return `psi` of each tensor of a list. The tensors are real, and have one device and dtype."""
-    totals = torch.stack(torch._foreach_norm(grads, 1))
+    totals = torch.stack(list(torch._foreach_norm(grads, 1) if of_wholes is None else of_wholes))
     totals = torch.where(totals == 0, torch.ones_like(totals), totals)
     kept = torch._foreach_abs(grads)
     torch._foreach_div_(kept, list(totals.unbind()))
@@ -255,19 +258,24 @@ class ReferenceLaunch(Launch):
         self._groups: Sequence[dict[str, Any]] = []
         self._options: list[dict[str, Any]] = []
         self._scaling = Scaling(None, None)
+        self._gradients: dict[int, Tensor] = {}
+        self._abs_sums: dict[int, Tensor] = {}
 
     def prepare(
         self, groups: Sequence[dict[str, Any]], hyperparameters: Sequence[Hyperparameters], scaling: Scaling
     ) -> None:
         """Keep the hyperparameters unchanged, tensors included; see Launch.prepare."""
         self._groups, self._scaling = groups, scaling
+        found = {binding.index: read_gradient(binding) for binding in self.bindings}
+        self._gradients = {index: gradient for index, gradient in found.items() if gradient is not None}
+        self._abs_sums = {}
         self._options = [_rule_options(self.rule, values) for values in hyperparameters]
 
     def square_sum(self) -> Number:
         """Return the sum of squares as a tensor, so that the host does not wait for it; see Launch.square_sum."""
         total: Number = 0.0
         for binding in self.bindings:
-            grad = binding.parameter.grad
+            grad = self._gradients.get(binding.index)
             if grad is None:
                 continue
             differentiable = bool(self._groups[binding.group].get("differentiable", False))
@@ -275,6 +283,23 @@ class ReferenceLaunch(Launch):
                 squares = sum_of_squares(grad if differentiable else grad.detach())
                 total = squares if isinstance(total, float) else total + squares.to(total.device)
         return total if self._scaling.grad_scale is None else total / self._scaling.factor() ** 2
+
+    @torch.no_grad()
+    def sums(self) -> Tensor:
+        """Return the sums of each gradient; see Launch.sums."""
+        found = []
+        for binding in self.bindings:
+            gradient = self._gradients.get(binding.index)
+            if gradient is None:
+                found.append(torch.zeros(2, dtype=torch.float64, device=binding.parameter.device))
+            else:
+                magnitude = gradient.abs()
+                found.append(torch.stack([magnitude.sum(dtype=torch.float64), sum_of_squares(gradient)]))
+        return torch.stack([x.to(found[0].device) for x in found], dim=1)
+
+    def set_abs_sums(self, abs_sums: Tensor) -> None:
+        """Take the abs-sums of whole tensors; see Launch.set_abs_sums."""
+        self._abs_sums = {b.index: x for b, x in zip(self.bindings, abs_sums.unbind(), strict=True)}
 
     def update(self, clipping: Clipping, counted: Sequence[dict[str, Any]]) -> None:
         """Update the parameters; see Launch.update."""
@@ -284,7 +309,7 @@ class ReferenceLaunch(Launch):
             clip = clip / self._scaling.factor()
         foreach_batches: dict[tuple[Any, ...], list[Binding]] = defaultdict(list)
         for binding in self.bindings:
-            if binding.parameter.grad is None:
+            if binding.index not in self._gradients:
                 continue
             group = self._groups[binding.group]
             if self._uses_foreach(binding, group):
@@ -297,6 +322,7 @@ class ReferenceLaunch(Launch):
         with torch.no_grad():
             for (*_, t), bindings in foreach_batches.items():
                 self._update_foreach(bindings, clip, t)
+        self._gradients, self._abs_sums = {}, {}
         for group in counted:
             group["step"] += 1
 
@@ -322,14 +348,16 @@ class ReferenceLaunch(Launch):
         return (step if step.device.type == "mps" else step.double()) + 1
 
     def _update_one(self, binding: Binding, group: dict[str, Any], clip: Number) -> None:
-        p = binding.parameter
-        assert p.grad is not None
-        g = p.grad
+        p, g = binding.parameter, self._gradients[binding.index]
         if isinstance(clip, Tensor):
             clip = (clip if torch.is_grad_enabled() else clip.detach()).to(g.device)
         scale = -clip if group["maximize"] else clip
-        g = g.to(compute_dtype(p.dtype)) * scale
-        if group["agr"]:
+        g = g.to(compute_dtype(p.dtype))
+        total = self._abs_sum_of(binding, g.abs().dtype) if group["agr"] else None
+        if total is not None:  # The whole's abs-sum is of gradients without scale.
+            g = psi(g, total)
+        g = g * scale
+        if group["agr"] and total is None:
             g = psi(g)
         stored = read_numbers(binding)
         if p.is_complex():
@@ -347,16 +375,25 @@ class ReferenceLaunch(Launch):
         if binding.count is not None:
             binding.count.add_(1)
 
+    def _abs_sum_of(self, binding: Binding, dtype: torch.dtype) -> Tensor | None:
+        """Return the abs-sum of the whole of which a gradient is a part; None if it is the whole itself."""
+        total = self._abs_sums.get(binding.index)
+        return None if total is None else total.to(binding.parameter.device, dtype)
+
     def _update_foreach(self, bindings: Sequence[Binding], clip: Number, t: Any) -> None:
         group, options = self._groups[bindings[0].group], self._options[bindings[0].group]
         parameters = [binding.parameter for binding in bindings]
         dtype = compute_dtype(parameters[0].dtype)
-        g = [p.grad.to(dtype) for p in parameters if p.grad is not None]
+        g = [self._gradients[binding.index].to(dtype) for binding in bindings]
+        totals = [self._abs_sum_of(b, dtype) for b in bindings] if group["agr"] else []
+        of_wholes = [total for total in totals if total is not None]
+        if of_wholes:  # as in _update_one
+            g = foreach_psi(g, of_wholes)
         if isinstance(clip, Tensor):
             clip = clip.detach().to(device=parameters[0].device, dtype=dtype)
         if isinstance(clip, Tensor) or clip != 1 or group["maximize"]:
             g = list(torch._foreach_mul(g, -clip if group["maximize"] else clip))
-        if group["agr"]:
+        if group["agr"] and not of_wholes:
             g = foreach_psi(g)
         stored = [list(column) for column in zip(*map(read_numbers, bindings), strict=True)]
         now, *averages = [[x.to(dtype) for x in column] for column in stored]  # the tensors themselves if they can be

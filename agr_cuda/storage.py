@@ -56,24 +56,14 @@ def _rounded(binding: Binding, values: Tensor, array: int, step: Tensor | float,
 
     Of a DTensor, each rank rounds the part that it has, as that part of the whole tensor would be rounded.
     """
-    whole: Any = binding.parameter
-    here: Any = values
-    if is_wrapper(values):
-        here = here.redistribute(placements=whole.placements).to_local()
     # In the arithmetic of a 0-d parameter, options that are float64 tensors have made its values float64.
-    chunks = [x.reshape(-1).split(_CHUNK) for x in (element_indices(whole), here.float())]
+    flat: list[Any] = [x.reshape(-1) for x in (element_indices(binding.owner), values.float())]
+    chunks = [x.split(_CHUNK) for x in flat]
     parts = [
         round_stochastically(x, random_bits(elements, seed=seed, step=step, index=binding.index, array=array))
         for elements, x in zip(*chunks, strict=True)
     ]
-    rounded = torch.cat(parts).view(here.shape)
-    if not is_wrapper(values):
-        return rounded
-    from torch.distributed.tensor import DTensor  # not in every build of PyTorch
-
-    return DTensor.from_local(
-        rounded, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
-    )
+    return torch.cat(parts).view(values.shape)
 
 
 def element_indices(parameter: Tensor) -> Tensor:

@@ -103,6 +103,8 @@ class GradientKind(NamedTuple):
     plain: bool
     #: Whether its elements are in that memory with their own values, in the same order as the parameter's.
     same_layout: bool
+    #: Of a DTensor's gradient, whether it is placed otherwise than the parameter, so that its part is somewhere else.
+    moved: bool = False
 
     @classmethod
     def of(cls, parameter: Tensor, gradient: Tensor) -> GradientKind:
@@ -129,9 +131,16 @@ class Binding:
     amsgrad: bool
     #: A staging buffer in the parameter's memory layout. A gradient of another layout is copied into it in each step.
     staged: Tensor | None = None
+    #: The DTensor, if the program's parameter is one: `parameter` and `state` then are this process's parts of it.
+    whole: Tensor | None = None
     #: Whether state of another type than `specs` say is converted. State that a program has given a group whose options
     #: have never said of what type it is, is used as it is.
     converts: bool = False
+
+    @property
+    def owner(self) -> Tensor:
+        """The program's parameter, whose gradient is read, and whose state is the optimizer's."""
+        return self.parameter if self.whole is None else self.whole
 
     @property
     def averages(self) -> tuple[Tensor, ...]:

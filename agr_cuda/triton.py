@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .launch import DeviceLaunch, Hyperparameters
+from .launch import DeviceLaunch, Hyperparameters, move_coefficient
 from .native import native
 from .precision import Precision
 from .scaling import Scaling
@@ -172,6 +172,16 @@ class TritonLaunch(DeviceLaunch):
         chunks = first_chunks[-1]
         self._magnitudes, self._squares = torch.zeros(2, chunks + chunks % 2, dtype=torch.float64, **like)
         self._coefficients = torch.zeros(computed, self._kernels.COEFFICIENTS, dtype=torch.float64, **like)
+        #: The number of chunks of each parameter of the optimizer, and the indices of those of this launch.
+        self._chunk_count = chunks
+        self._chunks = torch.tensor([-(-size // chunk) for size in sizes], dtype=torch.int64, **like)
+        self._indices = torch.tensor([b.index for b in bindings], dtype=torch.int64, **like)
+        #: The tensors that have chunks, and their first.
+        with_chunks = [i for i, b in enumerate(bindings) if b.parameter.numel() > 0]
+        self._with_chunks = torch.tensor(with_chunks, dtype=torch.int64, **like)
+        self._first_chunks = torch.tensor(
+            [first_chunks[bindings[i].index] for i in with_chunks], dtype=torch.int64, **like
+        )
         #: Neutral values, passed to the kernels in place of a clipping coefficient, gradient scale or overflow flag.
         self._no_clip = torch.ones((), dtype=torch.float64, **like)
         self._no_scale = torch.ones((), dtype=torch.float32, **like)
@@ -200,14 +210,30 @@ class TritonLaunch(DeviceLaunch):
             grad_scale, _ = self.scaling.to(self.device)
             return squares if grad_scale is None else squares / grad_scale.double() ** 2
 
+    def sums(self) -> Tensor:
+        """Return the sums of each gradient; see Launch.sums."""
+        self._switch_stream()
+        with self._current_device():
+            self._copy_step_data()
+            self._reduce(self.scaling)
+            by_chunk = torch.stack([self._magnitudes, self._squares], dim=1)[: self._chunk_count]
+            # In the order of chunks. `unsafe` leaves out a check for which the host would wait.
+            sums = torch.segment_reduce(by_chunk, "sum", lengths=self._chunks, axis=0, unsafe=True, initial=0)
+            return sums.index_select(0, self._indices).T
+
+    def set_abs_sums(self, abs_sums: Tensor) -> None:
+        """Take the abs-sums of whole tensors; see Launch.set_abs_sums. An update adds up those of the chunks."""
+        with self._current_device():
+            self._magnitudes.zero_()
+            self._magnitudes.index_copy_(0, self._first_chunks, abs_sums.index_select(0, self._with_chunks))
+
     def update(self, clipping: Clipping, counted: Sequence[dict[str, Any]]) -> None:
         """Update the parameters; see Launch.update."""
         self._switch_stream()
         with self._current_device():
             clip = None
             if clipping.reduced:
-                assert isinstance(clipping.coefficient, Tensor)
-                clip = clipping.coefficient.to(self.device, torch.float64)
+                clip = move_coefficient(clipping, self.device)
             else:
                 self._copy_step_data()
                 self._reduce(self.scaling)

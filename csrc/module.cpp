@@ -103,7 +103,8 @@ PYBIND11_MODULE(_C, m) {
                       }))
         .def(py::init<py::list, py::dict>(), py::arg("groups"), py::arg("state"))
         .def("add", &Watch::add, py::arg("index"), py::arg("keys"), py::arg("table"), py::arg("slot"),
-             py::arg("gradient_class"), py::arg("gradient_type"), py::arg("staged"))
+             py::arg("gradient_class"), py::arg("gradient_type"), py::arg("staged"), py::arg("inner"),
+             py::arg("placements"))
         .def("add_by_reference", &Watch::add_by_reference, py::arg("index"))
         .def("unchanged", &Watch::unchanged, py::arg("groups"), py::arg("state"))
         .def_property_readonly("updated", &Watch::updated)

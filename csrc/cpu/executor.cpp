@@ -75,6 +75,19 @@ double Executor::reduce(const void* const* gradients, int threads) {
     return squares;
 }
 
+void Executor::sums(double* abs_sums, double* squares) const {
+    for (std::size_t i = 0; i < tensors_.size(); ++i) {
+        // Nothing has reduced a tensor without chunks.
+        const Sums sums = plan_.tensors[i].chunks == 0 ? Sums{} : progress_[i].sums;
+        abs_sums[i] = sums.abs_sum;
+        squares[i] = sums.squares;
+    }
+}
+
+void Executor::set_abs_sums(const double* abs_sums) {
+    for (std::size_t i = 0; i < tensors_.size(); ++i) progress_[i].sums.abs_sum = abs_sums[i];
+}
+
 void Executor::update(const void* const* gradients, const std::vector<Group>& groups, double clip, int threads) {
     if (!plan_.limits.clip) ++epoch_;
     compute_coefficients(gradients, groups, clip);

@@ -31,6 +31,11 @@ public:
     // for a plan with clipping.
     double reduce(const void* const* gradients, int threads);
 
+    // After reduce(): writes the abs-sum and the sum of squares of each tensor's gradient.
+    void sums(double* abs_sums, double* squares) const;
+    // After reduce(): replaces the abs-sums by those of tensors of which these are parts.
+    void set_abs_sums(const double* abs_sums);
+
     // Does the whole step or, after reduce(), the rest of it. Gradients are multiplied by `clip`, and negated for
     // maximize.
     void update(const void* const* gradients, const std::vector<Group>& groups, double clip, int threads);

@@ -143,9 +143,12 @@ struct Arguments {
     bool group_counts;      // some group's step count is incremented
     std::uint32_t tactics;  // a combination of Tactic
     double* squares;        // where to write the sum of squares of all unscaled gradients, or null
-    double max_grad_norm;   // used with the squares of this launch alone
-    double clip_eps;        // the eps of the first group
-    const double* clip;     // the clipping factor if it is already computed, or null
+    // Null, or the abs-sums of all tensors and then their sums of squares: a launch that reduces writes those of its
+    // gradients, and one that only updates takes the abs-sums from here, of tensors of which these are parts.
+    double* sums;
+    double max_grad_norm;  // used with the squares of this launch alone
+    double clip_eps;       // the eps of the first group
+    const double* clip;    // the clipping factor if it is already computed, or null
     // For mixed precision: the factor by which every gradient must be divided, and whether to skip the step (if not 0).
     // Null without mixed precision.
     const float* grad_scale;

@@ -389,6 +389,10 @@ private:
             if (!any_of_warp(last)) return;
             fence_if_asked_for();
         }
+        if (lane() == 0 && args_.sums != nullptr) {
+            args_.sums[task.tensor] = sums.abs_sum;
+            args_.sums[args_.tensors + task.tensor] = sums.squares;
+        }
         // Updates of a tensor without a gradient do nothing, and wait for nothing.
         if (lane() == 0 && gradient_of(task.tensor) != nullptr) {
             Inputs inputs;
@@ -530,7 +534,8 @@ private:
     // Writes the scale and the abs-sum, if they are not the published ones.
     AGR_DEVICE void complete_inputs(Inputs& inputs, const DeviceTask& task, const Row& row, bool sums_itself) {
         const bool clips = args_.clip != nullptr || args_.computes_norm;
-        if (task.reduced && !clips) return;
+        const bool given = !args_.reduces && args_.sums != nullptr;
+        if (task.reduced && !clips && !given) return;
         double scale = scale_of(row.group);
         if (clips) {
             scale *= args_.clip != nullptr ? *args_.clip : PublishedDouble(args_.control->clip).wait(shared_.epoch);
@@ -541,6 +546,8 @@ private:
             double abs_sum = 0;
             for (int warp = 0; warp < warps; ++warp) abs_sum += shared_.warp_sums[buffer_][warp].abs_sum;
             inputs.sum = AbsSum<T>::of(abs_sum).for_scale(scale);
+        } else if (given) {
+            inputs.sum = AbsSum<T>::of(args_.sums[task.tensor]).for_scale(scale);
         } else if (task.regularize) {
             inputs.sum = inputs.sum.for_scale(scale);
         }

@@ -251,6 +251,7 @@ void Executor::launch(const void* const* gradients, const std::vector<DeviceGrou
     args.clip = settings.clip;
     args.grad_scale = settings.grad_scale;
     args.found_inf = settings.found_inf;
+    args.sums = settings.sums;
     launcher_->step(kernel_, args, blocks_, device_, stream);
     ++steps_;
 }

@@ -27,6 +27,7 @@ struct Settings {
     double* squares = nullptr;
     const float* grad_scale = nullptr;
     const float* found_inf = nullptr;
+    double* sums = nullptr;
 };
 
 // Which of a plan's tasks a launch runs. One launch runs all of them, unless clipping needs the norm over several

@@ -59,6 +59,7 @@ public:
         Rows rows = rows_of(tensors, device_type(), device);
         if (rows.groups > groups_) throw std::invalid_argument("a tensor's group is not among the groups");
         rule_ = rows.rule;
+        tensors_ = static_cast<std::int64_t>(rows.tensors.size());
         executor_ = std::make_unique<cuda::Executor>(plan, std::move(rows.tensors), groups, device, blocks,
                                                      prefetched_bytes, launcher(), tactics);
     }
@@ -76,7 +77,7 @@ public:
     // Whether the stream's work is being captured. `phase`: "all", "reduce" or "update".
     bool launch(const GradientTable& gradients, const py::list& groups, bool counts, double max_grad_norm,
                 double clip_eps, const py::object& clip, const py::object& squares, const py::object& grad_scale,
-                const py::object& found_inf, const std::string& phase, std::uintptr_t stream,
+                const py::object& found_inf, const py::object& sums, const std::string& phase, std::uintptr_t stream,
                 const py::sequence& counted) {
         std::vector<cuda::DeviceGroup> numbers;
         for (py::handle item : groups) {
@@ -95,7 +96,8 @@ public:
                                       static_cast<const double*>(address(clip, "clip", Type::float64)),
                                       static_cast<double*>(address(squares, "squares", Type::float64)),
                                       static_cast<const float*>(address(grad_scale, "grad_scale", Type::float32)),
-                                      static_cast<const float*>(address(found_inf, "found_inf", Type::float32))};
+                                      static_cast<const float*>(address(found_inf, "found_inf", Type::float32)),
+                                      static_cast<double*>(address(sums, "sums", Type::float64, 2 * tensors_))};
         const auto which = phase == "reduce"   ? cuda::Phase::reduce
                            : phase == "update" ? cuda::Phase::update
                                                : cuda::Phase::all;
@@ -111,17 +113,19 @@ private:
     std::unique_ptr<cuda::Executor> executor_;
     int device_;
     std::size_t groups_;
+    std::int64_t tensors_ = 0;
     Rule rule_ = Rule::adamw;
 
-    TensorView one(py::handle tensor, const char* role, std::optional<Type> type = std::nullopt) const {
+    TensorView one(py::handle tensor, const char* role, std::optional<Type> type = std::nullopt,
+                   std::int64_t elements = 1) const {
         const TensorView view = on_device(tensor, role, device_type(), device_);
-        if (view.elements() != 1 || (type && view.type() != type))
+        if (view.elements() != elements || (type && view.type() != type))
             throw std::invalid_argument(std::string(role) + " has another type or size than the kernel reads");
         return view;
     }
 
-    void* address(const py::object& tensor, const char* role, Type type) const {
-        return tensor.is_none() ? nullptr : one(tensor, role, type).data();
+    void* address(const py::object& tensor, const char* role, Type type, std::int64_t elements = 1) const {
+        return tensor.is_none() ? nullptr : one(tensor, role, type, elements).data();
     }
 };
 

@@ -10,6 +10,14 @@ namespace {
 
 PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
 
+// The tensor itself, or this process's part of a DTensor if `inner` is its name there; null if there is none.
+py::object part_of(PyObject* tensor, PyObject* inner) {
+    if (inner == nullptr) return py::reinterpret_borrow<py::object>(tensor);
+    auto part = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, inner));
+    if (!part) PyErr_Clear();
+    return part;
+}
+
 }  // namespace
 
 std::vector<Watch::Item> Watch::items_of(PyObject* dictionary) {
@@ -59,17 +67,22 @@ PyObject* Watch::keep(py::handle object) {
 }
 
 void Watch::add(std::size_t index, const std::vector<std::string>& keys, std::shared_ptr<GradientTable> table,
-                std::size_t slot, py::object gradient_class, const std::string& gradient_type, py::object staged) {
+                std::size_t slot, py::object gradient_class, const std::string& gradient_type, py::object staged,
+                py::object inner, py::object placements) {
     Entry& entry = entries_.at(index);
     entry.update = Update::native;
     entry.first = tensors_.size();
-    expect(entry.parameter, "parameter");
+    if (!inner.is_none()) entry.inner = interned(py::cast<std::string>(inner).c_str());
+    if (!placements.is_none()) entry.placements = keep(placements);
+    expect(entry.parameter, entry.inner, "parameter");
     py::dict state = py::reinterpret_borrow<py::dict>(state_)[py::handle(entry.parameter)];
     entry.state = keep(state);
     for (const std::string& key : keys) {
         py::object tensor = state[py::str(key)];
         entry.keys.push_back(interned(key.c_str()));
-        expect(keep(tensor), key.c_str());
+        // A step count is an ordinary tensor even there.
+        const bool whole = entry.inner != nullptr && PyObject_HasAttr(tensor.ptr(), entry.inner) != 0;
+        expect(keep(tensor), whole ? entry.inner : nullptr, key.c_str());
     }
     entry.end = tensors_.size();
     entry.items = items_of(state.ptr());
@@ -84,10 +97,12 @@ void Watch::add(std::size_t index, const std::vector<std::string>& keys, std::sh
 
 void Watch::add_by_reference(std::size_t index) { entries_.at(index).update = Update::by_reference; }
 
-void Watch::expect(PyObject* tensor, const char* role) {
-    const TensorView view = reader().read_or_throw(tensor, role);
+void Watch::expect(PyObject* tensor, PyObject* inner, const char* role) {
+    const py::object part = part_of(tensor, inner);
+    if (!part) throw std::runtime_error(std::string("the part of a DTensor is not there, of the ") + role);
+    const TensorView view = reader().read_or_throw(part, role);
     if (!view.type()) throw std::runtime_error(std::string("no kernel takes the type of the ") + role);
-    tensors_.push_back({tensor, Py_TYPE(tensor), view.data(), view.kind, sizes_.size()});
+    tensors_.push_back({tensor, Py_TYPE(tensor), inner, view.data(), view.kind, sizes_.size()});
     sizes_.insert(sizes_.end(), view.shape, view.shape + view.kind.dimensions);
     sizes_.insert(sizes_.end(), view.strides, view.strides + view.kind.dimensions);
 }
@@ -146,7 +161,8 @@ bool Watch::parameter_fits(Entry& entry) {
 
 bool Watch::fits(const Expected& expected) const {
     TensorView view;
-    if (!reader().read(expected.tensor, view)) return false;
+    const py::object part = part_of(expected.tensor, expected.inner);
+    if (!part || !reader().read(part.ptr(), view)) return false;
     if (view.data() != expected.data || Py_TYPE(expected.tensor) != expected.class_ || !(view.kind == expected.kind))
         return false;
     const std::int64_t* sizes = sizes_.data() + expected.sizes_at;
@@ -170,10 +186,20 @@ bool Watch::states_fit(Entry& entry) {
 }
 
 bool Watch::gradient_fits(Entry& entry, PyObject* gradient) {
+    static PyObject* const placements = interned("placements");
+    if (Py_TYPE(gradient) != entry.gradient_class) return false;
+    if (entry.placements != nullptr) {
+        const py::object placed = py::reinterpret_borrow<py::object>(gradient).attr(py::handle(placements));
+        const int same = PyObject_RichCompareBool(placed.ptr(), entry.placements, Py_EQ);
+        if (same < 0) throw py::error_already_set();
+        if (same == 0) return false;
+    } else if (entry.inner != nullptr) {
+        entry.table->addresses[entry.slot] = entry.staged;
+        return true;
+    }
+    const py::object part = part_of(gradient, entry.inner);
     TensorView view;
-    if (!reader().read(gradient, view) || Py_TYPE(gradient) != entry.gradient_class ||
-        !(view.kind == entry.gradient_kind))
-        return false;
+    if (!part || !reader().read(part.ptr(), view) || !(view.kind == entry.gradient_kind)) return false;
     const std::int64_t* sizes = sizes_.data() + tensors_[entry.first].sizes_at;
     const std::int64_t* strides = sizes + view.kind.dimensions;
     bool same_layout = true;
@@ -183,7 +209,7 @@ bool Watch::gradient_fits(Entry& entry, PyObject* gradient) {
     }
     if (!same_layout && entry.staged == nullptr && view.elements() > 0) return false;
     // What is copied before the step is taken for what it stands for.
-    if (entry.staged == nullptr && is_negative_view(gradient)) return false;
+    if (entry.staged == nullptr && is_negative_view(part.ptr())) return false;
     entry.table->addresses[entry.slot] = entry.staged != nullptr ? entry.staged : not_null(view.data());
     return true;
 }

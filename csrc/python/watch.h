@@ -31,9 +31,13 @@ public:
     // The parameter at `index`, counted over all groups, is updated from the gradient at `slot` of `table`, which is of
     // `gradient_class` and of the type called `gradient_type`. Its state tensors are those under `keys`. Unless
     // `staged` is None, the gradient may have any layout, since it is copied into `staged` before each step.
+    //
+    // If the parameter is a DTensor, `inner` is the name of the attribute that is this process's part of it, of its
+    // gradient and of its averages; otherwise None. The gradient has these `placements`; it may have any, and is not
+    // looked at, if they are None and it is staged.
     void add(std::size_t index, const std::vector<std::string>& keys, std::shared_ptr<GradientTable> table,
              std::size_t slot, pybind11::object gradient_class, const std::string& gradient_type,
-             pybind11::object staged);
+             pybind11::object staged, pybind11::object inner, pybind11::object placements);
 
     // The parameter at `index` is updated by operations of PyTorch, which find everything themselves.
     void add_by_reference(std::size_t index);
@@ -61,6 +65,7 @@ private:
     struct Expected {
         PyObject* tensor;  // kept alive by kept_
         PyTypeObject* class_;
+        PyObject* inner;  // the name of the attribute that is the part of a DTensor; null for other tensors
         void* data;
         TensorView::Kind kind;
         std::size_t sizes_at;  // in sizes_: its sizes, and then its strides
@@ -86,6 +91,8 @@ private:
         PyTypeObject* gradient_class = nullptr;
         TensorView::Kind gradient_kind{};
         const void* staged = nullptr;
+        PyObject* inner = nullptr;       // of the gradient, as in Expected
+        PyObject* placements = nullptr;  // of a gradient that is a DTensor
         std::shared_ptr<GradientTable> table;
         std::size_t slot = 0;
     };
@@ -115,7 +122,7 @@ private:
     static bool has_items(PyObject* dictionary, const std::vector<Item>& items);
 
     PyObject* keep(pybind11::handle object);
-    void expect(PyObject* tensor, const char* role);
+    void expect(PyObject* tensor, PyObject* inner, const char* role);
     bool all_fit(pybind11::handle groups, pybind11::handle state);
     bool fits(const Expected& expected) const;
     bool parameter_fits(Entry& entry);

@@ -1,0 +1,240 @@
+"""Parameters that are spread over processes (DTensor): this process's parts of them, and sums over all processes.
+
+Kernels work on this process's part of each tensor. What AGR and clipping need of the whole are sums over the parts: a
+step adds up its parts of the gradients, sums these numbers (one a tensor, two with clipping) over the processes by one
+all-reduce for each process group, and updates its parts. docs/distributed.md says what is exact, and what it costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .clipping import Clipping, clip_coefficient
+from .scaling import Scaling
+from .tensors import Binding, GradientKind, is_distributed
+
+if TYPE_CHECKING:
+    from .launch import Launch
+
+
+def part_of(tensor: Tensor) -> Tensor:
+    """Return this process's part of a DTensor, which shares its memory, when it has arrived there."""
+    whole: Any = tensor
+    with torch.no_grad():
+        part: Any = whole.to_local()
+        if hasattr(part, "wait"):  # A collective is under way.
+            part = part.wait()
+        # A Parameter's part would be a Parameter.
+        return part.detach() if isinstance(part, torch.nn.Parameter) else part
+
+
+def inner_name(tensor: Tensor) -> str:
+    """Return the name of a DTensor's attribute that is its part, by PyTorch's protocol for such classes."""
+    whole: Any = tensor
+    names, _ = whole.__tensor_flatten__()
+    found: str = next(name for name in names if isinstance(getattr(tensor, name), Tensor))
+    return found
+
+
+def whole_of(part: Tensor, like: Tensor) -> Tensor:
+    """Return the DTensor of which `part` is this process's part, in the shape and placements of `like`."""
+    from torch.distributed.tensor import DTensor  # not in every build of PyTorch
+
+    whole: Any = like
+    return DTensor.from_local(
+        part, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def placed_like(gradient: Tensor, parameter: Tensor) -> bool:
+    """Whether a gradient's part is that of the parameter's part."""
+    one: Any = gradient
+    other: Any = parameter
+    return bool(one.placements == other.placements and one.device_mesh == other.device_mesh)
+
+
+def gradient_part(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Return the part of a DTensor's gradient that belongs to this process's part of the parameter.
+
+    A gradient of other placements (Partial sums, as sequence parallelism leaves them) is redistributed, which all
+    processes of its mesh must do together.
+    """
+    if not placed_like(gradient, parameter):
+        moved: Any = gradient
+        whole: Any = parameter
+        with torch.no_grad():
+            gradient = moved.redistribute(whole.device_mesh, whole.placements)
+    return part_of(gradient)
+
+
+def read_gradient(binding: Binding) -> Tensor | None:
+    """Return a parameter's gradient in this step; of a DTensor, its part. None if there is none."""
+    gradient = binding.owner.grad
+    return gradient if gradient is None or binding.whole is None else gradient_part(gradient, binding.whole)
+
+
+def parts_of_state(place: str, parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """Return a DTensor's state with the parts of those of its tensors that are DTensors.
+
+    Raises:
+        RuntimeError: for one that is placed otherwise than the parameter, or has another shape.
+    """
+    parts = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor) and is_distributed(value):
+            whole: Any = value
+            if value.shape != parameter.shape:
+                raise RuntimeError(
+                    f"{key} of {place} has shape {tuple(value.shape)}; it must be {tuple(parameter.shape)}"
+                )
+            if not placed_like(value, parameter):
+                like: Any = parameter
+                raise RuntimeError(
+                    f"{key} of {place} is placed as {whole.placements} on {whole.device_mesh}; it must be as the "
+                    f"parameter, {like.placements} on {like.device_mesh}"
+                )
+            value = part_of(value)
+        elif isinstance(value, Tensor) and value.numel() > 1:
+            raise RuntimeError(f"{key} of {place} is a {type(value).__name__}; it must be a DTensor, as the parameter")
+        parts[key] = value
+    return parts
+
+
+def has_these_parts(parameter: Tensor, state: dict[str, Any], part: Tensor, parts: dict[str, Any]) -> bool:
+    """Whether this process's parts of a DTensor and of its state are these, where they were."""
+    pairs = [(parameter, part), *((state.get(key), mine) for key, mine in parts.items())]
+    return all(
+        mine is now
+        if not isinstance(now, Tensor) or not is_distributed(now)
+        else isinstance(mine, Tensor) and part_of(now).data_ptr() == mine.data_ptr()
+        for now, mine in pairs
+    )
+
+
+def keep_parts(state: dict[str, Any], parts: dict[str, Any], keys: Iterable[str], parameter: Tensor) -> None:
+    """Store new parts of a DTensor's state, those under `keys`, as DTensors; step counts stay ordinary tensors."""
+    for key in keys:
+        part = parts[key]
+        state[key] = whole_of(part, parameter) if part.shape == part_of(parameter).shape and key != "step" else part
+
+
+def check_distributed(place: str, parameter: Tensor) -> None:
+    """Raise RuntimeError for a DTensor parameter of which processes have summands, or with an ordinary gradient."""
+    whole: Any = parameter
+    if parameter.grad is not None and not is_distributed(parameter.grad):
+        raise RuntimeError(
+            f"the gradient of {place} is a {type(parameter.grad).__name__}; it must be a DTensor, as the parameter"
+        )
+    if any(placement.is_partial() for placement in whole.placements):
+        raise RuntimeError(
+            f"{place} is placed as {whole.placements}; the parts of a parameter must be Shard or Replicate, not Partial"
+        )
+
+
+def kind_of_part(parameter: Tensor, part: Tensor, gradient: Tensor) -> GradientKind:
+    """Return the kind of the gradient of a DTensor, of which `part` is this process's."""
+    if not placed_like(gradient, parameter):
+        return GradientKind(type(gradient), gradient.dtype, plain=True, same_layout=False, moved=True)
+    return GradientKind.of(part, part_of(gradient))._replace(class_=type(gradient))
+
+
+def _spreading_groups(parameter: Tensor) -> list[Any]:
+    """Return the process groups over which a parameter is spread, in the order of its mesh's dimensions."""
+    if not is_distributed(parameter):
+        return []
+    whole: Any = parameter
+    mesh = whole.device_mesh
+    if mesh.get_coordinate() is None:  # This process has no part.
+        return []
+    spread = [dim for dim, placement in enumerate(whole.placements) if not placement.is_replicate()]
+    return [mesh.get_group(dim) for dim in spread if mesh.size(dim) > 1]
+
+
+def _ranks(group: Any) -> list[int]:
+    from torch.distributed import get_process_group_ranks
+
+    return get_process_group_ranks(group)
+
+
+class Exchange:
+    """The sums of a step over all processes.
+
+    Who sends what depends on the layout of all parameters, which all processes of a group know, and not on who has
+    which gradients now: a process without a gradient adds 0, and nobody waits for it. The numbers are at fixed places
+    of one vector: the abs-sum of each parameter, the sum of squares of each, and the overflow flag of mixed precision,
+    which so becomes the same everywhere. Each process group gets the places of the parameters that are spread over it.
+    Where one is spread over several groups (a mesh of two dimensions), they follow each other, in the order of the
+    mesh's dimensions: the second adds up what the first has added up.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], regularized: Sequence[bool], clip: bool) -> None:
+        """Plan the sums.
+
+        Args:
+            parameters: all parameters of the optimizer, with and without gradients.
+            regularized: whether AGR applies to each.
+            clip: whether the step clips by the global norm.
+        """
+        count = len(parameters)
+        # By the processes' numbers: two meshes may have the same processes in different groups.
+        places: dict[tuple[int, ...], tuple[Any, list[int]]] = {}
+        devices = []
+        for index, parameter in enumerate(parameters):
+            for group in _spreading_groups(parameter):
+                _, found = places.setdefault(tuple(_ranks(group)), (group, []))
+                found += [index] * regularized[index] + [count + index] * clip
+                devices.append(parameter.device)
+        self._clip = clip
+        self._count = count
+        #: The device on which the numbers are summed.
+        self.device = devices[0] if devices else torch.device("cpu")
+        #: The places of each process group's numbers, in an order that all processes share.
+        self._places = [
+            (group, torch.tensor([*found, 2 * count], device=self.device)) for group, found in places.values() if found
+        ]
+
+        self._launches: list[tuple[Launch, Tensor]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._places)
+
+    def attach(self, launches: Sequence[Launch]) -> None:
+        """Take the launches of the step whose sums these are."""
+        self._launches = [
+            (launch, torch.tensor([b.index for b in launch.bindings], device=self.device)) for launch in launches
+        ]
+
+    @torch.no_grad()
+    def run(self, scaling: Scaling, max_grad_norm: float, eps: float) -> Clipping:
+        """Reduce all gradients, sum over the processes, give the launches their abs-sums, and return how to clip."""
+        numbers = torch.zeros(2 * self._count + 1, dtype=torch.float64, device=self.device)
+        sums, flag = numbers[:-1].view(2, -1), numbers[-1]
+        for launch, index in self._launches:
+            sums.index_copy_(1, index, launch.sums().to(self.device))
+        if scaling.found_inf is not None:
+            flag.copy_(scaling.found_inf.reshape(()))
+        self._sum_over_processes(numbers)
+        for launch, index in self._launches:
+            launch.set_abs_sums(sums[0].index_select(0, index))
+        if scaling.found_inf is not None:
+            scaling.found_inf = (flag != 0).float()
+        if not self._clip:
+            return Clipping(reduced=True)
+        squares = sums[1].sum()
+        if scaling.grad_scale is not None:
+            scale = scaling.grad_scale
+            squares = squares / (scale.to(squares) if isinstance(scale, Tensor) else scale) ** 2
+        norm = squares.sqrt()
+        return Clipping(max_grad_norm, eps, clip_coefficient(norm, max_grad_norm, eps), norm, reduced=True)
+
+    def _sum_over_processes(self, numbers: Tensor) -> None:
+        import torch.distributed as dist
+
+        for group, places in self._places:
+            mine = numbers.index_select(0, places)
+            dist.all_reduce(mine, group=group)
+            numbers.index_copy_(0, places, mine)

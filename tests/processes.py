@@ -1,0 +1,54 @@
+"""Runs a function in several processes of one gloo process group."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = 120.0  # seconds
+
+
+def _run(pipe: Any, rank: int, size: int, path: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=size)
+        # By value: multiprocessing would share tensors with a process that ends before they are read.
+        answer = pickle.dumps((True, function(rank, *arguments)))
+        pipe.send_bytes(answer)
+        dist.destroy_process_group()
+    except BaseException:
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
+
+
+def in_processes(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Return what function(rank, *arguments) returns in each of `size` processes, which are forks of this one.
+
+    Raises:
+        AssertionError: with all tracebacks, if any process raises or does not answer in time.
+    """
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [context.Pipe(duplex=False) for _ in range(size)]
+        processes = [
+            context.Process(target=_run, args=(there, rank, size, f"{folder}/store", function, arguments))
+            for rank, (_, there) in enumerate(pipes)
+        ]
+        for process in processes:
+            process.start()
+        said = [
+            pickle.loads(here.recv_bytes()) if here.poll(TIMEOUT) else (False, f"no answer in {TIMEOUT} s")
+            for here, _ in pipes
+        ]
+        for process in processes:
+            process.join(10)
+            process.kill()
+    failed = [f"rank {rank}: {what}" for rank, (fine, what) in enumerate(said) if not fine]
+    assert not failed, "\n".join(failed)
+    return [what for _, what in said]
