@@ -25,7 +25,7 @@ from .options import BOOLEAN_OPTIONS, check_betas, check_flag, check_nonnegative
 from .plan import StepPlan
 from .precision import PRECISION_OPTIONS, Precision, check_precision, check_precision_options
 from .scaling import Scaling
-from .sharding import Exchange, check_distributed, has_these_parts
+from .sharding import Exchange, check_distributed, check_whole, has_these_parts
 from .tensors import MASTER, Binding, StateTensor, is_plain, ordinary_mode, stored_state
 
 #: The options that hold for the whole optimizer. They are in its `defaults` and in no parameter group.
@@ -444,6 +444,10 @@ class AGROptimizer(torch.optim.Optimizer):
         for i, group in enumerate(self.param_groups):
             self._check_group(group)
             check_precision(f"group {i}", group["params"], group)
+            if group["agr"] or self.max_grad_norm:
+                needs = "agr=True" if group["agr"] else f"max_grad_norm={self.max_grad_norm}"
+                for position, parameter in enumerate(group["params"]):
+                    check_whole(f"group {i}, parameter {position}", parameter, needs)
         self._plan = None
         bindings = bind(self, [] if plan is None else plan.bindings)
         self._warn_about_single_elements(bindings)

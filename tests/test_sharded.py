@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from conftest import interpreted_by_python
 from helpers import Method, same_bits
 from processes import in_processes
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning", "ignore:AGR makes")
 
@@ -114,3 +117,194 @@ def test_parts_are_updated_as_the_whole_is(size: int, kind: str, groups: int, ba
             assert len(sent) == (groups if case["agr"] or case["max_grad_norm"] else 0), case
             assert norms[0] == norms[1] or norms[0] == pytest.approx(norms[1], rel=1e-6), case
             assert all(same_bits(p, q) for p, q in zip(ended, first[4], strict=True)), f"rank {rank}, {case}"
+
+
+# Gradients that are not the same everywhere.
+
+
+def train_with_missing(rank: int, method: Method, agr: bool) -> None:
+    """Process 0 has no gradient for the first, and in the second step none at all; missing parts count as zeros."""
+    mesh = init_device_mesh("cpu", (2,))
+    generator = torch.Generator().manual_seed(2)
+    values = [torch.randn(4, 3, generator=generator) for _ in range(3)]
+    parts = [torch.nn.Parameter(placed(x, (mesh, [Shard(0)]))) for x in values]
+    ours = method.ours(parts, lr=0.1, agr=agr, max_grad_norm=1.0)
+    mine = slice(2 * rank, 2 * rank + 2)
+    twins = [torch.nn.Parameter(x[mine].clone()) for x in values]
+    expected = method.ours(twins, lr=0.1, agr=False)
+    eps = ours._clip_eps()
+    for step in range(3):
+        grads = [torch.randn(4, 3, generator=generator) for _ in values]
+        for i, (p, g) in enumerate(zip(parts, grads, strict=True)):
+            has = rank == 1 or (step != 1 and i > 0)
+            p.grad = placed(g, (mesh, [Shard(0)])) if has else None
+            if step == 1 or i == 0:
+                g[:2] = 0
+        clip = min(1.0, 1.0 / (float(sum(g.double().square().sum() for g in grads)) ** 0.5 + eps))
+        for p, q, g in zip(parts, twins, grads, strict=True):
+            psi = g * (1 - g.abs() / g.abs().sum()) if agr else g
+            q.grad = None if p.grad is None else (clip * psi)[mine].clone()
+        ours.step()
+        expected.step()
+    for p, q in zip(parts, twins, strict=True):
+        torch.testing.assert_close(p.to_local(), q, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("agr", [True, False])
+def test_nobody_waits_for_who_has_no_gradient(agr: bool, method: Method) -> None:
+    in_processes(2, train_with_missing, method, agr)
+
+
+def overflow_on_one(rank: int, backend: str, method: Method) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    value = torch.linspace(-1, 1, 12).view(4, 3)
+    p = torch.nn.Parameter(placed(value, (mesh, [Shard(0)])))
+    optimizer = method.ours([p], lr=0.1, backend=backend)
+    for overflows in (False, True, False):
+        gradient = torch.full((2, 3), float("inf") if overflows and rank == 1 else 8.0)
+        p.grad = DTensor.from_local(gradient, mesh, [Shard(0)])
+        optimizer.grad_scale = torch.tensor(4.0)
+        optimizer.found_inf = torch.tensor(float(overflows and rank == 1))
+        before = p.to_local().clone()
+        optimizer.step()
+        assert bool((p.to_local() == before).all()) == overflows
+        assert bool(p.to_local().isfinite().all())
+
+
+def test_an_overflow_anywhere_skips_the_step_everywhere(backend: str, method: Method) -> None:
+    in_processes(2, overflow_on_one, backend, method)
+
+
+def partial_gradients(rank: int, backend: str, method: Method) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    generator = torch.Generator().manual_seed(3)
+    values = [torch.randn(6, generator=generator), torch.randn(4, 3, generator=generator)]
+    placements: list[list[Any]] = [[Replicate()], [Shard(0)]]
+    parts = [torch.nn.Parameter(placed(x, (mesh, where))) for x, where in zip(values, placements, strict=True)]
+    wholes = [torch.nn.Parameter(x.clone()) for x in values]
+    ours = method.ours(parts, lr=0.1, backend=backend)
+    expected = method.ours(wholes, lr=0.1, backend="cpu")
+    for _ in range(3):
+        for p, q in zip(parts, wholes, strict=True):
+            summands = [torch.randn(q.shape, generator=generator) for _ in range(2)]
+            q.grad = summands[0] + summands[1]
+            p.grad = DTensor.from_local(summands[rank], mesh, [Partial()])
+        ours.step()
+        expected.step()
+    for p, q in zip(parts, wholes, strict=True):
+        torch.testing.assert_close(p.full_tensor(), q, rtol=1e-6, atol=1e-6)
+
+
+def test_summands_of_gradients_are_added(backend: str, method: Method) -> None:
+    """As sequence parallelism leaves those of norms."""
+    in_processes(2, partial_gradients, backend, method)
+
+
+# What is refused.
+
+
+def refuse(rank: int, method: Method) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    value = torch.ones(4, 3)
+
+    def expect_error(p: Tensor, g: Tensor, message: str, **state: Tensor) -> None:
+        p.grad = g
+        optimizer = method.ours([p])
+        optimizer.state[p].update(state)
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.step()
+        assert optimizer.state[p] == state
+
+    sharded = placed(value, (mesh, [Shard(0)]))
+    summands = torch.nn.Parameter(DTensor.from_local(value, mesh, [Partial()]))
+    expect_error(summands, placed(value, (mesh, [Replicate()])), "must be Shard or Replicate, not Partial")
+    expect_error(torch.nn.Parameter(sharded.clone()), value, "is a Tensor; it must be a DTensor, as the parameter")
+    for other, message in (
+        (placed(value, (mesh, [Shard(1)])), "exp_avg of group 0, parameter 0 is placed as"),
+        (value, "exp_avg of group 0, parameter 0 is a Tensor; it must be a DTensor"),
+        (placed(torch.ones(2, 3), (mesh, [Shard(0)])), r"exp_avg of group 0, parameter 0 has shape \(2, 3\)"),
+    ):
+        expect_error(torch.nn.Parameter(sharded.clone()), sharded.clone(), message, exp_avg=other)
+
+
+def test_what_makes_no_whole_is_refused(method: Method) -> None:
+    in_processes(2, refuse, method)
+
+
+def train_flat(rank: int, method: Method, use_orig_params: bool, options: dict[str, Any], refused: bool) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 4))
+    flat = FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    optimizer = method.ours(flat.parameters(), **options)
+    flat(torch.ones(2, 8)).sum().backward()
+    if not refused:
+        optimizer.step()
+        return
+    with pytest.raises(RuntimeError, match="is a piece of a flat parameter of FullyShardedDataParallel, and"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+@pytest.mark.parametrize(
+    ("options", "refused"), [({}, True), ({"agr": False, "max_grad_norm": 1.0}, True), ({"agr": False}, False)]
+)
+def test_flat_parameters_are_refused(options: dict, refused: bool, use_orig_params: bool, method: Method) -> None:
+    """On every process, so that none waits for another."""
+    in_processes(2, train_flat, method, use_orig_params, options, refused)
+
+
+# Real models and checkpoints.
+
+
+def language_model() -> torch.nn.Module:
+    torch.manual_seed(4)
+    return torch.nn.Sequential(
+        torch.nn.Embedding(11, 6), torch.nn.Linear(6, 7), torch.nn.Tanh(), torch.nn.LayerNorm(7), torch.nn.Linear(7, 3)
+    )
+
+
+def loss_of(model: torch.nn.Module, step: int) -> Tensor:
+    """The same on every process, so that averages over processes are those of one."""
+    tokens = torch.randint(11, (8, 5), generator=torch.Generator().manual_seed(step))
+    return model(tokens).square().sum(-1).sub(1).abs().mean()
+
+
+def train_checkpointed(rank: int, size: int, path: str, method: Method, first: int, last: int, max_norm: float) -> Any:
+    """Load a checkpoint unless this is the beginning, train, save one, and return the parameters."""
+    model = language_model()
+    mesh = init_device_mesh("cpu", (size,))
+    for layer in model:
+        if list(layer.parameters()):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = method.ours(model.parameters(), lr=1e-2, max_grad_norm=max_norm)
+    if first > 0:
+        weights, state = get_state_dict(model, optimizer)
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=path)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    for step in range(first, last):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    for p in model.parameters():
+        average: Any = optimizer.state[p]["exp_avg"]
+        assert (average.placements, average.shape, average.stride()) == (p.placements, p.shape, p.stride())
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=path)
+    return [p.full_tensor().detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.05])
+def test_a_checkpoint_goes_on_with_other_processes(max_norm: float, method: Method, tmp_path) -> None:
+    """Written on 4, read on 2 and then on 1, which ends where training without sharding ends."""
+    model = language_model()
+    optimizer = method.ours(model.parameters(), lr=1e-2, max_grad_norm=max_norm, backend="cpu")
+    for step in range(15):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    for size, first in ((4, 0), (2, 5), (1, 10)):
+        arguments = size, str(tmp_path / "checkpoint"), method, first, first + 5, max_norm
+        ended = in_processes(size, train_checkpointed, *arguments)
+    for p, q in zip(ended[0], model.parameters(), strict=True):
+        torch.testing.assert_close(p, q.detach(), rtol=1e-5, atol=1e-6)

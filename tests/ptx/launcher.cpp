@@ -64,6 +64,10 @@ public:
         add_table();
         visit_rules(kernel.family, [this](const char*, const auto& options) { add_groups(options); });
         writable("squares", args.squares, 8, 4);
+        if (args.reduces)
+            writable("sums", args.sums, args.tensors * 16, 8);
+        else
+            read_only("sums", args.sums, args.tensors * 16);
         read_only("clip", args.clip, 8);
         read_only("grad_scale", args.grad_scale, 4);
         read_only("found_inf", args.found_inf, 4);
