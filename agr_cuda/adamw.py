@@ -63,7 +63,7 @@ class AdamW(AGROptimizer, torch.optim.AdamW):
             (default: False).
         differentiable: whether autograd can differentiate through the step; selects the reference backend (default:
             False).
-        fused: True refuses the reference backend, except for DTensors, which no other backend takes. It also has
+        fused: True refuses the reference backend, except for DTensors that no other backend takes. It also has
             torch.amp.GradScaler leave unscaling and the check for inf and NaN to the step, which then does not
             synchronize with the device; gradients stay scaled (default: None).
         backend: "cuda", "triton", "cpu" or "reference" for all parameters; None chooses one for each parameter

@@ -58,7 +58,7 @@ class Adan(AGROptimizer):
         no_prox: whether to decay weights as AdamW does, multiplying by :math:`1 - \gamma\lambda` before the update,
             instead of the division in the last line (default: False).
         foreach: True selects the reference backend (default: None).
-        fused: True refuses the reference backend, except for DTensors, which no other backend takes. It also has
+        fused: True refuses the reference backend, except for DTensors that no other backend takes. It also has
             torch.amp.GradScaler leave unscaling and the check for inf and NaN to the step, which then does not
             synchronize with the device; gradients stay scaled (default: None).
         agr: whether to regularize the gradient (default: True). False gives sail-sg's Adan. With AGR, a tensor of one

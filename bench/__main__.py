@@ -10,12 +10,13 @@ import argparse
 import sys
 from types import ModuleType
 
-from bench.commands import gradients, latency, overhead, step, traffic
+from bench.commands import gradients, latency, overhead, sharded, step, traffic
 
 COMMANDS: dict[str, ModuleType] = {
     "step": step,
     "overhead": overhead,
     "gradients": gradients,
+    "sharded": sharded,
     "traffic": traffic,
     "latency": latency,
 }

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench is a package of the repository that is not installed
 
 from bench.__main__ import main
-from bench.commands import gradients, overhead
+from bench.commands import gradients, overhead, sharded
 from bench.measuring import clocks, races, stats
 from bench.measuring.clocks import Timing
 from bench.measuring.races import Lane
@@ -864,3 +864,18 @@ def test_a_failing_contender_gets_a_row_with_its_error_and_exit_code_1(
     assert rows[name]["status"] == "failed"
     assert rows[name]["reason"] == "RuntimeError: out of order"
     assert rows[YARDSTICK]["status"] == "measured"
+
+
+@pytest.mark.usefixtures("threads")
+def test_sharded_measures_every_contender_and_judges_ours(tmp_path: Path) -> None:
+    sizes = ["--tensors", "5", "--elements", "6", "--steps", "3"]
+    assert main(["sharded", "--device", "cpu", *sizes, "--out", str(tmp_path), "--tag", "tiny"]) == 0
+    document = json.loads((tmp_path / "sharded-cpu-tiny.json").read_text())
+    assert [row["label"] for row in document["rows"]] == list(sharded.CONTENDERS)
+    assert all(row[key]["count"] == 3 for row in document["rows"] for key in ("host_s", "ratio", "of_plain"))
+    assert document["targets"] == [], "they are stated for 321 tensors of 64"
+
+    slow = stats.summarize([3.1])
+    rows = [sharded.Row(**{**row, "host_s": None, "ratio": slow, "of_plain": slow}) for row in document["rows"]]
+    judged = sharded.judge(rows)
+    assert [(target.limit, target.verdict) for target in judged] == [(0.5, "missed")] * 3 + [(3.0, "missed")]
