@@ -73,7 +73,7 @@ def bind(optimizer: AGROptimizer, previous: Sequence[Binding]) -> list[Binding]:
                 optimizer.state[binding.parameter] = binding.state
             else:
                 state = optimizer.state[binding.whole]
-                keep_parts(state, binding.state, change.added, binding.whole)
+                keep_parts(state, binding, change.added)
                 for key in change.removed:
                     del state[key]
     return _merge(present, absent)
@@ -117,11 +117,11 @@ def _bind(location: _Location, parameter: Tensor, kind: GradientKind | None) -> 
         )
     whole = None
     if is_distributed(parameter):
-        check_distributed(location.name, parameter)
+        check_distributed(location.name, parameter, location.group)
         if gradient is not None:
             _check_gradient(location.name, parameter, gradient)
         whole, parameter = parameter, part_of(parameter)
-        state = parts_of_state(location.name, whole, state)
+        state = parts_of_state(location.name, whole, state, specs)
     check_tensors(location.name, parameter, state, specs)
     check_complete(location.name, state, specs)
     if kind is None:

@@ -466,7 +466,7 @@ class AGROptimizer(torch.optim.Optimizer):
         present = [b for b in bindings if b.owner.grad is not None]
         for b in present:
             if b.whole is not None:
-                check_distributed(b.place, b.whole)
+                check_distributed(b.place, b.whole, self.param_groups[b.group])
                 if not has_these_parts(b.whole, self.state.get(b.whole, {}), b.parameter, b.state):
                     return False
             check_tensors(b.place, b.parameter, b.state, b.specs)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .clipping import Clipping, clip_coefficient
 from .scaling import Scaling
-from .tensors import Binding, GradientKind, is_distributed
+from .tensors import Binding, GradientKind, StateTensor, is_distributed, is_wrapper
 
 if TYPE_CHECKING:
     from .launch import Launch
@@ -96,30 +96,32 @@ def read_gradient(binding: Binding) -> Tensor | None:
     return gradient if gradient is None or binding.whole is None else gradient_part(gradient, binding.whole)
 
 
-def parts_of_state(place: str, parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-    """Return a DTensor's state with the parts of those of its tensors that are DTensors.
+def parts_of_state(
+    place: str, parameter: Tensor, state: dict[str, Any], specs: Sequence[StateTensor]
+) -> dict[str, Any]:
+    """Return a DTensor's state with the parts of its averages and master; what others keep there stays as it is.
 
     Raises:
-        RuntimeError: for one that is placed otherwise than the parameter, or has another shape.
+        RuntimeError: for an average or master that is no DTensor, is placed otherwise than the parameter, or has
+            another shape.
     """
-    parts = {}
-    for key, value in state.items():
-        if isinstance(value, Tensor) and is_distributed(value):
-            whole: Any = value
-            if value.shape != parameter.shape:
-                raise RuntimeError(
-                    f"{key} of {place} has shape {tuple(value.shape)}; it must be {tuple(parameter.shape)}"
-                )
-            if not placed_like(value, parameter):
-                like: Any = parameter
-                raise RuntimeError(
-                    f"{key} of {place} is placed as {whole.placements} on {whole.device_mesh}; it must be as the "
-                    f"parameter, {like.placements} on {like.device_mesh}"
-                )
-            value = part_of(value)
-        elif isinstance(value, Tensor) and value.numel() > 1:
+    parts = dict(state)
+    whole: Any = parameter
+    for key in {key for spec in specs if spec.role != "count" for key in (spec.key, spec.other_key)}:
+        value = state.get(key)
+        if not isinstance(value, Tensor):
+            continue
+        if not is_distributed(value):
             raise RuntimeError(f"{key} of {place} is a {type(value).__name__}; it must be a DTensor, as the parameter")
-        parts[key] = value
+        if value.shape != parameter.shape:
+            raise RuntimeError(f"{key} of {place} has shape {tuple(value.shape)}; it must be {tuple(parameter.shape)}")
+        if not placed_like(value, parameter):
+            other: Any = value
+            raise RuntimeError(
+                f"{key} of {place} is placed as {other.placements} on {other.device_mesh}; it must be as the "
+                f"parameter, {whole.placements} on {whole.device_mesh}"
+            )
+        parts[key] = part_of(value)
     return parts
 
 
@@ -134,16 +136,23 @@ def has_these_parts(parameter: Tensor, state: dict[str, Any], part: Tensor, part
     )
 
 
-def keep_parts(state: dict[str, Any], parts: dict[str, Any], keys: Iterable[str], parameter: Tensor) -> None:
+def keep_parts(state: dict[str, Any], binding: Binding, keys: Iterable[str]) -> None:
     """Store new parts of a DTensor's state, those under `keys`, as DTensors; step counts stay ordinary tensors."""
+    assert binding.whole is not None
+    counts = {spec.key for spec in binding.specs if spec.role == "count"}
     for key in keys:
-        part = parts[key]
-        state[key] = whole_of(part, parameter) if part.shape == part_of(parameter).shape and key != "step" else part
+        part = binding.state[key]
+        state[key] = part if key in counts else whole_of(part, binding.whole)
 
 
-def check_distributed(place: str, parameter: Tensor) -> None:
-    """Raise RuntimeError for a DTensor parameter of which processes have summands, or with an ordinary gradient."""
+def check_distributed(place: str, parameter: Tensor, group: dict[str, Any]) -> None:
+    """Raise RuntimeError for a DTensor parameter that cannot be updated with the options of its group.
+
+    Processes have summands of it, its gradient is an ordinary tensor, or a derivative would end at its part.
+    """
     whole: Any = parameter
+    if group.get("differentiable"):
+        raise RuntimeError(f"differentiable=True does not take {place}, a DTensor: a step's sums have no derivative")
     if parameter.grad is not None and not is_distributed(parameter.grad):
         raise RuntimeError(
             f"the gradient of {place} is a {type(parameter.grad).__name__}; it must be a DTensor, as the parameter"
@@ -156,7 +165,10 @@ def check_distributed(place: str, parameter: Tensor) -> None:
 
 def kind_of_part(parameter: Tensor, part: Tensor, gradient: Tensor) -> GradientKind:
     """Return the kind of the gradient of a DTensor, of which `part` is this process's."""
-    if not placed_like(gradient, parameter):
+    moved: Any = gradient
+    with torch.no_grad():
+        under_way = is_wrapper(moved.to_local())  # of a collective
+    if under_way or not placed_like(gradient, parameter):
         return GradientKind(type(gradient), gradient.dtype, plain=True, same_layout=False, moved=True)
     return GradientKind.of(part, part_of(gradient))._replace(class_=type(gradient))
 

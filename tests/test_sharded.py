@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from conftest import interpreted_by_python
-from helpers import Method, same_bits
+from helpers import ADAMW, Method, same_bits
 from processes import in_processes
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -184,11 +184,13 @@ def partial_gradients(rank: int, backend: str, method: Method) -> None:
     wholes = [torch.nn.Parameter(x.clone()) for x in values]
     ours = method.ours(parts, lr=0.1, backend=backend)
     expected = method.ours(wholes, lr=0.1, backend="cpu")
-    for _ in range(3):
+    for step in range(3):
         for p, q in zip(parts, wholes, strict=True):
             summands = [torch.randn(q.shape, generator=generator) for _ in range(2)]
             q.grad = summands[0] + summands[1]
             p.grad = DTensor.from_local(summands[rank], mesh, [Partial()])
+            if step == 1:  # A collective is under way.
+                p.grad = p.grad.redistribute(mesh, [Replicate()], async_op=True)
         ours.step()
         expected.step()
     for p, q in zip(parts, wholes, strict=True):
@@ -207,9 +209,9 @@ def refuse(rank: int, method: Method) -> None:
     mesh = init_device_mesh("cpu", (2,))
     value = torch.ones(4, 3)
 
-    def expect_error(p: Tensor, g: Tensor, message: str, **state: Tensor) -> None:
+    def expect_error(p: Tensor, g: Tensor, message: str, differentiable: bool = False, **state: Tensor) -> None:
         p.grad = g
-        optimizer = method.ours([p])
+        optimizer = method.ours([p], differentiable=True) if differentiable else method.ours([p])
         optimizer.state[p].update(state)
         with pytest.raises(RuntimeError, match=message):
             optimizer.step()
@@ -225,6 +227,8 @@ def refuse(rank: int, method: Method) -> None:
         (placed(torch.ones(2, 3), (mesh, [Shard(0)])), r"exp_avg of group 0, parameter 0 has shape \(2, 3\)"),
     ):
         expect_error(torch.nn.Parameter(sharded.clone()), sharded.clone(), message, exp_avg=other)
+    if method is ADAMW:
+        expect_error(torch.nn.Parameter(sharded.clone()), sharded.clone(), "differentiable=True does not take", True)
 
 
 def test_what_makes_no_whole_is_refused(method: Method) -> None:
