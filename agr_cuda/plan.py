@@ -57,7 +57,8 @@ class StepPlan:
         #: All launches, in the order of a step. The last one counts the step; a native launch does so in the same call
         #: as the update, so that no signal handler can run in between.
         self.launches: list[Launch] = [*reference, *self.device_launches, *cpu]
-        exchange.attach(self.launches)
+        if exchange:
+            exchange.attach(self.launches)
         #: Whether a part of the step runs on the host, which then has to know whether mixed precision skips the step.
         self.updates_on_host = bool(reference or cpu or not self.device_launches)
         self._second_owners = _second_owners(bindings)

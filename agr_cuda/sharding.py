@@ -225,7 +225,9 @@ class Exchange:
         self.device = devices[0] if devices else torch.device("cpu")
         #: The places of each process group's numbers, in an order that all processes share.
         self._places = [
-            (group, torch.tensor([*found, 2 * count], device=self.device)) for group, found in places.values() if found
+            (group, torch.tensor([*found, 2 * count], dtype=torch.int64, device=self.device))
+            for group, found in places.values()
+            if found
         ]
 
         self._launches: list[tuple[Launch, Tensor]] = []
@@ -236,7 +238,8 @@ class Exchange:
     def attach(self, launches: Sequence[Launch]) -> None:
         """Take the launches of the step whose sums these are."""
         self._launches = [
-            (launch, torch.tensor([b.index for b in launch.bindings], device=self.device)) for launch in launches
+            (launch, torch.tensor([b.index for b in launch.bindings], dtype=torch.int64, device=self.device))
+            for launch in launches
         ]
 
     @torch.no_grad()

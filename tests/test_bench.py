@@ -260,7 +260,7 @@ def test_formats_move_the_bytes_of_the_documentation() -> None:
             checked += 1
             moved = stored.bytes_moved("AdamW") - scales[0], stored.bytes_moved("Adan") - scales[1]
             assert moved == documented[row], row
-    assert checked > 10
+    assert checked == 10
 
 
 def test_on_a_gpu_rows_ask_for_their_backend_and_say_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

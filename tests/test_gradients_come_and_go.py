@@ -262,14 +262,15 @@ MIXED = product(["by type", "another third each time", "halves in turn"], ["....
 
 @pytest.mark.parametrize(("on", "case"), on_backends(*MIXED, every=5), ids=case_id)
 def test_types_may_be_mixed(on: str, case: tuple, method, generator) -> None:
-    """In one optimizer; 16-bit parameters have gradients of their own type and of float32. "by type": one type's
-    parameters are all without, in turn, so that a launch comes and goes."""
+    """In one optimizer; 16-bit parameters have gradients of their own type and of float32, which no CUDA kernel takes
+    beside float16. "by type": one type's parameters are all without, in turn, so that a launch comes and goes."""
     pattern, kinds, max_grad_norm = case
     types = [torch.float32, torch.bfloat16, torch.float16]
     groups = [{"shapes": [(31,), (64, 33), (7,)], "dtype": dtype, "maximize": dtype == types[-1]} for dtype in types]
     options = {"lr": 1e-2, "eps": 1e-3, "max_grad_norm": max_grad_norm}
     optimizer = made(method, on, device_of(on), generator, groups, **options)
-    beside = Beside(method, optimizer, {4: torch.float32, 5: torch.float32, 7: torch.float32})
+    wide = (4, 5) if on == "cuda" else (4, 5, 7)
+    beside = Beside(method, optimizer, dict.fromkeys(wide, torch.float32))
     for step, kind in enumerate(kinds):
         turn = (lambda index, count, step=step: index // 3 != step % 3) if pattern == "by type" else at(pattern, step)
         beside.step(everyone if step == 5 else turn, kind)
