@@ -11,8 +11,7 @@ namespace agr::cuda {
 namespace {
 
 #if defined(AGR_SAME_TYPES)
-using Units =
-    UnitList<units::gradients, FormatList<Format<bfloat16, float, bfloat16>, Format<float16, float, float16>>>;
+using Units = UnitList<units::gradients, FormatList<Format<bfloat16, float, bfloat16>>>;
 #else
 using Units = OptimizerUnits;
 #endif

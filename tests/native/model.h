@@ -107,8 +107,9 @@ inline void new_gradients(Model& model, double scale = 1, bool some_missing = tr
     }
 }
 
-// A model of random tensors. If `mixed`, each tensor has its own random types; otherwise all have the same types.
-inline Model random_model(Rule rule, bool mixed = true) {
+// A model of random tensors. If `mixed`, each tensor has its own random types; otherwise all have the same types. Some
+// of 16 bits have float32 gradients, those of float16 only if `wide_float16`.
+inline Model random_model(Rule rule, bool mixed = true, bool wide_float16 = true) {
     Model model(rule);
     model.clip = up_to(2) == 0;
     const std::int64_t chunk = 1 + up_to(300);
@@ -123,7 +124,8 @@ inline Model random_model(Rule rule, bool mixed = true) {
     const bool wide = up_to(1) != 0;
     for (const auto& sized : random_tensors(chunk)) {
         const Type type = mixed ? types[up_to(3)] : one;
-        const Type gradient = bytes_of(type) == 2 && (mixed ? up_to(1) != 0 : wide) ? Type::float32 : type;
+        const bool may_be_wide = type == Type::bfloat16 || (type == Type::float16 && wide_float16);
+        const Type gradient = may_be_wide && (mixed ? up_to(1) != 0 : wide) ? Type::float32 : type;
         auto shift = [] { return up_to(3) == 0 ? 1 + up_to(8) : 0; };
         auto tensor = std::make_unique<Model::Tensor>(Model::Tensor{
             type, sized.regularize, Stored(type, sized.elements, shift()), Stored(gradient, sized.elements, shift())});
