@@ -57,6 +57,8 @@ class Watch:
         gradient_class: type,
         gradient_type: str,
         staged: Tensor | None,
+        inner: str | None,
+        placements: object,
     ) -> None: ...
     def add_by_reference(self, index: int) -> None: ...
     def unchanged(self, groups: object, state: object) -> bool: ...
@@ -79,6 +81,8 @@ class CpuExecutor:
         tensors: list[tuple[str, int, int, Tensor, str, tuple[Tensor, ...], Tensor | None]],
     ) -> None: ...
     def reduce(self, gradients: GradientTable, threads: int) -> float: ...
+    def sums(self, sums: Tensor) -> None: ...
+    def set_abs_sums(self, abs_sums: Tensor) -> None: ...
     def update(
         self,
         gradients: GradientTable,
@@ -114,6 +118,7 @@ class CudaExecutor:
         squares: Tensor | None,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        sums: Tensor | None,
         phase: str,
         stream: int,
         counted: Sequence[dict[str, Any]],
