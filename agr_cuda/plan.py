@@ -76,7 +76,8 @@ class StepPlan:
         for slot, b in enumerate(bindings):
             keys = [spec.key for spec in b.specs]
             inner = None if b.whole is None else inner_name(b.whole)
-            placements = None if b.whole is None or b.gradient.moved else b.whole.placements  # type: ignore[attr-defined]
+            whole: Any = b.whole
+            placements = None if whole is None or b.gradient.moved else whole.placements
             of_gradient = b.gradient.class_, str(b.gradient.dtype)
             self._watch.add(b.index, keys, gradients, slot, *of_gradient, b.staged, inner, placements)
 

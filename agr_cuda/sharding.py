@@ -229,7 +229,6 @@ class Exchange:
             for group, found in places.values()
             if found
         ]
-
         self._launches: list[tuple[Launch, Tensor]] = []
 
     def __bool__(self) -> bool:

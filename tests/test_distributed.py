@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from helpers import Method, all_params, assert_parameters_close, run, same_bits
+from processes import in_processes
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -199,9 +199,7 @@ PLACES = [
 ]
 
 
-def step_as_whole_tensors_do(rank: int, path: str, method: Method) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+def step_as_whole_tensors_do(rank: int, method: Method) -> None:
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))
     for dtype, options in PRECISIONS:
         generator = torch.Generator().manual_seed(1)
@@ -224,20 +222,11 @@ def step_as_whole_tensors_do(rank: int, path: str, method: Method) -> None:
             for key, value in one.state[p].items():
                 mine = other.state[q][key]
                 assert same_bits(value, mine.full_tensor() if isinstance(mine, DTensor) else mine), (options, key)
-    dist.destroy_process_group()
 
 
-def test_parts_of_tensors_are_stored_as_whole_ones(method: Method, tmp_path) -> None:
+def test_parts_of_tensors_are_stored_as_whole_ones(method: Method) -> None:
     """Two processes hold a part each, and round it with the random numbers of its place in the whole."""
-    context = multiprocessing.get_context("fork")
-    path = str(tmp_path / "store")
-    ranks = [context.Process(target=step_as_whole_tensors_do, args=(rank, path, method)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-        process.kill()
-    assert [process.exitcode for process in ranks] == [0, 0]
+    in_processes(2, step_as_whole_tensors_do, method)
 
 
 @pytest.mark.usefixtures("alone")
