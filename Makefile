@@ -16,10 +16,11 @@ STAGES ?=
 # Options of pytest: make test PYTEST="-k plan"
 PYTEST ?=
 
-.PHONY: help demo test ptx triton lint format bench gpu-report clean
+.PHONY: help demo demo-fsdp test ptx triton lint format bench gpu-report clean
 
 help:
 	@echo 'make demo    train a small language model with AdamW, AGR-AdamW, Adan and AGR-Adan (3 minutes)'
+	@echo 'make demo-fsdp   train it sharded, kill a process, go on with more, and compare with unsharded training (3 minutes)'
 	@echo 'make test    lint, and run the tests (20 to 30 minutes)'
 	@echo 'make ptx     with nvcc: every test of the CUDA backend on the PTX of its kernels, and mutants of it (10 minutes)'
 	@echo 'make triton  every case of the Triton backend in its interpreter, of which make test runs a quarter (25 minutes)'
@@ -31,6 +32,9 @@ help:
 
 demo: $(VENV)/examples.stamp
 	$(BIN)/python examples/train_language_model.py $(DEMO)
+
+demo-fsdp: $(VENV)/examples.stamp
+	$(BIN)/python examples/demo_fsdp.py $(DEMO)
 
 # Two at a time, each file in one process, since some build programs that their tests share.
 test: lint

@@ -25,7 +25,7 @@ from .options import BOOLEAN_OPTIONS, check_betas, check_flag, check_nonnegative
 from .plan import StepPlan
 from .precision import PRECISION_OPTIONS, Precision, check_precision, check_precision_options
 from .scaling import Scaling
-from .sharding import Exchange, check_distributed, check_whole, has_these_parts
+from .sharding import Exchange, check_distributed, check_norm_of_all, check_whole, has_these_parts
 from .tensors import MASTER, Binding, StateTensor, is_plain, ordinary_mode, stored_state
 
 #: The options that hold for the whole optimizer. They are in its `defaults` and in no parameter group.
@@ -74,6 +74,7 @@ class AGROptimizer(torch.optim.Optimizer):
         if defaults["max_grad_norm"] is not None:
             check_nonnegative("max_grad_norm", defaults["max_grad_norm"])
             defaults["max_grad_norm"] = number(defaults["max_grad_norm"])
+            check_norm_of_all(defaults["max_grad_norm"])
         check_backend(defaults["backend"])
         self.defaults = defaults
         self._check_group(defaults)

@@ -15,7 +15,7 @@ from .cuda import CudaLaunch
 from .launch import DeviceLaunch, Launch
 from .native import native
 from .reference import ReferenceLaunch
-from .sharding import Exchange, inner_name, read_gradient
+from .sharding import Exchange, inner_name, read_gradients
 from .tensors import Binding, ordinary_mode
 from .triton import TritonLaunch
 
@@ -98,8 +98,7 @@ class StepPlan:
     @torch.no_grad()
     def stage_gradients(self) -> None:
         """Copy gradients whose memory layout differs from the parameter's into the staging buffers."""
-        for binding in self.staged:
-            gradient = read_gradient(binding)
+        for binding, gradient in zip(self.staged, read_gradients(self.staged), strict=True):
             if gradient is not None:
                 assert binding.staged is not None
                 binding.staged.copy_(gradient)

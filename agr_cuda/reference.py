@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .launch import Hyperparameters, Launch
 from .scaling import Scaling
-from .sharding import read_gradient
+from .sharding import read_gradients
 from .storage import read_numbers, write_numbers
 from .tensors import Binding
 
@@ -266,8 +266,8 @@ class ReferenceLaunch(Launch):
     ) -> None:
         """Keep the hyperparameters unchanged, tensors included; see Launch.prepare."""
         self._groups, self._scaling = groups, scaling
-        found = {binding.index: read_gradient(binding) for binding in self.bindings}
-        self._gradients = {index: gradient for index, gradient in found.items() if gradient is not None}
+        found = zip(self.bindings, read_gradients(self.bindings), strict=True)
+        self._gradients = {binding.index: gradient for binding, gradient in found if gradient is not None}
         self._abs_sums = {}
         self._options = [_rule_options(self.rule, values) for values in hyperparameters]
 

@@ -7,6 +7,8 @@ all-reduce for each process group, and updates its parts. docs/distributed.md sa
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +40,25 @@ def check_whole(place: str, parameter: Tensor, needs: str) -> None:
             "tensors: shard the model with torch.distributed.fsdp.fully_shard (FSDP2), or set agr=False and no "
             "max_grad_norm"
         )
+
+
+def check_norm_of_all(max_grad_norm: float | None) -> None:
+    """Raise RuntimeError for clipping in an optimizer that ZeroRedundancyOptimizer makes for a part of the parameters.
+
+    The tensors of each process are whole, so that AGR is exact; but the norm would be that of the process's own.
+    """
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if not max_grad_norm or module is None:
+        return
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, module.ZeroRedundancyOptimizer) and caller.world_size > 1:
+            raise RuntimeError(
+                f"max_grad_norm is {max_grad_norm} in a ZeroRedundancyOptimizer, whose processes have the norms of "
+                "their own tensors alone: call torch.nn.utils.clip_grad_norm_ before step() instead"
+            )
+        frame = frame.f_back
 
 
 def part_of(tensor: Tensor) -> Tensor:
@@ -76,24 +97,24 @@ def placed_like(gradient: Tensor, parameter: Tensor) -> bool:
     return bool(one.placements == other.placements and one.device_mesh == other.device_mesh)
 
 
-def gradient_part(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """Return the part of a DTensor's gradient that belongs to this process's part of the parameter.
+def read_gradients(bindings: Sequence[Binding]) -> list[Tensor | None]:
+    """Return the parameters' gradients in this step; of DTensors, this process's parts. None where there is none.
 
-    A gradient of other placements (Partial sums, as sequence parallelism leaves them) is redistributed, which all
-    processes of its mesh must do together.
+    A gradient of other placements than its parameter's (Partial sums, as sequence parallelism leaves them) is
+    redistributed, which all processes of its mesh must do together. All are under way before the first is waited for.
     """
-    if not placed_like(gradient, parameter):
-        moved: Any = gradient
-        whole: Any = parameter
-        with torch.no_grad():
-            gradient = moved.redistribute(whole.device_mesh, whole.placements)
-    return part_of(gradient)
+    with torch.no_grad():
+        arriving = [_start_to_move(binding.owner.grad, binding.whole) for binding in bindings]
+    return [g if g is None or b.whole is None else part_of(g) for g, b in zip(arriving, bindings, strict=True)]
 
 
-def read_gradient(binding: Binding) -> Tensor | None:
-    """Return a parameter's gradient in this step; of a DTensor, its part. None if there is none."""
-    gradient = binding.owner.grad
-    return gradient if gradient is None or binding.whole is None else gradient_part(gradient, binding.whole)
+def _start_to_move(gradient: Tensor | None, whole: Tensor | None) -> Tensor | None:
+    if gradient is None or whole is None or placed_like(gradient, whole):
+        return gradient
+    moved: Any = gradient
+    wanted: Any = whole
+    arriving: Tensor = moved.redistribute(wanted.device_mesh, wanted.placements, async_op=True)
+    return arriving
 
 
 def parts_of_state(
@@ -185,6 +206,13 @@ def _spreading_groups(parameter: Tensor) -> list[Any]:
     return [mesh.get_group(dim) for dim in spread if mesh.size(dim) > 1]
 
 
+def _device_of_mesh(parameter: Tensor) -> torch.device:
+    """Return the device whose process groups sum a DTensor's numbers: with CPU offload, not that of its part."""
+    whole: Any = parameter
+    mine, of_mesh = parameter.device, torch.device(whole.device_mesh.device_type)
+    return mine if mine.type == of_mesh.type else of_mesh
+
+
 def _ranks(group: Any) -> list[int]:
     from torch.distributed import get_process_group_ranks
 
@@ -218,7 +246,7 @@ class Exchange:
             for group in _spreading_groups(parameter):
                 _, found = places.setdefault(tuple(_ranks(group)), (group, []))
                 found += [index] * regularized[index] + [count + index] * clip
-                devices.append(parameter.device)
+                devices.append(_device_of_mesh(parameter))
         self._clip = clip
         self._count = count
         #: The device on which the numbers are summed.

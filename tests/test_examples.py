@@ -286,6 +286,21 @@ def test_stochastic_rounding_follows_float32_where_rounding_to_nearest_stalls(lo
     assert loss["bfloat16, rounded to nearest"] > 0.9 * begin
 
 
+def test_sharded_training_is_killed_goes_on_and_is_unsharded_training(tmp_path):
+    options = ["--steps", "9", "--layers", "1", "--width", "16", "--heads", "2", "--context", "16", "--resume-on", "1"]
+    command = [sys.executable, EXAMPLES / "demo_fsdp.py", *options, "--device", "cpu", "--output", tmp_path / "new"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert float(re.search(r"Largest relative difference of any step's loss: (\S+)\.$", process.stdout, re.M)[1]) < 1e-5
+    records = [json.loads(line) for line in (tmp_path / "new" / "parts" / "losses.jsonl").read_text().splitlines()]
+    # Killed in step 6, counted from 1, after the checkpoint of 5 steps.
+    assert [(r["step"], r["processes"]) for r in records] == [
+        *((i, 2) for i in range(5)),
+        *((i, 1) for i in range(5, 9)),
+    ]
+    assert is_picture(tmp_path / "new" / "curves.png")
+
+
 def test_every_parameter_is_in_the_group_that_suits_it(load):
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2), torch.nn.PReLU(), torch.nn.Linear(2, 1))
     groups = load("common").parameter_groups(model, weight_decay=0.1, agr=True)
