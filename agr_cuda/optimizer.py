@@ -25,7 +25,7 @@ from .options import BOOLEAN_OPTIONS, check_betas, check_flag, check_nonnegative
 from .plan import StepPlan
 from .precision import PRECISION_OPTIONS, Precision, check_precision, check_precision_options
 from .scaling import Scaling
-from .sharding import Exchange, check_distributed, check_norm_of_all, check_whole, has_these_parts
+from .sharding import Exchange, check_distributed, check_norm_of_all, check_redundancy, check_whole, has_these_parts
 from .tensors import MASTER, Binding, StateTensor, is_plain, ordinary_mode, stored_state
 
 #: The options that hold for the whole optimizer. They are in its `defaults` and in no parameter group.
@@ -74,7 +74,7 @@ class AGROptimizer(torch.optim.Optimizer):
         if defaults["max_grad_norm"] is not None:
             check_nonnegative("max_grad_norm", defaults["max_grad_norm"])
             defaults["max_grad_norm"] = number(defaults["max_grad_norm"])
-            check_norm_of_all(defaults["max_grad_norm"])
+            check_redundancy(defaults["max_grad_norm"])
         check_backend(defaults["backend"])
         self.defaults = defaults
         self._check_group(defaults)
@@ -442,13 +442,17 @@ class AGROptimizer(torch.optim.Optimizer):
             and self._reference_state_ready(plan.reference_bindings)
         ):
             return plan
+        named = []
         for i, group in enumerate(self.param_groups):
             self._check_group(group)
             check_precision(f"group {i}", group["params"], group)
+            named += [(f"group {i}, parameter {j}", parameter) for j, parameter in enumerate(group["params"])]
             if group["agr"] or self.max_grad_norm:
                 needs = "agr=True" if group["agr"] else f"max_grad_norm={self.max_grad_norm}"
-                for position, parameter in enumerate(group["params"]):
-                    check_whole(f"group {i}, parameter {position}", parameter, needs)
+                for place, parameter in named[-len(group["params"]) :]:
+                    check_whole(place, parameter, needs)
+        if self.max_grad_norm:
+            check_norm_of_all(self.max_grad_norm, named)
         self._plan = None
         bindings = bind(self, [] if plan is None else plan.bindings)
         self._warn_about_single_elements(bindings)

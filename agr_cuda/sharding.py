@@ -42,7 +42,7 @@ def check_whole(place: str, parameter: Tensor, needs: str) -> None:
         )
 
 
-def check_norm_of_all(max_grad_norm: float | None) -> None:
+def check_redundancy(max_grad_norm: float | None) -> None:
     """Raise RuntimeError for clipping in an optimizer that ZeroRedundancyOptimizer makes for a part of the parameters.
 
     The tensors of each process are whole, so that AGR is exact; but the norm would be that of the process's own.
@@ -59,6 +59,25 @@ def check_norm_of_all(max_grad_norm: float | None) -> None:
                 "their own tensors alone: call torch.nn.utils.clip_grad_norm_ before step() instead"
             )
         frame = frame.f_back
+
+
+def check_norm_of_all(max_grad_norm: float, parameters: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise RuntimeError where this process clips some parameters, and has no part of others.
+
+    It would not know the norm of all, by which processes that have parts of all clip the same tensors.
+    """
+    absent = [place for place, parameter in parameters if not _is_member(parameter)]
+    if absent and len(absent) < len(parameters):
+        raise RuntimeError(
+            f"max_grad_norm is {max_grad_norm}, and {absent[0]} is on a mesh without this process, which never "
+            "learns its norm: give parameters of other meshes an optimizer of their own"
+        )
+
+
+def _is_member(parameter: Tensor) -> bool:
+    """Whether this process is part of a parameter's mesh, if it has one."""
+    whole: Any = parameter
+    return not is_distributed(parameter) or whole.device_mesh.get_coordinate() is not None
 
 
 def part_of(tensor: Tensor) -> Tensor:
@@ -194,16 +213,40 @@ def kind_of_part(parameter: Tensor, part: Tensor, gradient: Tensor) -> GradientK
     return GradientKind.of(part, part_of(gradient))._replace(class_=type(gradient))
 
 
-def _spreading_groups(parameter: Tensor) -> list[Any]:
-    """Return the process groups over which a parameter is spread, in the order of its mesh's dimensions."""
-    if not is_distributed(parameter):
+def _spreading_groups(parameter: Tensor) -> list[tuple[int, Any]]:
+    """Return the process groups over which a parameter is spread, with the dimensions of its mesh, in their order."""
+    if not is_distributed(parameter) or not _is_member(parameter):
         return []
     whole: Any = parameter
     mesh = whole.device_mesh
-    if mesh.get_coordinate() is None:  # This process has no part.
-        return []
     spread = [dim for dim, placement in enumerate(whole.placements) if not placement.is_replicate()]
-    return [mesh.get_group(dim) for dim in spread if mesh.size(dim) > 1]
+    return [(dim, mesh.get_group(dim)) for dim in spread if mesh.size(dim) > 1]
+
+
+def _in_order(spread: Sequence[Sequence[tuple[int, Any]]]) -> dict[tuple[int, tuple[int, ...]], tuple[Any, list[int]]]:
+    """Return the process groups in the order in which they sum, each with the parameters that it sums.
+
+    `spread` has the groups of each parameter. A parameter's groups sum in the order of its mesh's dimensions, so that
+    a sum goes through all processes of the mesh once: the order must be the same for all of them, though some know
+    of parameters that others do not have. So first come all groups of first dimensions, then those of second ones. A
+    group's place in this order depends on the parameters that it sums alone, which all its processes know: so all
+    processes pass through their groups in one order, and none wait for each other in a ring. Only a group that is in
+    different dimensions of several meshes sums more than once.
+
+    The keys have the processes' numbers: two meshes may have the same processes in different groups.
+    """
+    dims: dict[tuple[int, ...], int] = {}
+    named = [[(dim, group, tuple(_ranks(group))) for dim, group in groups] for groups in spread]
+    for groups in named:
+        for dim, _, ranks in groups if len(groups) > 1 else ():
+            dims[ranks] = min(dim, dims.get(ranks, dim))
+    found: dict[tuple[int, tuple[int, ...]], tuple[Any, list[int]]] = {}
+    for index, groups in enumerate(named):
+        for dim, group, ranks in groups:
+            # Where it is the only one, any dimension will do.
+            when = dim if len(groups) > 1 else dims.get(ranks, 0)
+            found.setdefault((when, ranks), (group, []))[1].append(index)
+    return dict(sorted(found.items(), key=lambda item: item[0][0]))
 
 
 def _device_of_mesh(parameter: Tensor) -> torch.device:
@@ -226,8 +269,8 @@ class Exchange:
     which gradients now: a process without a gradient adds 0, and nobody waits for it. The numbers are at fixed places
     of one vector: the abs-sum of each parameter, the sum of squares of each, and the overflow flag of mixed precision,
     which so becomes the same everywhere. Each process group gets the places of the parameters that are spread over it.
-    Where one is spread over several groups (a mesh of two dimensions), they follow each other, in the order of the
-    mesh's dimensions: the second adds up what the first has added up.
+    Where one is spread over several groups (a mesh of two dimensions), they follow each other: the second adds up what
+    the first has added up.
     """
 
     def __init__(self, parameters: Sequence[Tensor], regularized: Sequence[bool], clip: bool) -> None:
@@ -239,24 +282,19 @@ class Exchange:
             clip: whether the step clips by the global norm.
         """
         count = len(parameters)
-        # By the processes' numbers: two meshes may have the same processes in different groups.
-        places: dict[tuple[int, ...], tuple[Any, list[int]]] = {}
-        devices = []
-        for index, parameter in enumerate(parameters):
-            for group in _spreading_groups(parameter):
-                _, found = places.setdefault(tuple(_ranks(group)), (group, []))
-                found += [index] * regularized[index] + [count + index] * clip
-                devices.append(_device_of_mesh(parameter))
+        spread = [_spreading_groups(parameter) for parameter in parameters]
         self._clip = clip
         self._count = count
+        devices = (_device_of_mesh(p) for p, groups in zip(parameters, spread, strict=True) if groups)
         #: The device on which the numbers are summed.
-        self.device = devices[0] if devices else torch.device("cpu")
+        self.device = next(devices, torch.device("cpu"))
         #: The places of each process group's numbers, in an order that all processes share.
-        self._places = [
-            (group, torch.tensor([*found, 2 * count], dtype=torch.int64, device=self.device))
-            for group, found in places.values()
-            if found
-        ]
+        self._places = []
+        for group, indices in _in_order(spread).values():
+            places = [i for i in indices if regularized[i]] + [count + i for i in indices if clip]
+            if places:
+                places.append(2 * count)
+                self._places.append((group, torch.tensor(places, dtype=torch.int64, device=self.device)))
         self._launches: list[tuple[Launch, Tensor]] = []
 
     def __bool__(self) -> bool:

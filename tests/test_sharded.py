@@ -119,6 +119,46 @@ def test_parts_are_updated_as_the_whole_is(size: int, kind: str, groups: int, ba
             assert all(same_bits(p, q) for p, q in zip(ended, first[4], strict=True)), f"rank {rank}, {case}"
 
 
+def train_on_meshes_of_some(rank: int, method: Method) -> tuple[float, list[int]]:
+    """The first parameter is on processes 0 and 1, a row of the second's mesh, the third on that row's own mesh."""
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    layout: list[tuple[DeviceMesh, list[Any]]] = [
+        (DeviceMesh("cpu", [0, 1]), [Shard(0)]),
+        (both, [Shard(0), Shard(1)]),
+        (both["b"], [Shard(0)]),
+        (both, [Replicate(), Shard(0)]),
+    ]
+    generator = torch.Generator().manual_seed(8)
+    values = [torch.randn(8, 6, generator=generator) for _ in layout]
+    parts = [torch.nn.Parameter(placed(x, place)) for x, place in zip(values, layout, strict=True)]
+    wholes = [torch.nn.Parameter(x.clone()) for x in values]
+    # Where eps outweighs exp_avg_sq, a step is as long as psi.
+    ours, expected = (method.ours(ps, lr=1e-2, eps=10.0) for ps in (parts, wholes))
+    for _ in range(3):
+        for p, q, place in zip(parts, wholes, layout, strict=True):
+            q.grad = torch.randn(8, 6, generator=generator)
+            p.grad = placed(q.grad, place)
+        with Counted() as sizes:
+            ours.step()
+        expected.step()
+    assert ours.backends == ["cpu"]
+    apart = [float((p.full_tensor() - q).abs().max()) for p, q in list(zip(parts, wholes, strict=True))[rank > 1 :]]
+    if rank > 1:
+        ours.max_grad_norm = 1.0
+        before = [p.to_local().clone() for p in parts]
+        with pytest.raises(RuntimeError, match="group 0, parameter 0 is on a mesh without this process"):
+            ours.step()
+        assert all(same_bits(p.to_local(), q) for p, q in zip(parts, before, strict=True))
+    return max(apart), sizes
+
+
+def test_meshes_may_have_some_of_the_processes(method: Method) -> None:
+    """All processes sum in one order, though they know of different parameters; each group sums once."""
+    for rank, (apart, sizes) in enumerate(in_processes(4, train_on_meshes_of_some, method)):
+        assert apart < 1e-7
+        assert len(sizes) == 2, rank
+
+
 # Gradients that are not the same everywhere.
 
 
