@@ -19,6 +19,7 @@ from .plan import device_launches
 from .precision import Precision
 from .reference import ReferenceGradientLaunch
 from .scaling import Scaling
+from .sharding import check_whole
 from .state import check_no_overlap
 from .tensors import Binding, GradientKind, is_dense, is_plain, ordinary_mode
 from .triton_gradients import TritonGradientLaunch
@@ -65,6 +66,7 @@ class GradientPlan:
         found = [(i, gradient) for i, gradient in enumerate(gradients) if gradient is not None]
         for i, gradient in found:
             check_gradient(i, gradient)
+            check_whole(f"parameter {i}", parameters[i], "regularize_gradients_")
         first_of: dict[int, int] = {}  # by the gradient's id()
         shared = [(i, first) for i, g in found if (first := first_of.setdefault(id(g), i)) != i]
         found = [(i, gradient) for i, gradient in found if first_of[id(gradient)] == i]

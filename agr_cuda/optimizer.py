@@ -450,7 +450,7 @@ class AGROptimizer(torch.optim.Optimizer):
             if group["agr"] or self.max_grad_norm:
                 needs = "agr=True" if group["agr"] else f"max_grad_norm={self.max_grad_norm}"
                 for place, parameter in named[-len(group["params"]) :]:
-                    check_whole(place, parameter, needs)
+                    check_whole(place, parameter, needs, ", or set agr=False and no max_grad_norm")
         if self.max_grad_norm:
             check_norm_of_all(self.max_grad_norm, named)
         self._plan = None

@@ -78,8 +78,8 @@ def regularize_gradients_(
     Raises:
         TypeError: for an option of the wrong type.
         ValueError: for an option out of range, or a tensor that has not one element.
-        RuntimeError: for sparse, expanded or overlapping gradients, for a backend that is not there or does not take a
-            gradient, and if a graph is captured and there was no such call before.
+        RuntimeError: for sparse, expanded or overlapping gradients, for flat parameters of FSDP1, for a backend that is
+            not there or does not take a gradient, and if a graph is captured and there was no such call before.
 
     Errors are raised before any gradient has changed.
     """

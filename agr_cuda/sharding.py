@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .launch import Launch
 
 
-def check_whole(place: str, parameter: Tensor, needs: str) -> None:
+def check_whole(place: str, parameter: Tensor, needs: str, otherwise: str = "") -> None:
     """Raise RuntimeError for a parameter of FSDP1 (FullyShardedDataParallel), whose parts know of no whole.
 
     FSDP1 joins tensors to a flat one and gives each process a piece of that, or, with use_orig_params=True, whichever
@@ -32,13 +32,13 @@ def check_whole(place: str, parameter: Tensor, needs: str) -> None:
     Args:
         place: the parameter's name in messages.
         parameter: the parameter.
-        needs: the option for which the whole is needed, and its value.
+        needs: what the whole is needed for.
+        otherwise: what else to do than to use FSDP2.
     """
     if hasattr(parameter, "_fsdp_flattened"):
         raise RuntimeError(
             f"{place} is a piece of a flat parameter of FullyShardedDataParallel, and {needs} needs the sums of whole "
-            "tensors: shard the model with torch.distributed.fsdp.fully_shard (FSDP2), or set agr=False and no "
-            "max_grad_norm"
+            f"tensors: shard the model with torch.distributed.fsdp.fully_shard (FSDP2){otherwise}"
         )
 
 

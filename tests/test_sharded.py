@@ -17,6 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+import agr_cuda
+
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning", "ignore:AGR makes")
 
 Place = tuple[DeviceMesh, list[Any]] | None
@@ -242,6 +244,28 @@ def test_summands_of_gradients_are_added(backend: str, method: Method) -> None:
     in_processes(2, partial_gradients, backend, method)
 
 
+def regularize_parts(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    generator = torch.Generator().manual_seed(6)
+    layout: list[Place] = [(mesh, [Shard(0)]), (mesh, [Replicate()]), None]
+    for max_norm in (None, 0.5):
+        grads = [torch.randn(7, 4, generator=generator) for _ in layout]
+        parts = [torch.nn.Parameter(placed(g, place)) for g, place in zip(grads, layout, strict=True)]
+        wholes = [torch.nn.Parameter(g.clone()) for g in grads]
+        for p in (*parts, *wholes):
+            p.grad = p.detach().clone()
+        norms = [agr_cuda.regularize_gradients_(ps, max_norm=max_norm) for ps in (parts, wholes)]
+        for p, q in zip(parts, wholes, strict=True):
+            assert p.grad is not None
+            torch.testing.assert_close(whole(p.grad), q.grad, rtol=1e-6, atol=1e-6)
+        if max_norm is not None:
+            torch.testing.assert_close(*norms, rtol=1e-6, atol=0)
+
+
+def test_gradients_in_parts_are_regularized_as_the_whole_is() -> None:
+    in_processes(2, regularize_parts)
+
+
 # What is refused.
 
 
@@ -286,6 +310,8 @@ def train_flat(rank: int, method: Method, use_orig_params: bool, options: dict[s
         return
     with pytest.raises(RuntimeError, match="is a piece of a flat parameter of FullyShardedDataParallel, and"):
         optimizer.step()
+    with pytest.raises(RuntimeError, match="parameter 0 is a piece of a flat parameter"):
+        agr_cuda.regularize_gradients_(flat.parameters())
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
