@@ -1,4 +1,4 @@
-"""Runs a function in several processes of one gloo process group."""
+"""Runs a function in several processes of one gloo process group, and looks at what they do there."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from multiprocessing.connection import wait
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 TIMEOUT = 120.0  # seconds
 
@@ -67,3 +69,35 @@ def in_processes(size: int, function: Callable[..., Any], *arguments: Any, kille
     failed = [f"rank {rank}: {what}" for rank, (fine, what) in enumerate(said) if not fine and rank not in killed]
     assert not failed, "\n".join(failed)
     return [what if fine else None for fine, what in said]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor, or all of a DTensor."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def distance(ours: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """Return the largest difference, relative to a tensor's largest element, or to 0.1 where that is smaller.
+
+    Weights begin at about 1. One that has come to be near 0 has no smaller error.
+    """
+    pairs = [(whole(p.detach()), q.detach()) for p, q in zip(ours, expected, strict=True)]
+    return max(float((p - q).abs().max() / q.abs().max().clamp(min=0.1)) for p, q in pairs)
+
+
+class Counted:
+    """Counts the all-reduces within it, and of how many numbers."""
+
+    def __enter__(self) -> list[int]:
+        self.sizes: list[int] = []
+        self.real = dist.all_reduce
+
+        def all_reduce(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+            self.sizes.append(tensor.numel())
+            return self.real(tensor, *arguments, **options)
+
+        dist.all_reduce = all_reduce
+        return self.sizes
+
+    def __exit__(self, *_: object) -> None:
+        dist.all_reduce = self.real

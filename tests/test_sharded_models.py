@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers import ADAMW, Method, same_bits
-from processes import in_processes
+from processes import Counted, distance, in_processes, whole
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -20,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -28,7 +27,6 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
-from torch.distributed.tensor.placement_types import Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import agr_cuda
@@ -44,8 +42,7 @@ class Block(nn.Module):
         self.down = nn.Linear(8, 6)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.down(torch.tanh(self.up(self.norm(x))))
-        return y.full_tensor() if isinstance(y, DTensor) else y
+        return whole(x + self.down(torch.tanh(self.up(self.norm(x)))))
 
 
 class Model(nn.Module):
@@ -127,19 +124,8 @@ def spread(model: Model, kind: str, size: int) -> None:
         shard(model, one)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def train_beside_whole(rank: int, size: int, method: Method, kind: str) -> list[Any]:
     """Train a model, and whole tensors with its gradients; return how far apart they end, and the collectives."""
-    sent: list[int] = []
-    real = dist.all_reduce
-
-    def all_reduce(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
-        sent.append(tensor.numel())
-        return real(tensor, *arguments, **options)
-
     found = []
     for options in ({}, {"max_grad_norm": 0.05}, {"agr": False}):
         model = new_model()
@@ -153,14 +139,11 @@ def train_beside_whole(rank: int, size: int, method: Method, kind: str) -> list[
             for p, q in zip(trained, twins, strict=True):
                 assert p.grad is not None
                 q.grad = whole(p.grad).clone()
-            sent.clear()
-            dist.all_reduce = all_reduce
-            ours.step()
-            dist.all_reduce = real
+            with Counted() as sent:
+                ours.step()
             expected.step()
         assert ours.backends == ["cpu"]
-        pairs = [(whole(p.detach()), q.detach()) for p, q in zip(trained, twins, strict=True)]
-        found.append((max(float((p - q).abs().max() / q.abs().max()) for p, q in pairs), list(sent)))
+        found.append((distance(trained, twins), sent))
     return found
 
 
