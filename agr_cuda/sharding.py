@@ -52,7 +52,8 @@ def check_redundancy(max_grad_norm: float | None) -> None:
         return
     frame = inspect.currentframe()
     while frame is not None:
-        caller = frame.f_locals.get("self")
+        # Only of its own methods: a frame whose locals have been looked at keeps them alive until it ends.
+        caller = frame.f_locals.get("self") if frame.f_globals is vars(module) else None
         if isinstance(caller, module.ZeroRedundancyOptimizer) and caller.world_size > 1:
             raise RuntimeError(
                 f"max_grad_norm is {max_grad_norm} in a ZeroRedundancyOptimizer, whose processes have the norms of "
