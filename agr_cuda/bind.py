@@ -73,7 +73,8 @@ def bind(optimizer: AGROptimizer, previous: Sequence[Binding]) -> list[Binding]:
                 optimizer.state[binding.parameter] = binding.state
             else:
                 state = optimizer.state[binding.whole]
-                keep_parts(state, binding, change.added)
+                with ordinary_mode():
+                    keep_parts(state, binding, change.added)
                 for key in change.removed:
                     del state[key]
     return _merge(present, absent)

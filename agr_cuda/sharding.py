@@ -230,9 +230,9 @@ def _in_order(spread: Sequence[Sequence[tuple[int, Any]]]) -> dict[tuple[int, tu
     `spread` has the groups of each parameter. A parameter's groups sum in the order of its mesh's dimensions, so that
     a sum goes through all processes of the mesh once: the order must be the same for all of them, though some know
     of parameters that others do not have. So first come all groups of first dimensions, then those of second ones. A
-    group's place in this order depends on the parameters that it sums alone, which all its processes know: so all
-    processes pass through their groups in one order, and none wait for each other in a ring. Only a group that is in
-    different dimensions of several meshes sums more than once.
+    group's dimension depends on the parameters that it sums alone, which all its processes know. Groups of the same
+    dimension are in the order of their processes' numbers, so that there is one order of all groups, and no processes
+    wait for each other in a ring. Only a group that is in different dimensions of several meshes sums more than once.
 
     The keys have the processes' numbers: two meshes may have the same processes in different groups.
     """
@@ -247,7 +247,7 @@ def _in_order(spread: Sequence[Sequence[tuple[int, Any]]]) -> dict[tuple[int, tu
             # Where it is the only one, any dimension will do.
             when = dim if len(groups) > 1 else dims.get(ranks, 0)
             found.setdefault((when, ranks), (group, []))[1].append(index)
-    return dict(sorted(found.items(), key=lambda item: item[0][0]))
+    return dict(sorted(found.items(), key=lambda item: item[0]))
 
 
 def _device_of_mesh(parameter: Tensor) -> torch.device:

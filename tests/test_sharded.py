@@ -139,6 +139,39 @@ def test_meshes_may_have_some_of_the_processes(method: Method) -> None:
         assert len(sizes) == 2, rank
 
 
+def step_in_a_ring(rank: int) -> None:
+    """Each two of three processes share a parameter, and each process lists its own in another order."""
+    meshes = {pair: DeviceMesh("cpu", list(pair)) for pair in ((0, 1), (0, 2), (1, 2))}
+    pairs = [[(0, 1), (0, 2)], [(1, 2), (0, 1)], [(0, 2), (1, 2)]][rank]
+    parts = [torch.nn.Parameter(placed(torch.ones(4, 3), (meshes[pair], [Shard(0)]))) for pair in pairs]
+    optimizer = ADAMW.ours(parts, lr=0.1)
+    for p in parts:
+        p.grad = p.detach().clone()
+    optimizer.step()
+
+
+def test_processes_do_not_wait_for_each_other_in_a_ring() -> None:
+    in_processes(3, step_in_a_ring)
+
+
+def change_state_made_in_inference_mode(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    value = torch.linspace(-1, 1, 12, dtype=torch.bfloat16).view(4, 3)
+    p = torch.nn.Parameter(placed(value, (mesh, [Shard(0)])))
+    optimizer = agr_cuda.Adan([p], lr=0.1, master_weights=True)
+    p.grad = p.detach().clone()
+    with torch.inference_mode():
+        optimizer.step()
+    optimizer.restart_opt()
+    optimizer.reset_master_weights()
+    optimizer.step()
+    assert same_bits(optimizer.state[p]["master_param"].to_local().bfloat16(), p.to_local())
+
+
+def test_state_of_inference_mode_can_be_changed_outside() -> None:
+    in_processes(2, change_state_made_in_inference_mode)
+
+
 # Gradients that are not the same everywhere.
 
 
