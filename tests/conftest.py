@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # OpenMP threads that wait by spinning take the core from those they wait for where others use the machine too:
@@ -93,17 +94,22 @@ def case_id(case: Any) -> str:
     return getattr(case, "__name__", str(case))
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(2)
+def rehearse() -> Callable[[], object]:
+    """Have backends without a GPU of theirs work on this process's CPU; returns what ends that."""
     if not ON_GPU:
         interpreted.mend()
     launcher = compiled.chosen_launcher()
     if launcher is None and agr_cuda.cuda.why_missing() is not None:
         launcher = emulated.launcher()
+    rehearsals = contextlib.ExitStack()
     if launcher is not None:
-        emulation = agr_cuda.cuda.rehearsal(launcher)
-        emulation.__enter__()
-        config.add_cleanup(lambda: emulation.__exit__(None, None, None))
+        rehearsals.enter_context(agr_cuda.cuda.rehearsal(launcher))
+    return rehearsals.close
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(2)
+    config.add_cleanup(rehearse())
     config.addinivalue_line("filterwarnings", "ignore:.*agr=False:UserWarning")  # one-element tensors; tested once
 
 

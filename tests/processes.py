@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
+import importlib
 import multiprocessing
 import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,8 +24,25 @@ from torch.distributed.tensor import DTensor
 TIMEOUT = 120.0  # seconds
 
 
+@contextlib.contextmanager
+def _forks_of_a_server(module: str) -> Iterator[Any]:
+    """A way to start processes: as forks of one that has imported everything and has done nothing.
+
+    A fork of this process might inherit a lock that another of its threads holds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rehearsed", module])  # of the first call, which starts the server
+    with pytest.MonkeyPatch.context() as patch:
+        # Before Python 3.13, the server does not look for modules where this process does.
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        yield context
+
+
 def _run(pipe: Any, rank: int, size: int, path: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    importlib.import_module("rehearsed")
     torch.set_num_threads(1)
+    stuck = open(_stuck_at(path, rank), "w")  # noqa: SIM115 (for as long as the process lives)
+    faulthandler.dump_traceback_later(TIMEOUT - 5, file=stuck)
     try:
         dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=size)
         # By value: multiprocessing would share tensors with a process that ends before they are read.
@@ -29,6 +51,11 @@ def _run(pipe: Any, rank: int, size: int, path: str, function: Callable[..., Any
         dist.destroy_process_group()
     except BaseException:
         pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
+
+
+def _stuck_at(path: str, rank: int) -> Path:
+    """Return the file that tells where a process is shortly before the time is up."""
+    return Path(f"{path}-{rank}")
 
 
 def _answer_of(pipe: Any, process: Any, until: float) -> tuple[bool, Any]:
@@ -41,19 +68,18 @@ def _answer_of(pipe: Any, process: Any, until: float) -> tuple[bool, Any]:
 
 
 def in_processes(size: int, function: Callable[..., Any], *arguments: Any, killed: Collection[int] = ()) -> list[Any]:
-    """Return what function(rank, *arguments) returns in each of `size` processes, which are forks of this one.
+    """Return what function(rank, *arguments) returns in each of `size` processes.
 
     Args:
         size: the number of processes.
-        function: what they run.
+        function: what they run, of a module.
         arguments: what they get besides their rank.
         killed: the ranks of those that kill themselves, and return nothing.
 
     Raises:
         AssertionError: with all tracebacks, if any other process raises, ends, or does not answer in time.
     """
-    context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _forks_of_a_server(function.__module__) as context:
         pipes = [context.Pipe(duplex=False) for _ in range(size)]
         processes = [
             context.Process(target=_run, args=(there, rank, size, f"{folder}/store", function, arguments))
@@ -63,9 +89,12 @@ def in_processes(size: int, function: Callable[..., Any], *arguments: Any, kille
             process.start()
         until = time.monotonic() + TIMEOUT
         said = [_answer_of(here, process, until) for (here, _), process in zip(pipes, processes, strict=True)]
-        for process in processes:
+        for rank, process in enumerate(processes):
             process.join(10)
             process.kill()
+            fine, what = said[rank]
+            if not fine:
+                said[rank] = fine, f"{what}\n{_stuck_at(f'{folder}/store', rank).read_text()}"
     failed = [f"rank {rank}: {what}" for rank, (fine, what) in enumerate(said) if not fine and rank not in killed]
     assert not failed, "\n".join(failed)
     return [what if fine else None for fine, what in said]
