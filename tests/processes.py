@@ -25,13 +25,13 @@ TIMEOUT = 120.0  # seconds
 
 
 @contextlib.contextmanager
-def _forks_of_a_server(module: str) -> Iterator[Any]:
+def _forks_of_a_server() -> Iterator[Any]:
     """A way to start processes: as forks of one that has imported everything and has done nothing.
 
     A fork of this process might inherit a lock that another of its threads holds.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rehearsed", module])  # of the first call, which starts the server
+    context.set_forkserver_preload(["rehearsed"])
     with pytest.MonkeyPatch.context() as patch:
         # Before Python 3.13, the server does not look for modules where this process does.
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))
@@ -79,7 +79,7 @@ def in_processes(size: int, function: Callable[..., Any], *arguments: Any, kille
     Raises:
         AssertionError: with all tracebacks, if any other process raises, ends, or does not answer in time.
     """
-    with tempfile.TemporaryDirectory() as folder, _forks_of_a_server(function.__module__) as context:
+    with tempfile.TemporaryDirectory() as folder, _forks_of_a_server() as context:
         pipes = [context.Pipe(duplex=False) for _ in range(size)]
         processes = [
             context.Process(target=_run, args=(there, rank, size, f"{folder}/store", function, arguments))
