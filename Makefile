@@ -21,7 +21,7 @@ PYTEST ?=
 help:
 	@echo 'make demo    train a small language model with AdamW, AGR-AdamW, Adan and AGR-Adan (3 minutes)'
 	@echo 'make demo-fsdp   train it sharded, kill a process, go on with more, and compare with unsharded training (3 minutes)'
-	@echo 'make test    lint, and run the tests (20 to 30 minutes)'
+	@echo 'make test    lint, and run the tests (35 minutes on two cores)'
 	@echo 'make ptx     with nvcc: every test of the CUDA backend on the PTX of its kernels, and mutants of it (10 minutes)'
 	@echo 'make triton  every case of the Triton backend in its interpreter, of which make test runs a quarter (25 minutes)'
 	@echo 'make lint    ruff, mypy, clang-format, shellcheck'
