@@ -446,10 +446,11 @@ class AGROptimizer(torch.optim.Optimizer):
         for i, group in enumerate(self.param_groups):
             self._check_group(group)
             check_precision(f"group {i}", group["params"], group)
-            named += [(f"group {i}, parameter {j}", parameter) for j, parameter in enumerate(group["params"])]
+            of_group = [(f"group {i}, parameter {j}", parameter) for j, parameter in enumerate(group["params"])]
+            named += of_group
             if group["agr"] or self.max_grad_norm:
                 needs = "agr=True" if group["agr"] else f"max_grad_norm={self.max_grad_norm}"
-                for place, parameter in named[-len(group["params"]) :]:
+                for place, parameter in of_group:
                     check_whole(place, parameter, needs, ", or set agr=False and no max_grad_norm")
         if self.max_grad_norm:
             check_norm_of_all(self.max_grad_norm, named)

@@ -7,6 +7,6 @@ import conftest
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp
 import torch.distributed.optim
-import torch.distributed.tensor.parallel  # noqa: F401
+import torch.distributed.tensor.parallel  # noqa: F401 (for its forks, as those above)
 
 end_of_rehearsal = conftest.rehearse()  # kept, or it would end now

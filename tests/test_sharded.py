@@ -60,8 +60,8 @@ def train(rank: int, size: int, method: Method, kind: str, steps: int, cases: li
     layout = places(kind, size)
     generator = torch.Generator().manual_seed(5)
     values = [torch.randn(shape, generator=generator) for shape, _ in layout]
-    # Placing takes longer than a step: a few gradients, by turns.
-    gradients = [[torch.randn(shape, generator=generator) * 3 for shape, _ in layout] for _ in range(min(steps, 5))]
+    gradients = [[torch.randn(shape, generator=generator) * 3 for shape, _ in layout] for _ in range(steps)]
+    # Once for all cases, since it takes longer than a step.
     placed_gradients = [[placed(g, place) for g, (_, place) in zip(gs, layout, strict=True)] for gs in gradients]
     results = []
     for options in cases:
@@ -69,8 +69,8 @@ def train(rank: int, size: int, method: Method, kind: str, steps: int, cases: li
         parts = [torch.nn.Parameter(placed(x, place)) for x, (_, place) in zip(values, layout, strict=True)]
         ours = method.ours(parts, lr=1e-2, **options)
         expected = method.ours(wholes, lr=1e-2, **options | {"backend": "cpu"})
-        for step in range(steps):
-            for p, q, part, g in zip(parts, wholes, placed_gradients[step % 5], gradients[step % 5], strict=True):
+        for now_parts, now in zip(placed_gradients, gradients, strict=True):
+            for p, q, part, g in zip(parts, wholes, now_parts, now, strict=True):
                 p.grad, q.grad = part, g
             with Counted() as sizes:
                 ours.step()
@@ -314,7 +314,8 @@ def train_flat(rank: int, method: Method, use_orig_params: bool, options: dict[s
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 4))
     flat = FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
-    optimizer = method.ours(flat.parameters(), **options)
+    # A group without parameters has no say.
+    optimizer = method.ours([{"params": flat.parameters()}, {"params": [], "agr": True}], **options)
     flat(torch.ones(2, 8)).sum().backward()
     if not refused:
         optimizer.step()
