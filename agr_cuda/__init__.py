@@ -5,6 +5,9 @@ from importlib.metadata import PackageNotFoundError, version
 from .adamw import AdamW
 from .adan import Adan
 from .backends import available_backends
+from .coefficients import Coefficients, coefficients
+from .gradient_release import GradientRelease, release_gradients
+from .grouping import ParameterGroups, parameter_groups
 from .regularize import regularize_gradients_
 
 try:
@@ -12,4 +15,16 @@ try:
 except PackageNotFoundError:  # the package is run from the source tree
     __version__ = "not installed"
 
-__all__ = ["AdamW", "Adan", "__version__", "available_backends", "regularize_gradients_"]
+__all__ = [
+    "AdamW",
+    "Adan",
+    "Coefficients",
+    "GradientRelease",
+    "ParameterGroups",
+    "__version__",
+    "available_backends",
+    "coefficients",
+    "parameter_groups",
+    "regularize_gradients_",
+    "release_gradients",
+]

@@ -1,79 +1,50 @@
-"""`python -m agr_cuda`: show what was built, and which backend updates each device and dtype."""
+"""`python -m agr_cuda`: show what was built, which backend each device and type gets, and try every backend."""
 
 from __future__ import annotations
 
 import argparse
-import platform
-from typing import Any
+import json
+import sys
 
-import torch
+from .doctor import Report, examine
 
-import agr_cuda
-
-from . import backends
-from .native import native
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64)
+WIDTH = 16
 
 
-def versions() -> list[tuple[str, str]]:
-    """Return (name, value) rows on the versions, the machine, its GPUs and the compiled kernels."""
-    rows = [
-        ("agr-cuda", agr_cuda.__version__),
-        ("torch", torch.__version__),
-        ("python", platform.python_version()),
-        ("machine", f"{platform.machine()}, {torch.get_num_threads()} threads"),
-    ]
-    if backends.why_missing("cpu") is None:
-        core = native()
-        reads = "DLPack's exchange interface" if core.uses_exchange_api() else "Python methods (slower)"
-        rows += [("cpu kernels", core.instruction_set()), ("tensors read by", reads)]
-        if core.cuda_architectures:
-            rows.append(("cuda kernels", f"compute capability {core.cuda_architectures}, and later ones"))
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        rows.append((f"cuda:{index}", f"{properties.name}, compute capability {properties.major}.{properties.minor}"))
-    return rows
-
-
-def devices() -> list[torch.device]:
-    """Return the CPU and every accelerator."""
-    found = [torch.device("cpu")]
-    for kind in ("cuda", "xpu"):
-        module: Any = getattr(torch, kind)
-        found += [torch.device(kind, index) for index in range(module.device_count())]
-    if torch.backends.mps.is_available():
-        found.append(torch.device("mps"))
-    return found
-
-
-def backend_for(device: torch.device, dtype: torch.dtype) -> str:
-    """Return the name of the backend that updates a parameter of this device and dtype, or "-" if none can exist."""
-    try:
-        return backends.choose(torch.empty(1, device=device, dtype=dtype))
-    except (TypeError, RuntimeError):  # the device does not support this dtype
-        return "-"
+def show(report: Report) -> None:
+    """Print the report as text."""
+    for name, value in (*report.versions.items(), *report.environment.items()):
+        print(f"{name:<{WIDTH}}{value}")
+    print("\nbackends")
+    for backend, reason in report.backends.items():
+        print(f"  {backend:<{WIDTH - 2}}{'yes' if reason is None else f'no: {reason}'}")
+    print("\nwhich backend updates a parameter")
+    for i, (device, choice) in enumerate(report.choice.items()):
+        if i == 0:
+            print(" " * WIDTH + "".join(f"{dtype:<11}" for dtype in choice))
+        print(f"  {device:<{WIDTH - 2}}" + "".join(f"{backend:<11}" for backend in choice.values()))
+    print("\nsteps on random numbers, compared with backend='reference' (units in the last place)")
+    for trial in report.trials:
+        what = f"{trial.device}, {trial.optimizer}, {trial.dtype}"
+        found = trial.error or f"{trial.difference:.3g}"
+        print(f"  {trial.backend:<{WIDTH - 2}}{what:<28}{'ok' if trial.passed else 'WRONG'}: {found}")
 
 
 def main() -> None:
     """Print the report."""
     parser = argparse.ArgumentParser(
         prog="python -m agr_cuda",
-        description="Show what is built, and which backend each device and type gets.",
+        description="Show versions, what is built, which backend each device and type gets, and try every backend: "
+        "all that a report of a fault needs. The exit status is 1 if a backend computes something wrong.",
     )
-    parser.parse_args()
-    width = 16
-    for name, value in versions():
-        print(f"{name:<{width}}{value}")
-    print("\nbackends")
-    for backend in backends.BACKENDS:
-        reason = backends.why_missing(backend)
-        print(f"  {backend:<{width - 2}}{'yes' if reason is None else f'no: {reason}'}")
-    print("\nwhich backend updates a parameter")
-    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-    print(" " * width + "".join(f"{name:<11}" for name in names))
-    for device in devices():
-        print(f"  {device!s:<{width - 2}}" + "".join(f"{backend_for(device, dtype):<11}" for dtype in DTYPES))
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    arguments = parser.parse_args()
+    report = examine()
+    if arguments.json:
+        print(json.dumps(report.as_dict(), indent=2))
+    else:
+        show(report)
+    sys.exit(not report.healthy)
 
 
 if __name__ == "__main__":

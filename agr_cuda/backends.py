@@ -43,6 +43,19 @@ def available_backends() -> list[str]:
     return [backend for backend in BACKENDS if why_missing(backend) is None]
 
 
+def missing_kernels(parameter: Tensor, gradient: GradientKind) -> str:
+    """Return why a GPU has no kernels for a parameter that they would take, by backend, and how to get them.
+
+    Empty where they are there, and for what no kernels take: other devices, types and classes of tensors.
+    """
+    devices = {"cuda": ("cuda",), "triton": ("cuda", "xpu")}
+    wanted = [backend for backend, types in devices.items() if parameter.device.type in types]
+    if not wanted or parameter.dtype not in NATIVE_DTYPES or not (is_plain(parameter) and gradient.plain):
+        return ""
+    reasons = {backend: why_missing(backend) for backend in wanted}
+    return "" if None in reasons.values() else "; ".join(f"{backend}: {why}" for backend, why in reasons.items())
+
+
 def check_backend(backend: str | None) -> None:
     """Raise ValueError if `backend` is not the name of a backend, RuntimeError if that backend is not available."""
     if backend is None:

@@ -93,10 +93,7 @@ class _Location:
     def __init__(self, optimizer: AGROptimizer, index: int, group_index: int, position: int) -> None:
         self.optimizer, self.index, self.group_index = optimizer, index, group_index
         self.group = optimizer.param_groups[group_index]
-        self.name = f"group {group_index}, parameter {position}"
-        names = self.group.get("param_names", ())
-        if position < len(names):
-            self.name += f" ({names[position]!r})"
+        self.name = optimizer._place(group_index, position)
 
 
 def _bind(location: _Location, parameter: Tensor, kind: GradientKind | None) -> Binding:
@@ -138,7 +135,7 @@ def _bind(location: _Location, parameter: Tensor, kind: GradientKind | None) -> 
     return Binding(
         location.index, location.group_index, location.name, parameter, kind, state, specs, precision, backend,
         regularize=bool(location.group["agr"]), amsgrad=bool(location.group.get("amsgrad")), staged=staged,
-        whole=whole, converts=converts,
+        whole=whole, converts=converts, sequence=location.index + location.optimizer._origin.index,
     )  # fmt: skip
 
 

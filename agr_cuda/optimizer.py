@@ -6,14 +6,15 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .backends import check_backend
+from .backends import check_backend, missing_kernels
 from .bind import bind, check_tensors, check_writable, state_change
 from .clipping import Clipping, prepare_clipping
 from .fork import renew_lock_after_fork
@@ -27,6 +28,9 @@ from .precision import PRECISION_OPTIONS, Precision, check_precision, check_prec
 from .scaling import Scaling
 from .sharding import Exchange, check_distributed, check_norm_of_all, check_redundancy, check_whole, has_these_parts
 from .tensors import MASTER, Binding, StateTensor, is_plain, ordinary_mode, stored_state
+
+if TYPE_CHECKING:
+    from .gradient_release import GradientRelease
 
 #: The options that hold for the whole optimizer. They are in its `defaults` and in no parameter group.
 OPTIMIZER_OPTIONS = ("max_grad_norm", "backend")
@@ -52,6 +56,15 @@ def _values_to_check(group: dict[str, Any]) -> Any:
     return [x if type(x) is float else _comparable(x) for x in numbers], others
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The place of an optimizer's first parameter in the program's optimizer, of which it has a part or all."""
+
+    group: int
+    parameter: int  # in the group
+    index: int  # counted over all groups
+
+
 class AGROptimizer(torch.optim.Optimizer):
     """The base class of `agr_cuda.AdamW` and `agr_cuda.Adan`."""
 
@@ -69,6 +82,8 @@ class AGROptimizer(torch.optim.Optimizer):
     _active_hooks: set[str]  # the names of the register functions whose temporary hook is in place
     _graph_tensors: dict[int, Tensor]  # by id(): the tensors that captured graphs read or write
     _clipping: Clipping  # the clipping of the last step
+    _release: GradientRelease | None  # what updates parameters as soon as they have a gradient
+    _origin = Origin(0, 0, 0)
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         if defaults["max_grad_norm"] is not None:
@@ -218,6 +233,7 @@ class AGROptimizer(torch.optim.Optimizer):
         self._active_hooks = getattr(self, "_active_hooks", set())
         self._lock = getattr(self, "_lock", None) or threading.RLock()
         self._clipping = Clipping()
+        self._release = None
         renew_lock_after_fork(self)
         exclude_from_compile(AGROptimizer)
 
@@ -373,6 +389,15 @@ class AGROptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._release is not None:
+            self._release.check_step()
+        self._update()
+        if self._release is not None:
+            self._release.end_step()
+        return loss
+
+    def _update(self) -> None:
+        """Update every parameter that has a gradient."""
         with self._lock:
             self._check_changed_values()
             try:
@@ -380,7 +405,6 @@ class AGROptimizer(torch.optim.Optimizer):
             finally:
                 if self._plan is not None:
                     self._plan.release()
-        return loss
 
     def _execute(self, plan: StepPlan) -> None:
         """Execute a plan, unless mixed precision skips the step. Everything that may fail comes before any update."""
@@ -390,7 +414,8 @@ class AGROptimizer(torch.optim.Optimizer):
             return
         self._check_capture(plan)
         self._place_step_counts(plan, scaling)
-        plan.stage_gradients()
+        if plan.staged:
+            plan.stage_gradients()
         hyperparameters = [self._hyperparameters(group) for group in self.param_groups]
         for launch in plan.launches:
             launch.prepare(self.param_groups, hyperparameters, scaling)
@@ -445,8 +470,8 @@ class AGROptimizer(torch.optim.Optimizer):
         named = []
         for i, group in enumerate(self.param_groups):
             self._check_group(group)
-            check_precision(f"group {i}", group["params"], group)
-            of_group = [(f"group {i}, parameter {j}", parameter) for j, parameter in enumerate(group["params"])]
+            check_precision(f"group {i + self._origin.group}", group["params"], group)
+            of_group = [(self._place(i, j), parameter) for j, parameter in enumerate(group["params"])]
             named += of_group
             if group["agr"] or self.max_grad_norm:
                 needs = "agr=True" if group["agr"] else f"max_grad_norm={self.max_grad_norm}"
@@ -458,6 +483,7 @@ class AGROptimizer(torch.optim.Optimizer):
         bindings = bind(self, [] if plan is None else plan.bindings)
         self._warn_about_single_elements(bindings)
         self._warn_about_wrappers(bindings)
+        self._warn_about_missing_kernels(bindings)
         clip = bool(self.max_grad_norm)
         parameters = [(p, bool(group["agr"])) for group in self.param_groups for p in group["params"]]
         exchange = Exchange([p for p, _ in parameters], [agr for _, agr in parameters], clip)
@@ -466,6 +492,12 @@ class AGROptimizer(torch.optim.Optimizer):
             raise RuntimeError("parameters, gradients or state were changed by another thread during step()")
         self._plan = plan
         return plan
+
+    def _place(self, group: int, parameter: int) -> str:
+        """Return the position of a parameter in messages, with its name if it has one."""
+        names = self.param_groups[group].get("param_names", ())
+        named = f" ({names[parameter]!r})" if parameter < len(names) else ""
+        return f"group {group + self._origin.group}, parameter {parameter + self._origin.parameter}{named}"
 
     def _reference_state_ready(self, bindings: Sequence[Binding]) -> bool:
         """Whether the reference backend's state needs no change; raise RuntimeError if it cannot be used."""
@@ -502,6 +534,22 @@ class AGROptimizer(torch.optim.Optimizer):
                 f"reference backend updates {found[0].place}"
                 + (f" and {len(found) - 1} others" if len(found) > 1 else ""),
             )
+
+    def _warn_about_missing_kernels(self, bindings: list[Binding]) -> None:
+        """Warn where a GPU's parameters are updated by PyTorch's operations, and kernels would take them."""
+        if self.backend is not None:
+            return
+        for b in bindings:
+            group = self.param_groups[b.group]
+            if b.backend == "reference" and not (group["foreach"] or group.get("differentiable")):
+                missing = missing_kernels(b.parameter, b.gradient)
+                if missing:
+                    self._warn_once(
+                        "kernels",
+                        f"{b.place} is on {b.parameter.device} and no kernels are there for it, so that PyTorch's "
+                        f"operations update it, many times slower: {missing}. backend='reference' asks for that "
+                        "without this warning",
+                    )
 
     def _warn_once(self, topic: str, message: str) -> None:
         if topic not in self._warned:

@@ -60,7 +60,7 @@ def _rounded(binding: Binding, values: Tensor, array: int, step: Tensor | float,
     flat: list[Any] = [x.reshape(-1) for x in (element_indices(binding.owner), values.float())]
     chunks = [x.split(_CHUNK) for x in flat]
     parts = [
-        round_stochastically(x, random_bits(elements, seed=seed, step=step, index=binding.index, array=array))
+        round_stochastically(x, random_bits(elements, seed=seed, step=step, index=binding.sequence, array=array))
         for elements, x in zip(*chunks, strict=True)
     ]
     return torch.cat(parts).view(values.shape)

@@ -136,6 +136,8 @@ class Binding:
     #: Whether state of another type than `specs` say is converted. State that a program has given a group whose options
     #: have never said of what type it is, is used as it is.
     converts: bool = False
+    #: The number that distinguishes its random numbers from other parameters': its index in the program's optimizer.
+    sequence: int = 0
 
     @property
     def owner(self) -> Tensor:
@@ -211,13 +213,13 @@ def plan_entries(bindings: Sequence[Binding]) -> list[tuple[int, int, bool]]:
 def executor_rows(rule: str, bindings: Sequence[Binding]) -> list[tuple[Any, ...]]:
     """Return the native executors' row for each tensor.
 
-    It is: rule, group, index, types, parameter, averages, scales of averages, master, step count.
+    It is: rule, group, sequence of random numbers, types, parameter, averages, scales of averages, master, step count.
     """
     return [
         (
             f"{rule}_amsgrad" if b.amsgrad else rule,
             b.group,
-            b.index,
+            b.sequence,
             b.types,
             b.parameter,
             b.averages,

@@ -338,5 +338,5 @@ def _rows(bindings: Sequence[Binding], chunk: int, first_chunks: Sequence[int]) 
         elements = b.parameter.numel()
         chunks = -(-elements // chunk)
         place = [elements, first_chunks[b.index], chunks, b.group, int(b.regularize), int(b.amsgrad)]
-        rows.append([_address(b.parameter), *states, step, *place, *scales, master, b.index])
+        rows.append([_address(b.parameter), *states, step, *place, *scales, master, b.sequence])
     return rows
