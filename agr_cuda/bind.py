@@ -185,6 +185,8 @@ def check_tensors(place: str, parameter: Tensor, state: dict[str, Any], specs: S
             continue
         elif not isinstance(value, Tensor):
             raise RuntimeError(f"{key} of {place} is a {type(value).__name__}; it must be a tensor")
+        elif value.layout != torch.strided:
+            raise RuntimeError(f"{key} of {place} is {value.layout}; it must be dense (torch.strided)")
         elif value.shape != spec.shape_for(parameter):
             wanted = tuple(spec.shape_for(parameter))
             raise RuntimeError(f"{key} of {place} has shape {tuple(value.shape)}; it must be {wanted}")

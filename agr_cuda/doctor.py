@@ -194,7 +194,7 @@ def _difference(backend: str, device: torch.device, name: str, dtype: torch.dtyp
             optimizer.step()
     unit = torch.finfo(dtype).eps
     with torch.no_grad():
-        found = [((a - b).abs().max() / b.abs().max()).item() / unit for a, b in zip(*sides, strict=True)]
+        found = [float((a - b).abs().max() / b.abs().max()) / unit for a, b in zip(*sides, strict=True)]
     if not all(map(math.isfinite, found)):
         raise ArithmeticError("there are parameters that are not finite")
     return max(found)

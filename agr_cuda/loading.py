@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .precision import SIXTEEN_BITS
+from .masters import is_outdated_master
 from .state import stored_as_asked
 from .tensors import MASTER, StateTensor, ordinary_mode
 
@@ -45,10 +46,10 @@ def take_loaded(parameter: Tensor, state: dict[str, Any], specs: Sequence[StateT
     """
     wanted = {spec.key for spec in specs}
     stays = wanted | {key for spec in specs if spec.role == "average" for key in (spec.other_key, spec.scales_key)}
-    tensors = {key: kept.tensor.to(parameter.device) for key, kept in state.items() if isinstance(kept, _Kept)}
-    master = tensors.get(MASTER.key)
-    if master is not None and master.dtype in SIXTEEN_BITS:
-        # An optimizer without masters has carried it along, cast it, and moved the parameter since.
+    tensors = {key: _usable(kept.tensor, parameter.device) for key, kept in state.items() if isinstance(kept, _Kept)}
+    if isinstance(state.get("step"), Tensor):
+        state["step"] = _usable(state["step"], state["step"].device)
+    if MASTER.key in tensors and is_outdated_master(tensors[MASTER.key]):
         del tensors[MASTER.key], state[MASTER.key]
     for key, value in tensors.items():
         # torch.optim.Optimizer casts all that it does not know.
@@ -57,3 +58,10 @@ def take_loaded(parameter: Tensor, state: dict[str, Any], specs: Sequence[StateT
     with ordinary_mode():
         stored_as_asked(parameter, state, specs, converts=parameter.is_floating_point()).apply(state)
     return had_master
+
+
+def _usable(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a loaded tensor on a device. Later steps change it in place, in inference mode or not."""
+    with ordinary_mode():
+        moved = tensor.to(device)
+        return moved.clone() if moved.is_inference() else moved

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .precision import SIXTEEN_BITS
 from .tensors import MASTER, StateTensor, is_wrapper
 
 #: What master weights are loaded from: tensors by parameters' names, a state dict of an optimizer that had master
@@ -60,12 +61,23 @@ def master_sources(groups: Sequence[dict[str, Any]], source: MasterSource) -> li
     return found
 
 
+def is_outdated_master(master: Any) -> bool:
+    """Whether a loaded master comes from an optimizer without masters, which has cast it, and moved the parameter."""
+    return isinstance(master, Tensor) and master.dtype in SIXTEEN_BITS
+
+
 def _of_state_dict(parameters: list[Tensor], saved: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
     indices = [index for group in saved["param_groups"] for index in group["params"]]
     if len(indices) != len(parameters):
         raise ValueError(f"the state dict has {len(indices)} parameters, and there are {len(parameters)} here")
     states = [saved["state"].get(index, {}) for index in indices]
-    found = [(p, s[MASTER.key]) for p, s in zip(parameters, states, strict=True) if MASTER.key in s]
+    masters = [(p, s[MASTER.key]) for p, s in zip(parameters, states, strict=True) if MASTER.key in s]
+    found = [(p, master) for p, master in masters if not is_outdated_master(master)]
+    if masters and not found:
+        raise KeyError(
+            f"the state dict's {MASTER.key} is of 16 bits: an optimizer without master weights has carried it "
+            "along, and moved the parameters since"
+        )
     if not found:
         raise KeyError(f"the state dict has no {MASTER.key}")
     return found

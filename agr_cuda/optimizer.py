@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, overload
 
@@ -205,6 +206,10 @@ class AGROptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         torch.optim.Optimizer.__setstate__(self, state)  # not super(), for the reason given in the constructor
+        # An optimizer that was pickled before an option existed lacks it.
+        options = signature(type(self).__init__).parameters.values()
+        known = {option.name: option.default for option in options if option.default is not option.empty}
+        self.defaults.update({name: value for name, value in known.items() if name not in self.defaults})
         if "differentiable" not in self._launch_options:  # torch.optim.Optimizer has added it to the defaults.
             self.defaults.pop("differentiable", None)
         self.param_groups = [self._with_defaults(group) for group in self.param_groups]
@@ -249,7 +254,10 @@ class AGROptimizer(torch.optim.Optimizer):
             ValueError: for groups that do not match this optimizer's, and for an option out of range.
             TypeError: for an option of the wrong type.
             RuntimeError: for options that contradict each other and, in Adan, for a group with state but no "step".
+
+        Whatever is raised, by hooks too, the optimizer keeps the options and the state that it had.
         """
+        before = self.param_groups, self.state
         # The first hook runs after those that the program has registered, which may convert a foreign state dict; the
         # second before the program's, which see the state as it is going to be.
         with (
@@ -259,7 +267,12 @@ class AGROptimizer(torch.optim.Optimizer):
                 lambda saved: keep_dtypes(self._adapt_state_dict(saved)),
             ),
         ):
-            super().load_state_dict(state_dict)
+            try:
+                super().load_state_dict(state_dict)
+            except BaseException:
+                self.param_groups, self.state = before
+                self._reset_runtime_state()
+                raise
 
     def _take_loaded(self) -> None:
         """Store the loaded state as the groups' options say."""

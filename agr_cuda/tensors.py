@@ -258,10 +258,10 @@ def is_dense(tensor: Tensor) -> bool:
     """Whether the elements of `tensor` fill one contiguous range of memory without gaps or overlaps, in any order."""
     if tensor.layout != torch.strided:
         return False
+    if tensor.numel() == 0:
+        return True
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
-        if size == 0:
-            return True
         if stride != expected:
             return False
         expected *= size

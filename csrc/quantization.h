@@ -13,7 +13,9 @@
 namespace agr {
 
 constexpr int codes = 256;
-constexpr int decades = 7;
+
+template <bool is_signed>
+constexpr int decades = is_signed ? 6 : 7;
 
 // The bits of a code's fraction in the decade from 0.1 to 1.
 template <bool is_signed>
@@ -25,16 +27,17 @@ AGR_INLINE constexpr bool is_signed_state(Rule rule, int index) { return rule ==
 // What a code stands for, in units of the scale.
 template <bool is_signed>
 AGR_INLINE float code_value(int code) {
-    if (code == 0) return 0;
-    if (code == (is_signed ? 128 : 255)) return 1;
     const int place = is_signed ? code & 127 : code + 1;  // a one bit, and then the fraction
+    const float sign = is_signed && code >= 128 ? -1 : 1;
+    if (place == (is_signed ? 0 : 1)) return 0;
+    if (place == (is_signed ? 1 : 256)) return sign;
     int bits = 0;
     while (place >> bits > 1) ++bits;
     double decade = 1;
     for (int i = bits; i < fraction_bits<is_signed>; ++i) decade /= 10;
     const int size = 1 << bits;
     const double value = decade * (0.1 + 0.9 * (place - size + 0.5) / size);
-    return static_cast<float>(is_signed && code > 128 ? -value : value);
+    return sign * static_cast<float>(value);
 }
 
 // A scale as it is stored, and the factor by which the elements of its block are multiplied before they are coded.
@@ -82,15 +85,14 @@ AGR_INLINE V lowest_line(V y, std::integer_sequence<int, decade...>) {
 // multiply and add: but for one in a million, at the border of two codes). Bits above the lowest eight are 0.
 template <bool is_signed, class U, class V>
 AGR_INLINE U code_of(V x, float inverse) {
-    const V signed_y = x * inverse;
-    const V y = larger_number(magnitude(signed_y), V{});  // not NaN
-    const V place = lowest_line<is_signed>(y, std::make_integer_sequence<int, decades>{});
-    const auto one = signed_y > static_cast<float>(1 - 0.225 / (1 << fraction_bits<is_signed>));
+    const V y = larger_number(magnitude(x * inverse), V{});  // not NaN
+    const V place = lowest_line<is_signed>(y, std::make_integer_sequence<int, decades<is_signed>>{});
+    const auto one = y > static_cast<float>(1 - 0.225 / (1 << fraction_bits<is_signed>));
     if constexpr (is_signed) {
-        // Below half of the smallest value, 0.55e-6, is 0.
-        const U code = truncated<U>(smaller_number(y * static_cast<float>(1 / 0.275e-6), place));
+        // Below half of the smallest value, 3.25e-6, which is that of code 2, is 0.
+        const U code = truncated<U>(smaller_number(y * static_cast<float>(2 / 1.625e-6), place));
         const U sign = (bit_cast<U>(x) >> 24) & 128u;
-        return one ? U{} + 128u : code > 0u ? code | sign : U{};
+        return code > 1u ? (one ? U{} + 1u : code) | sign : U{};
     } else {
         const U code = truncated<U>(larger_number(place, y > 0.0f ? V{} + 1.0f : V{}));
         return one ? U{} + 255u : code;

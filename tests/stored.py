@@ -114,9 +114,9 @@ def code_table(signed: bool) -> tuple[Array, Array]:
 
     A decade's intervals are of one length, 2^f of them in a decade of f bits; f falls by one from decade to decade.
     """
-    most = 6 if signed else 7
+    most, decades = (6, 6) if signed else (7, 7)
     begins, values = [0.0], [0.0]
-    for decade in range(6, -1, -1):
+    for decade in reversed(range(decades)):
         count = 2 ** (most - decade)
         begins += [10.0**-decade * (0.1 + 0.9 * i / count) for i in range(count)]
         values += [10.0**-decade * (0.1 + 0.9 * (i + 0.5) / count) for i in range(count)]
@@ -126,17 +126,18 @@ def code_table(signed: bool) -> tuple[Array, Array]:
 
 
 def code_values(signed: bool) -> Array:
-    """What the 256 codes stand for, in units of the scale: the signed have 1 for 128, and then the negative ones."""
+    """What the 256 codes stand for, in units of the scale. The signed: 0, 1, the fractions; then their negatives."""
     values = code_table(signed)[1]
-    return np.concatenate([values, -values[1:-1]]) if signed else values
+    if not signed:
+        return values
+    positive = np.concatenate([values[:1], values[-1:], values[1:-1]])
+    return np.concatenate([positive, -positive])
 
 
 def in_code(y: Array, signed: bool) -> Array:
     """y, in units of its scale, as its code has it."""
     begins, values = code_table(signed)
     code = np.searchsorted(begins, np.abs(y), side="right") - 1
-    if signed:  # there is no -1
-        code = np.where(y < 0, np.minimum(code, len(values) - 2), code)
     return np.copysign(values[code], y) if signed else values[np.where(y > 0, code, 0)]
 
 

@@ -320,5 +320,5 @@ class TestRefusals:
         table = nn.Embedding(5, 3, sparse=True)
         optimizer = agr_cuda.AdamW([{"params": model().parameters()}, {"params": table.parameters()}])
         agr_cuda.release_gradients(table, optimizer)
-        with pytest.raises(RuntimeError, match="the gradient of group 1, parameter 0 is torch.sparse_coo"):
+        with pytest.raises(RuntimeError, match=r"the gradient of group 1, parameter 0 is torch\.sparse_coo"):
             table(torch.tensor([1])).sum().backward()

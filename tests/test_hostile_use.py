@@ -164,3 +164,11 @@ def test_an_expanded_gradient_is_refused_before_any_is_regularized() -> None:
     with pytest.raises(RuntimeError, match="expanded"):
         agr_cuda.regularize_gradients_([good, bad])
     assert good.grad.tolist() == [1.0, 2.0]
+
+
+def test_an_empty_tensor_of_any_strides_is_dense():
+    empty = torch.empty(1, 3, 4, 0).contiguous(memory_format=torch.channels_last).requires_grad_()
+    empty.grad = torch.empty_like(empty)
+    optimizer = agr_cuda.AdamW([empty], fused=True)
+    optimizer.step()
+    assert optimizer.backends == ["cpu"]

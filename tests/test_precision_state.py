@@ -654,3 +654,111 @@ def test_distributed_checkpoints_hold_all(
     for o in (one, other):
         run(o, range(3, 5))
     assert_same_bits(one, other)
+
+
+def _fails(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "8bit"}, {"master_weights": True}], ids=str)
+def test_a_load_that_fails_changes_nothing(when: str, options: dict, method: Method, generator) -> None:
+    params = [parameter(shape, generator, BF16) for shape in ((70, 60), (5,))]
+    optimizer = made(method, params, **options)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.step()
+    state, groups, unchanged = optimizer.state, optimizer.param_groups, snapshot(optimizer)
+    register = f"register_load_state_dict_{'pre' if when == 'before' else 'post'}_hook"
+    hook = getattr(optimizer, register)(_fails)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.load_state_dict(saved)
+    hook.remove()
+    # Among what is loaded is a tensor that cannot be converted.
+    broken = copy.deepcopy(saved)
+    index = saved["param_groups"][0]["params"][-1]
+    broken["state"][index][method.states[0]] = torch.zeros(5, device="meta")
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        optimizer.load_state_dict(broken)
+    assert optimizer.state is state
+    assert optimizer.param_groups is groups
+    unchanged()
+    optimizer.step()
+
+
+def test_a_warning_that_is_an_error_stops_a_load_that_changes_nothing(method: Method, generator) -> None:
+    half = [parameter((5,), generator, BF16)]
+    source = made(method, half, master_weights=True)
+    half[0].grad = torch.ones_like(half[0])
+    source.step()
+    params = [p.detach().float().requires_grad_() for p in half]
+    optimizer = made(method, params)
+    params[0].grad = torch.ones(5)
+    optimizer.step()
+    unchanged = snapshot(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="has master weights of parameters that have none here"):
+            optimizer.load_state_dict(source.state_dict())
+    unchanged()
+    optimizer.step()
+
+
+def test_masters_that_another_optimizer_has_carried_along_are_not_loaded(generator) -> None:
+    p = parameter((5,), generator, BF16)
+    p.grad = torch.ones_like(p)
+    source = agr_cuda.AdamW([p], master_weights=True)
+    source.step()
+    torchs = torch.optim.AdamW([p], lr=0.1)
+    torchs.load_state_dict(source.state_dict())
+    torchs.step()
+    later = p.detach().float().requires_grad_()
+    optimizer = agr_cuda.AdamW([later])
+    with pytest.raises(KeyError, match="master_param is of 16 bits: an optimizer without master weights has carried"):
+        optimizer.load_master_weights(torchs.state_dict())
+    assert torch.equal(later, p.float())
+
+
+def test_state_loaded_in_inference_mode_is_ordinary(method: Method, generator) -> None:
+    p = parameter((5,), generator, BF16)
+    p.grad = torch.ones_like(p)
+    optimizer = made(method, [p], master_weights=True)
+    optimizer.step()
+    with torch.inference_mode():
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.reset_master_weights()
+    optimizer.load_master_weights([torch.full((5,), 0.3)])
+    optimizer.step()
+
+
+def test_a_pickle_from_before_the_options_gets_their_defaults(method: Method, generator) -> None:
+    p = parameter((5,), generator)
+    p.grad = torch.ones_like(p)
+    optimizer = made(method, [p])
+    optimizer.step()
+    kept = optimizer.__getstate__()
+    newer = ("state_dtype", "master_weights", "stochastic_rounding", "rounding_seed")
+    old = {
+        "defaults": {name: value for name, value in kept["defaults"].items() if name not in newer},
+        "state": kept["state"],
+        "param_groups": [
+            {name: value for name, value in group.everything().items() if name not in newer}
+            for group in kept["param_groups"]
+        ],
+    }
+    again = method.ours.__new__(method.ours)
+    again.__setstate__(old)
+    again.step()
+    assert [again.param_groups[0][name] for name in newer] == [None, False, False, 0]
+
+
+def test_sparse_state_is_refused(method: Method, generator) -> None:
+    p = parameter((5,), generator)
+    p.grad = torch.ones_like(p)
+    optimizer = method.ours([p])
+    optimizer.step()
+    optimizer.state[p]["exp_avg"] = torch.zeros(5).to_sparse()
+    with pytest.raises(RuntimeError, match=r"exp_avg of group 0, parameter 0 is torch\.sparse_coo; it must be dense"):
+        optimizer.step()

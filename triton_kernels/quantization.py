@@ -9,7 +9,8 @@ import triton.language as tl
 
 #: The elements that share a scale.
 QUANTIZED = tl.constexpr(256)
-DECADES = tl.constexpr(7)
+SIGNED_DECADES = tl.constexpr(6)
+UNSIGNED_DECADES = tl.constexpr(7)
 
 
 @triton.jit
@@ -28,8 +29,8 @@ def decoded(codes, SIGNED: tl.constexpr):
     b = (pattern >> 23) - 127
     five = tl.where((b & 1) != 0, 5.0, 1.0) * tl.where((b & 2) != 0, 25.0, 1.0) * tl.where((b & 4) != 0, 625.0, 1.0)
     y = (number * 18.0 + 9.0 - power * 16.0) * five * (0.5e-7 if SIGNED else 0.5e-8)
-    y = tl.where(code == (128 if SIGNED else 255), 1.0, tl.where(code == 0, 0.0, y))
-    return tl.where(code > 128, -y, y) if SIGNED else y
+    y = tl.where(k == (1 if SIGNED else 256), 1.0, tl.where(k == (0 if SIGNED else 1), 0.0, y))
+    return tl.where(code >= 128, -y, y) if SIGNED else y
 
 
 @triton.jit
@@ -52,15 +53,15 @@ def quantized(x, SIGNED: tl.constexpr):
     one = tl.full(largest.shape, 1.0, tl.float32)
     inverse = tl.where(usable, tl.div_rn(one, tl.where(usable, largest, one)), 0.0)
     y = x * inverse
-    is_one = y > 1.0 - 0.225 / (64.0 if SIGNED else 128.0)
     y = tl.maximum(tl.abs(y), 0.0)  # not NaN
+    is_one = y > 1.0 - 0.225 / (64.0 if SIGNED else 128.0)
     place = tl.full(y.shape, 127.5 if SIGNED else 254.5, tl.float32)
-    for decade in tl.static_range(DECADES):
+    for decade in tl.static_range(SIGNED_DECADES if SIGNED else UNSIGNED_DECADES):
         place = tl.minimum(place, _on_line(y, decade, SIGNED))
     if SIGNED:
-        # Below half of the smallest value, 0.55e-6, is 0.
-        code = tl.minimum(place, y * (1.0 / 0.275e-6)).to(tl.int32)
-        code = tl.where(is_one, 128, tl.where((x < 0.0) & (code > 0), code + 128, code))
+        # Below half of the smallest value, 3.25e-6, which is that of code 2, is 0.
+        code = tl.minimum(place, y * (2.0 / 1.625e-6)).to(tl.int32)
+        code = tl.where(code > 1, tl.where(is_one, 1, code) + tl.where(x < 0.0, 128, 0), 0)
     else:
         code = tl.maximum(place, tl.where(y > 0.0, 1.0, 0.0)).to(tl.int32)
         code = tl.where(is_one, 255, code)
