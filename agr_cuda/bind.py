@@ -198,6 +198,12 @@ def check_tensors(place: str, parameter: Tensor, state: dict[str, Any], specs: S
 def _check_gradient(place: str, parameter: Tensor, gradient: Tensor) -> None:
     if gradient.layout != torch.strided:
         raise RuntimeError(f"the gradient of {place} is {gradient.layout}; it must be dense (torch.strided)")
+    if not is_wrapper(gradient) and not _has_storage(gradient):
+        raise RuntimeError(
+            f"the gradient of {place} belongs to a transform of torch.func, within which step() was called: a step "
+            "changes tensors in place, and cannot be transformed. Give the parameters the gradients that "
+            "torch.func.grad returns, and call step() then"
+        )
     # A complex gradient of a real parameter would lose its imaginary part.
     if gradient.is_complex() != parameter.is_complex() or not (gradient.is_complex() or gradient.is_floating_point()):
         numbers = "complex" if parameter.is_complex() else "real floating-point numbers"
@@ -207,6 +213,14 @@ def _check_gradient(place: str, parameter: Tensor, gradient: Tensor) -> None:
         raise RuntimeError(f"the gradient of {place} has shape {shape}; it must be {wanted}")
     if gradient.device != parameter.device:
         raise RuntimeError(f"the gradient of {place} is on {gradient.device}; it must be on {parameter.device}")
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    try:
+        tensor.untyped_storage()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def check_writable(place: str, parameter: Tensor, state: dict[str, Any]) -> None:
