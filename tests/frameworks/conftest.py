@@ -1,0 +1,66 @@
+"""What the tests in other frameworks share. They run in an environment of their own: `make frameworks`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+# Both are read on import. As in tests/conftest.py, threads that wait by spinning make small operations far slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+try:
+    import torchvision  # noqa: F401
+except RuntimeError:
+    # Package indexes have torchvision for PyTorch's build with CUDA. Beside one without, its library does not load, and
+    # importing it fails at these two operators, which nothing here calls. timm and transformers import it.
+    for operator in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{operator}", "(Tensor boxes, Tensor scores, float iou) -> Tensor")
+
+from accelerate.state import AcceleratorState
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "frameworks"
+#: How far weights may be from those that torch.optim.AdamW trains. Not the same bits: the kernels multiply by factors that
+#: torch.optim divides by, so that every step rounds differently, in the last place. Weights are below 1 to 4.
+TOLERANCE = 1e-6
+
+Weights = dict[str, torch.Tensor]
+
+
+def weights_of(model: torch.nn.Module) -> Weights:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def distance(a: Weights, b: Weights) -> float:
+    """Return the largest difference of any element."""
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are so small that threads only get in each other's way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def accelerate_forgets() -> Iterator[None]:
+    """All of a process's Accelerators share a state, which says what precision they have."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Import a module of examples/frameworks."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module
