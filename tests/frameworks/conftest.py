@@ -26,8 +26,8 @@ except RuntimeError:
 from accelerate.state import AcceleratorState
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "frameworks"
-#: How far weights may be from those that torch.optim.AdamW trains. Not the same bits: the kernels multiply by factors that
-#: torch.optim divides by, so that every step rounds differently, in the last place. Weights are below 1 to 4.
+#: How far weights may be from those that torch.optim.AdamW trains. They have not the same bits, since the kernels order
+#: the same operations differently and fuse some: a step may differ in the last place, which is 6e-8 for a weight of 1.
 TOLERANCE = 1e-6
 
 Weights = dict[str, torch.Tensor]
