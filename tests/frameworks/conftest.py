@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
-# Both are read on import. As in tests/conftest.py, threads that wait by spinning make small operations far slower.
+# All are read on import. As in tests/conftest.py, threads that wait by spinning make small operations far slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Frameworks would take a GPU, on which sums may differ from run to run.
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ except RuntimeError:
 from accelerate.state import AcceleratorState
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "frameworks"
+sys.path.insert(0, str(EXAMPLES))
 #: How far weights may be from those that torch.optim.AdamW trains. They have not the same bits, since the kernels order
 #: the same operations differently and fuse some: a step may differ in the last place, which is 6e-8 for a weight of 1.
 TOLERANCE = 1e-6
@@ -57,10 +58,3 @@ def accelerate_forgets() -> Iterator[None]:
     """All of a process's Accelerators share a state, which says what precision they have."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Import a module of examples/frameworks."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    return importlib.import_module

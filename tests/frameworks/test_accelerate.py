@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate_loop import train
 from conftest import TOLERANCE, distance, weights_of
 from torch import nn
 from torch.nn import functional as F
@@ -71,8 +72,7 @@ def test_prepare_and_loading_leave_each_group_its_agr(tmp_path):
     assert all("agr" not in group for group in update.state_dict()["param_groups"])
 
 
-def test_bfloat16_is_resumed_to_the_bit(example, monkeypatch, tmp_path):
-    train = example("accelerate_loop").train
+def test_bfloat16_is_resumed_to_the_bit(monkeypatch, tmp_path):
     in_float32 = weights_of(train(tmp_path / "float32", 8))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch --mixed_precision bf16` does
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,5 +1,7 @@
 """In every framework: torch.optim.AdamW's numbers without AGR, and with it the same after a stop, to the bit."""
 
+import functools
+import importlib
 import runpy
 import sys
 
@@ -9,35 +11,35 @@ from conftest import EXAMPLES, TOLERANCE, distance, weights_of
 
 import agr_cuda
 
-CPU = {"settings": {"use_cpu": True}}  # transformers would take a GPU, on which sums may differ from run to run
-#: For each example: torch.optim.AdamW, agr_cuda.AdamW and agr_cuda.Adan, as it takes them, and more options.
+CLASSES = torch.optim.AdamW, agr_cuda.AdamW, agr_cuda.Adan
+#: The same three, as each example takes them.
 FRAMEWORKS = {
-    "transformers_trainer": (torch.optim.AdamW, agr_cuda.AdamW, agr_cuda.Adan, CPU),
-    "accelerate_loop": (torch.optim.AdamW, agr_cuda.AdamW, agr_cuda.Adan, {}),
-    "lightning_module": (torch.optim.AdamW, agr_cuda.AdamW, agr_cuda.Adan, {}),
-    "timm_registry": ("adamw", "agradamw", "agradan", {}),
-    "torchtitan_container": ("AdamW", "AGR-AdamW", "AGR-Adan", {}),
-    "peft_lora": (torch.optim.AdamW, agr_cuda.AdamW, agr_cuda.Adan, {}),
+    "transformers_trainer": CLASSES,
+    "accelerate_loop": CLASSES,
+    "lightning_module": CLASSES,
+    "timm_registry": ("adamw", "agradamw", "agradan"),
+    "torchtitan_container": ("AdamW", "AGR-AdamW", "AGR-Adan"),
+    "peft_lora": CLASSES,
 }
 STOP, END = 4, 8
 
 
-@pytest.fixture(params=FRAMEWORKS)
-def framework(request, example, tmp_path_factory):
+@pytest.fixture(scope="module", params=FRAMEWORKS)
+def framework(request, tmp_path_factory):
     """Give the three optimizers, and how to train with one of them, in one go or with a stop."""
-    *optimizers, more = FRAMEWORKS[request.param]
-    train = example(request.param).train
+    train = importlib.import_module(request.param).train
 
+    @functools.cache
     def trained(optimizer, **options):
         folder = tmp_path_factory.mktemp("whole")
-        return weights_of(train(folder, END, optimizer=optimizer, **more, **options))
+        return weights_of(train(folder, END, optimizer=optimizer, **options))
 
     def resumed(before, after):
         folder = tmp_path_factory.mktemp("stopped")
-        train(folder, STOP, **more, **before)
-        return weights_of(train(folder, END, resume=True, **more, **after))
+        train(folder, STOP, **before)
+        return weights_of(train(folder, END, resume=True, **after))
 
-    return *optimizers, trained, resumed
+    return *FRAMEWORKS[request.param], trained, resumed
 
 
 def test_without_agr_it_trains_as_torch_does(framework):
@@ -83,7 +85,6 @@ def test_whether_there_is_agr_says_the_resumed_program_and_not_the_checkpoint(fr
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_the_example_runs_as_a_script_and_is_resumed(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     length = "--epochs" if name in ("lightning_module", "timm_registry") else "--steps"
     for arguments in ([length, "4"], [length, "8", "--resume"]):
         monkeypatch.setattr(sys, "argv", [name, *arguments])

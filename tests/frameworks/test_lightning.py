@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import TOLERANCE, distance, weights_of
 from lightning.pytorch.plugins import MixedPrecision
+from lightning_module import train
 
 import agr_cuda
 
@@ -30,9 +31,8 @@ def changed(settings, **more):
 
 
 @pytest.fixture
-def trained(example, tmp_path_factory):
+def trained(tmp_path_factory):
     """Return a function that trains, in one go or with a stop, and gives the weights."""
-    train = example("lightning_module").train
 
     def run(settings, *, stops=False, **options):
         folder = tmp_path_factory.mktemp("run")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import distance, weights_of
 from peft import LoraConfig, get_peft_model
+from peft_lora import train
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 import agr_cuda
@@ -15,13 +16,8 @@ def split(weights):
     return adapters, {name: value for name, value in weights.items() if name not in adapters}
 
 
-@pytest.fixture
-def train(example):
-    return example("peft_lora").train
-
-
 @pytest.mark.parametrize("optimizer", [agr_cuda.AdamW, agr_cuda.Adan])
-def test_only_adapters_are_trained(train, tmp_path, optimizer):
+def test_only_adapters_are_trained(tmp_path, optimizer):
     adapters, base = split(weights_of(train(tmp_path / "long", 4, optimizer=optimizer)))
     before, untrained = split(weights_of(train(tmp_path / "none", 0, optimizer=optimizer)))
     assert distance(base, untrained) == 0
@@ -29,7 +25,7 @@ def test_only_adapters_are_trained(train, tmp_path, optimizer):
     assert all(not torch.equal(adapters[name], before[name]) for name in adapters)
 
 
-def test_state_is_of_adapters_alone(train, tmp_path):
+def test_state_is_of_adapters_alone(tmp_path):
     train(tmp_path, 2)
     saved = torch.load(tmp_path / "optimizer.pt")["optimizer"]
     assert sorted(saved["state"]) == list(range(8))

@@ -2,17 +2,13 @@
 
 import pytest
 import timm
+import timm_registry  # noqa: F401  # which registers the names
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 import agr_cuda
-
-
-@pytest.fixture(autouse=True)
-def registered(example):
-    return example("timm_registry")
 
 
 def make_model():

@@ -7,14 +7,14 @@ import torch
 from conftest import distance, weights_of
 from torch import nn
 from torchtitan.components.optimizer import ParamGroupConfig
+from torchtitan_container import Optimizers
 
 import agr_cuda
 
 
 @pytest.fixture
-def container(example):
+def container():
     """Return a function that makes a model and the container of its optimizers: biases apart, without AGR."""
-    optimizers = example("torchtitan_container").Optimizers
 
     def make(name="AGR-AdamW", other=None, implementation="fused", **options):
         torch.manual_seed(0)
@@ -26,7 +26,7 @@ def container(example):
             ParamGroupConfig(pattern=r"bias$", optimizer_name=other or name, optimizer_kwargs=theirs),
             ParamGroupConfig(pattern=r".*", optimizer_name=name, optimizer_kwargs={"lr": 1e-2, **options}),
         ]
-        config = optimizers.Config(param_groups=groups, implementation=implementation)
+        config = Optimizers.Config(param_groups=groups, implementation=implementation)
         return model, config.build(model_parts=[model])
 
     return make
