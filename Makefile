@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# Where other people's frameworks are tried, whose requirements must not meet ours.
+FRAMEWORKS_VENV ?= .venv-frameworks
 # What everything is developed and tested with. Before anything that depends on torch, so that nothing fetches another one.
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
@@ -16,12 +18,13 @@ STAGES ?=
 # Options of pytest: make test PYTEST="-k plan"
 PYTEST ?=
 
-.PHONY: help demo demo-fsdp test ptx triton lint format bench gpu-report wheel clean
+.PHONY: help demo demo-fsdp test frameworks ptx triton lint format bench gpu-report wheel clean
 
 help:
 	@echo 'make demo    train a small language model with AdamW, AGR-AdamW, Adan and AGR-Adan (3 minutes)'
 	@echo 'make demo-fsdp   train it sharded, kill a process, go on with more, and compare with unsharded training (3 minutes)'
 	@echo 'make test    lint, and run the tests (35 minutes on two cores)'
+	@echo 'make frameworks   train in transformers, accelerate, Lightning, timm, torchtitan and peft (3 minutes)'
 	@echo 'make ptx     with nvcc: every test of the CUDA backend on the PTX of its kernels, and mutants of it (10 minutes)'
 	@echo 'make triton  every case of the Triton backend in its interpreter, of which make test runs a quarter (25 minutes)'
 	@echo 'make lint    ruff, mypy, clang-format, shellcheck'
@@ -40,6 +43,10 @@ demo-fsdp: $(VENV)/examples.stamp
 # Two at a time, each file in one process, since some build programs that their tests share.
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
+
+# The package is the checkout's, with the extension that $(VENV) has compiled. Without the fixtures of tests/conftest.py.
+frameworks: $(VENV)/examples.stamp $(FRAMEWORKS_VENV)/frameworks.stamp
+	$(FRAMEWORKS_VENV)/bin/python -m pytest --confcutdir tests/frameworks tests/frameworks $(PYTEST)
 
 # After a change to the kernels. AGR_PTX_SEED=2 chooses other interleavings.
 ptx: $(VENV)/development.stamp
@@ -82,7 +89,7 @@ wheel: $(VENV)/base.stamp
 	rm -r dist/built
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info agr_cuda/_C*.so
+	rm -rf $(VENV) $(FRAMEWORKS_VENV) build dist runs *.egg-info agr_cuda/_C*.so
 
 # Without build isolation, so that a rebuild finds its objects again.
 INSTALL = $(BIN)/python -m pip install --quiet --no-build-isolation --editable
@@ -100,3 +107,10 @@ $(VENV)/examples.stamp: $(VENV)/base.stamp $(NATIVE)
 $(VENV)/development.stamp: $(VENV)/base.stamp $(NATIVE)
 	$(INSTALL) '.[test,lint,bench,examples]'
 	touch $@ $(VENV)/examples.stamp
+
+# One command for torch and the rest, so that nothing fetches another torch. Python compiles what is imported when it is.
+$(FRAMEWORKS_VENV)/frameworks.stamp: tests/frameworks/requirements.txt tests/frameworks/requirements-no-deps.txt
+	$(PYTHON) -m venv $(FRAMEWORKS_VENV)
+	$(FRAMEWORKS_VENV)/bin/python -m pip install --quiet --no-compile $(TORCH) -r $<
+	$(FRAMEWORKS_VENV)/bin/python -m pip install --quiet --no-compile --no-deps -r $(word 2,$^)
+	touch $@

@@ -22,6 +22,8 @@ from helpers import METHODS, Method
 import agr_cuda
 import agr_cuda.cuda
 
+collect_ignore = ["frameworks"]  # which have an environment and a command of their own: make frameworks
+
 ON_GPU = torch.accelerator.is_available()
 if not ON_GPU:
     import interpreted

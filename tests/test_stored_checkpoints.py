@@ -29,7 +29,7 @@ CASES = {
 
 
 def begun(case):
-    """A matrix, large enough for 8-bit state where it is to have that, and a bias, in two groups of named parameters."""
+    """A matrix (large enough for 8-bit state where it is to have that) and a bias, in two groups, with names."""
     make, dtype, options = CASES[case]
     generator = torch.Generator().manual_seed(0)
     model = (nn.Linear(70, 60) if options.get("state_dtype") == "8bit" else nn.Linear(7, 6)).to(dtype)
