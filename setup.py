@@ -62,8 +62,8 @@ KERNEL_CXXFLAGS = ["-O3", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 
 
 NO_COMPILER = (
-    "agr-cuda's kernels are C++, and the C++ compiler {0} was not found. Install one that knows C++17 (GCC 9, Clang 10 or "
-    "later; on Debian and Ubuntu: apt install g++), or name yours by the environment variable CXX"
+    "agr-cuda's kernels are C++, and the C++ compiler {0} was not found. Install one that knows C++17 (GCC 9, Clang 10 "
+    "or later; on Debian and Ubuntu: apt install g++), or name yours by the environment variable CXX"
 )
 NO_NVCC = "nvcc was not found when agr-cuda was built: put it on PATH or set CUDA_HOME, and install again"
 NOT_WANTED = "AGR_CUDA_ARCHS was none when agr-cuda was built: install again without it"

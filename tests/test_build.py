@@ -184,3 +184,18 @@ def test_the_build_stops_before_it_compiles(tmp_path, wrong):
     assert not (nvcc.parent / "was-run").exists()
     assert not list((tmp_path / "temp").rglob("*"))
     assert not list((tmp_path / "lib").rglob("*.so"))
+
+
+def test_a_missing_compiler_is_named_with_what_to_do(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", f"--build-temp={tmp_path}", f"--build-lib={tmp_path}"],
+        cwd=ROOT,
+        env={**os.environ, "CXX": "no-such-compiler -O2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    said = done.stderr.strip().splitlines()[-1]
+    assert "the C++ compiler no-such-compiler -O2 was not found" in said
+    assert "GCC 9, Clang 10 or later" in said
+    assert "Traceback" not in done.stderr

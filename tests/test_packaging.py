@@ -1,12 +1,16 @@
 """What `pip install .` builds, in isolation and without PyTorch, and what it installs."""
 
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import agr_cuda
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,3 +73,40 @@ def test_the_installed_package_works_and_says_what_it_lacks(build, tmp_path):
         "import torch, agr_cuda; p = torch.ones(9, requires_grad=True); p.sum().backward(); agr_cuda.AdamW([p]).step()"
     )
     assert run("-c", f"{code}; assert p[0] < 1").returncode == 0
+
+
+def test_the_extension_has_no_debug_information(build, tmp_path):
+    wheel = zipfile.ZipFile(build[0])
+    (name,) = [name for name in wheel.namelist() if name.endswith(".so")]
+    wheel.extract(name, tmp_path)
+    sections = subprocess.run(
+        ["readelf", "--section-headers", "--wide", tmp_path / name], capture_output=True, text=True
+    )
+    assert sections.returncode == 0, sections.stderr
+    assert ".text" in sections.stdout
+    assert ".debug" not in sections.stdout
+    assert ".symtab" not in sections.stdout
+
+
+def test_the_source_distribution_is_what_the_package_is_built_from(tmp_path):
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, ROOT]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (archive,) = tmp_path.glob("*.tar.gz")
+    assert archive.stat().st_size < 300_000
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    folders = [ROOT / name for name in ("agr_cuda", "csrc", "triton_kernels")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    built_from = {str(x.relative_to(ROOT)) for x in files if x.suffix != ".so" and x.parent.name != "__pycache__"}
+    assert len(built_from) > 60
+    assert built_from <= names
+    assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"} <= names
+    assert not {name for name in names if name.split("/")[0] in ("tests", "bench", "docs", "examples")}
+
+
+def test_every_place_says_the_same_version():
+    project = (ROOT / "pyproject.toml").read_text()
+    version = re.search(r'^version = "(.*)"$', project, re.MULTILINE)[1]
+    assert agr_cuda.__version__ == version
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
