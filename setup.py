@@ -161,7 +161,7 @@ class BuildWithNinja(build_ext):
         folder = ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp).resolve()
         for made in (folder, target.parent):
             made.mkdir(parents=True, exist_ok=True)
-        compiler = os.environ.get("CXX", "c++")
+        compiler = os.environ.get("CXX") or "c++"
         if shutil.which(shlex.split(compiler)[0]) is None:
             sys.exit(NO_COMPILER.format(compiler))
         nvcc = find_nvcc()
@@ -192,7 +192,7 @@ class BuildWithNinja(build_ext):
         includes = [sysconfig.get_path("include"), sysconfig.get_path("platinclude"), pybind11.get_include()]
         flags = [*CXXFLAGS, *(f"-isystem {shlex.quote(path)}" for path in dict.fromkeys(includes))]
         shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
-        build.variable("cxx", os.environ.get("CXX", "c++"))
+        build.variable("cxx", os.environ.get("CXX") or "c++")
         build.variable("cxxflags", " ".join(flags))
         build.variable("asked", os.environ.get("CXXFLAGS", ""))
         build.rule("cxx", "$cxx -MD -MF $out.d $cxxflags $flags $asked -c $in -o $out", depfile="$out.d", deps="gcc")

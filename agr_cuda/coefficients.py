@@ -42,7 +42,7 @@ def coefficients(parameters: nn.Module | Iterable[Tensor] | Iterable[tuple[str, 
 
     Args:
         parameters: a model, or named parameters, or parameters, which are then named by their position: "0", "1", ...
-            Sharded ones (DTensor) are taken as whole tensors, so that all processes must call this together.
+            Sharded ones (DTensor) are gathered, one after the other, so that all processes must call this together.
 
     Returns:
         A dictionary with a `Coefficients` for each parameter that has a gradient. Those of an all-zero gradient are 0;
@@ -50,7 +50,9 @@ def coefficients(parameters: nn.Module | Iterable[Tensor] | Iterable[tuple[str, 
 
     Raises:
         TypeError: for what is no parameter.
-        RuntimeError: for a sparse gradient, and for flat parameters of FSDP1, which know of no whole tensors.
+        ValueError: if two parameters have the same name.
+        RuntimeError: for a sparse gradient or one on the meta device, and for flat parameters of FSDP1, which know of
+            no whole tensors.
     """
     names, counts, numbers = [], [], []
     for name, parameter in _named(parameters):
@@ -59,7 +61,11 @@ def coefficients(parameters: nn.Module | Iterable[Tensor] | Iterable[tuple[str, 
             continue
         if gradient.layout != torch.strided:
             raise RuntimeError(f"the gradient of {name} is {gradient.layout}; it must be dense (torch.strided)")
+        if gradient.is_meta:
+            raise RuntimeError(f"the gradient of {name} is on the meta device, and has no elements")
         check_whole(name, parameter, "coefficients")
+        if name in names:
+            raise ValueError(f"there are two parameters of the name {name!r}")
         names.append(name)
         counts.append(gradient.numel())
         numbers.append(_measure(gradient))
@@ -79,15 +85,19 @@ def _named(parameters: Any) -> Iterable[tuple[str, Tensor]]:
 
 
 def _measure(gradient: Tensor) -> Tensor:
-    """Return the abs-sum, the largest absolute value and the L2 norm."""
-    # float16's sums overflow, and so do float32's of squares.
-    wide = torch.float32 if gradient.device.type == "mps" else torch.float64
-    wide = wide.to_complex() if gradient.is_complex() else wide
-    orders = (1, torch.inf, 2) if gradient.numel() else (1, 2, 2)  # nothing has no largest element
-    found = [torch.linalg.vector_norm(gradient, order, dtype=wide) for order in orders]
+    """Return the largest absolute value, and in units of it, the abs-sum and the L2 norm."""
     if is_distributed(gradient):
-        found = [x.full_tensor() for x in found]
-    return torch.stack(found)
+        # Whatever its placements. A part may be empty, and has no largest element.
+        gradient = gradient.full_tensor()  # type: ignore[attr-defined]
+    on_mps = gradient.device.type == "mps"
+    if gradient.element_size() == 1:
+        gradient = gradient.float()  # no operation takes 8-bit floating point
+    wide = torch.float32 if on_mps else torch.float64
+    magnitude = gradient.abs()
+    largest = magnitude.max() if gradient.numel() else magnitude.new_zeros(())
+    # Squares, and sums of large numbers, could exceed their type, as well as vanish.
+    magnitude = magnitude.to(torch.promote_types(magnitude.dtype, torch.float32)) / torch.where(largest > 0, largest, 1)
+    return torch.stack([largest.to(wide), magnitude.sum(dtype=wide), torch.linalg.vector_norm(magnitude, dtype=wide)])
 
 
 def _to_host(numbers: list[Tensor]) -> list[list[float]]:
@@ -102,8 +112,9 @@ def _to_host(numbers: list[Tensor]) -> list[list[float]]:
 
 
 def _coefficients(count: int, numbers: list[float]) -> Coefficients:
-    abs_sum, largest, norm = numbers
-    if abs_sum == 0:
+    largest, ratio, norm = numbers
+    if largest == 0:
         return Coefficients(0.0, 0.0, 0.0, 0.0)
-    mean = 1 / count if abs_sum < torch.inf else torch.nan
-    return Coefficients(abs_sum, largest / abs_sum, mean, (norm / abs_sum) ** 2)
+    if not largest < torch.inf:
+        return Coefficients(largest, torch.nan, torch.nan, torch.nan)
+    return Coefficients(largest * ratio, 1 / ratio, 1 / count, (norm / ratio) ** 2)

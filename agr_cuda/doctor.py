@@ -175,8 +175,8 @@ def _try(backend: str, device: torch.device, name: str, dtype: torch.dtype) -> T
 
 def _difference(backend: str, device: torch.device, name: str, dtype: torch.dtype) -> float:
     """Return by how much parameters differ after some steps, in units in the last place of the largest."""
-    generator = torch.Generator().manual_seed(0)
-    start = [torch.randn(shape, generator=generator).to(device, dtype) for shape in SHAPES]
+    generator = torch.Generator("cpu").manual_seed(0)
+    start = [torch.randn(shape, generator=generator, device="cpu").to(device, dtype) for shape in SHAPES]
     sides = [[x.clone().requires_grad_() for x in start] for _ in range(2)]
     optimizers = [
         # The tensor of one element is in a group without AGR, under which it would not change.
@@ -187,7 +187,7 @@ def _difference(backend: str, device: torch.device, name: str, dtype: torch.dtyp
     ]
     for _ in range(STEPS):
         for pair in zip(*sides, strict=True):
-            gradient = torch.randn(pair[0].shape, generator=generator).to(device, dtype)
+            gradient = torch.randn(pair[0].shape, generator=generator, device="cpu").to(device, dtype)
             for parameter in pair:
                 parameter.grad = gradient
         for optimizer in optimizers:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from .options import check_flag, check_nonnegative
 from .sharding import check_whole
@@ -42,7 +43,10 @@ class ParameterGroups(list[dict[str, Any]]):
         rows = [("group", "parameters", "kind", "tensors", "elements", "weight_decay", "agr")]
         for index, group in enumerate(self):
             alike: dict[tuple[str, str], list[Tensor]] = {}
-            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            parameters = list(group["params"])
+            names = group.get("param_names", ())
+            for i, parameter in enumerate(parameters):
+                name = names[i] if len(names) == len(parameters) else "?"
                 # Layers that differ in their number alone share a row.
                 pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
                 alike.setdefault((pattern, self.kinds.get(name, "")), []).append(parameter)
@@ -82,8 +86,8 @@ def parameter_groups(
     Every parameter is of one kind, the first of these that fits. Decay and AGR apply by kind::
 
         scalar      it has one element
-        excluded    its name, or a pattern that its name fits, is in `exclude`, or in what model.no_weight_decay()
-                    returns, a method that timm's models have
+        excluded    its name, or a pattern that its name fits, is in `exclude`, or in what no_weight_decay() returns, a
+                    method that timm's models have, of the model or of a module in it
         norm        it belongs to one of PyTorch's normalization modules (LayerNorm, RMSNorm, GroupNorm, BatchNorm*d,
                     SyncBatchNorm, InstanceNorm*d), or a subclass
         bias        the last part of its name contains "bias"
@@ -92,7 +96,9 @@ def parameter_groups(
         matrix      anything else: weights of linear layers, convolutions and attention
 
     Parameters that require no gradient are left out, and tied ones are there once, under their first name. The groups
-    can be given to any optimizer; those of PyTorch keep "agr" without using it. `print` shows them as a table::
+    can be given to any optimizer; those of PyTorch keep "agr" without using it. Since they have names, PyTorch wants
+    names of groups that are added later, too: `optimizer.add_param_group({"params": head.named_parameters()})`, or one
+    of parameter_groups(head). `print` shows them as a table::
 
         groups = agr_cuda.parameter_groups(model, weight_decay=0.1)
         print(groups)
@@ -104,7 +110,8 @@ def parameter_groups(
         agr: whether AGR applies to the kinds in `agr_on` (default: True). Others have none.
         weight_decay_on: the kinds that have weight decay (default: "matrix" and "embedding").
         agr_on: the kinds that have AGR (default: "matrix" and "embedding"). "scalar" is not allowed.
-        exclude: names of parameters that have neither, or patterns of names, as in fnmatch: "*.pos_embed".
+        exclude: names of parameters that have neither, or patterns of names, as in fnmatch: "*.pos_embed". What
+            wrappers put before a name (torch.compile "_orig_mod.", DistributedDataParallel "module.") may be left out.
 
     Returns:
         A list of at most four dictionaries for an optimizer's `params`, the one with decay and AGR first. Those without
@@ -120,11 +127,8 @@ def parameter_groups(
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module, whose parameters have names")
     check_nonnegative("weight_decay", weight_decay)
     check_flag("agr", agr)
-    for option, kinds in (("weight_decay_on", weight_decay_on), ("agr_on", agr_on)):
-        allowed = KINDS[1:] if option == "agr_on" else KINDS
-        wrong = [kinds] if isinstance(kinds, str) else [kind for kind in kinds if kind not in allowed]
-        if wrong:
-            raise ValueError(f"{option} has {wrong[0]!r}; it must be a collection of {', '.join(map(repr, allowed))}")
+    decaying = _check_kinds("weight_decay_on", weight_decay_on, KINDS)
+    regularized = _check_kinds("agr_on", agr_on, KINDS[1:])
     kind_of = _kinds_by_module(model)
     is_excluded = _excluded(model, exclude)
     groups: dict[tuple[bool, bool], dict[str, Any]] = {
@@ -147,10 +151,21 @@ def parameter_groups(
             raise ValueError(f"{name} has no shape yet; run the model once, so that lazy modules are initialized")
         check_whole(name, parameter, "parameter_groups", ", or make the groups by hand")
         kind = kinds_found[name] = _kind(name, parameter, kind_of.get(parameter), is_excluded(name))
-        group = groups[kind in weight_decay_on, bool(agr) and kind in agr_on]
+        group = groups[kind in decaying, bool(agr) and kind in regularized]
         group["params"].append(parameter)
         group["param_names"].append(name)
     return ParameterGroups((group for group in groups.values() if group["params"]), kinds_found, frozen)
+
+
+def _check_kinds(option: str, kinds: Any, allowed: Collection[str]) -> tuple[str, ...]:
+    must = f"it must be a collection of {', '.join(map(repr, allowed))}"
+    if isinstance(kinds, str) or not isinstance(kinds, Iterable):
+        raise TypeError(f"{option} is {kinds!r}; {must}")
+    found = tuple(kinds)
+    for kind in found:
+        if kind not in allowed:
+            raise ValueError(f"{option} has {kind!r}; {must}")
+    return found
 
 
 def _kind(name: str, parameter: Tensor, of_module: str | None, excluded: bool) -> str:
@@ -169,10 +184,14 @@ def _kinds_by_module(model: nn.Module) -> dict[Tensor, str]:
     """Return which parameters belong to a normalization module or an embedding."""
     found: dict[Tensor, str] = {}
     for module in model.modules():
-        if isinstance(module, _NORMS):
-            found |= dict.fromkeys(module.parameters(recurse=False), "norm")
-        elif isinstance(module, _EMBEDDINGS):
-            found.setdefault(module.weight, "embedding")
+        kind = "norm" if isinstance(module, _NORMS) else "embedding" if isinstance(module, _EMBEDDINGS) else None
+        if kind is not None:
+            own = list(module.parameters(recurse=False))
+            if is_parametrized(module):  # then the weight is computed from others, which are the parameters
+                own += module.parametrizations.parameters()  # type: ignore[union-attr]
+            for parameter in own:
+                if kind == "norm" or parameter not in found:
+                    found[parameter] = kind
     return found
 
 
@@ -180,21 +199,42 @@ def _excluded(model: nn.Module, exclude: Iterable[str]) -> Callable[[str], bool]
     """Return whether a parameter of a name is excluded."""
     if isinstance(exclude, str):
         raise TypeError(f"exclude is {exclude!r}; it must be a list of names or patterns")
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    patterns = list(exclude)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"exclude has {pattern!r}, which no parameter's name fits; names are {_shortened(names)}")
-    of_model: Any = getattr(model, "no_weight_decay", None)
-    patterns += of_model() if callable(of_model) else ()
     # A tied parameter has several names, of which any may be excluded.
     first_name = {parameter: name for name, parameter in model.named_parameters()}
-    found = {
-        first_name[parameter]
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if any(fnmatchcase(name, pattern) for pattern in patterns)
-    }
-    return found.__contains__
+    first_of: dict[str, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        for spelled in (name, _unwrapped(name)):
+            first_of.setdefault(spelled, set()).add(first_name[parameter])
+    excluded: set[str] = set()
+    for pattern in exclude:
+        if not isinstance(pattern, str):
+            raise TypeError(f"exclude has {pattern!r}; it must be a list of names or patterns")
+        fitting = first_of.get(pattern) or {
+            first for name, firsts in first_of.items() if fnmatchcase(name, pattern) for first in firsts
+        }
+        if not fitting:
+            names = _shortened([name for name, _ in model.named_parameters()])
+            raise ValueError(f"exclude has {pattern!r}, which no parameter's name fits; names are {names}")
+        excluded |= fitting
+    for prefix, module in model.named_modules():
+        for name in _without_decay(module):
+            excluded |= first_of.get(f"{prefix}.{name}" if prefix else name, set())
+    return excluded.__contains__
+
+
+def _unwrapped(name: str) -> str:
+    """Return a parameter's name without what torch.compile and data parallelism put before it."""
+    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    return ".".join(parts[1:] if parts[0] == "module" else parts)
+
+
+def _without_decay(module: nn.Module) -> Iterable[str]:
+    """Return the names that a module says are to have no weight decay, if it does. Some may not be there."""
+    said: Any = getattr(module, "no_weight_decay", None)
+    said = said() if callable(said) else said
+    if isinstance(said, str):
+        raise TypeError(f"no_weight_decay of the {type(module).__name__} is {said!r}; it must be a set of names")
+    return said or ()
 
 
 def _shortened(names: list[str]) -> str:

@@ -238,17 +238,18 @@ class AGROptimizer(torch.optim.Optimizer):
         self._active_hooks = getattr(self, "_active_hooks", set())
         self._lock = getattr(self, "_lock", None) or threading.RLock()
         self._clipping = Clipping()
-        self._release = None
+        self._release = getattr(self, "_release", None)
         renew_lock_after_fork(self)
         exclude_from_compile(AGROptimizer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer, or of the one that it replaces.
 
-        An option that the saved groups lack (`agr` always) keeps its current value, and so do `foreach` and `fused`,
-        which decide how to compute and not what. As in torch.optim, state tensors that already have the right dtype and
-        device are not copied: after loading the state_dict() of an optimizer that is still in use, both optimizers
-        would write to the same averages. Load a copy.deepcopy of it instead.
+        An option that the saved groups lack keeps its current value. So do `agr` and the options of precision, which
+        are not saved, and `foreach` and `fused`, which decide how to compute and not what. As in torch.optim, state
+        tensors that already have the right dtype and device are not copied: after loading the state_dict() of an
+        optimizer that is still in use, both optimizers would write to the same averages. Load a copy.deepcopy of it
+        instead.
 
         Raises:
             ValueError: for groups that do not match this optimizer's, and for an option out of range.
@@ -257,7 +258,7 @@ class AGROptimizer(torch.optim.Optimizer):
 
         Whatever is raised, by hooks too, the optimizer keeps the options and the state that it had.
         """
-        before = self.param_groups, self.state
+        before = dict(vars(self))
         # The first hook runs after those that the program has registered, which may convert a foreign state dict; the
         # second before the program's, which see the state as it is going to be.
         with (
@@ -270,8 +271,8 @@ class AGROptimizer(torch.optim.Optimizer):
             try:
                 super().load_state_dict(state_dict)
             except BaseException:
-                self.param_groups, self.state = before
-                self._reset_runtime_state()
+                vars(self).clear()
+                vars(self).update(before)
                 raise
 
     def _take_loaded(self) -> None:
@@ -310,7 +311,7 @@ class AGROptimizer(torch.optim.Optimizer):
         if len(groups) == len(self.param_groups):
             for i, (group, here) in enumerate(zip(groups, self.param_groups, strict=True)):
                 kept = {k: here.get(k, v) for k, v in self.defaults.items() if k not in OPTIMIZER_OPTIONS}
-                own = {k: kept[k] for k in ("foreach", "fused", *PRECISION_OPTIONS)}
+                own = {k: kept[k] for k in ("agr", "foreach", "fused", *PRECISION_OPTIONS)}
                 groups[i] = {**kept, **self._options_if_missing(), **group, **own}
                 for name in OPTIMIZER_OPTIONS:  # These stay this optimizer's own.
                     groups[i].pop(name, None)
@@ -370,7 +371,9 @@ class AGROptimizer(torch.optim.Optimizer):
     @property
     def backends(self) -> list[str]:
         """The names of the backends of all parameters that steps update so far; empty before the first step."""
-        return [] if self._plan is None else self._plan.backends
+        of_steps = [] if self._plan is None else self._plan.backends
+        released = [] if self._release is None else self._release.backends
+        return sorted({*of_steps, *released})
 
     # The step.
 
@@ -450,15 +453,8 @@ class AGROptimizer(torch.optim.Optimizer):
 
     def _check_changed_values(self) -> None:
         """Check all options if any value differs from those that were last checked."""
-        for i, group in enumerate(self.param_groups):
-            # The program may have replaced a group by a plain copy, which lacks some options; see ParameterGroup.
-            missing = {name: self.defaults[name] for name in UNSAVED_OPTIONS if name not in group}
-            if missing:
-                group.update(missing)
-                defaults = ", ".join(f"{name}={value!r}" for name, value in missing.items())
-                self._warn_once(
-                    "copied", f"parameter group {i} came without options that now have their defaults: {defaults}"
-                )
+        for i in range(len(self.param_groups)):
+            self._complete_group(i)
         values = [self.max_grad_norm, *map(_values_to_check, self.param_groups)]
         if values != self._checked_values:
             if self.max_grad_norm is not None:
@@ -466,6 +462,17 @@ class AGROptimizer(torch.optim.Optimizer):
             for group in self.param_groups:
                 self._check_group(group)
             self._checked_values = values
+
+    def _complete_group(self, index: int) -> None:
+        """Set options to their defaults that a plain copy of a group lacks; see ParameterGroup."""
+        group = self.param_groups[index]
+        missing = {name: self.defaults[name] for name in UNSAVED_OPTIONS if name not in group}
+        if missing:
+            group.update(missing)
+            defaults = ", ".join(f"{name}={value!r}" for name, value in missing.items())
+            self._warn_once(
+                "copied", f"parameter group {index} came without options that now have their defaults: {defaults}"
+            )
 
     def _plan_for_step(self) -> StepPlan:
         """Return a plan with this step's gradients read: the last one if nothing has changed, or else a new one."""
@@ -566,8 +573,8 @@ class AGROptimizer(torch.optim.Optimizer):
 
     def _warn_once(self, topic: str, message: str) -> None:
         if topic not in self._warned:
-            self._warned.add(topic)
             warnings.warn(message, stacklevel=caller_stacklevel())
+            self._warned.add(topic)
 
     def _check_capture(self, plan: StepPlan) -> None:
         """Raise RuntimeError if a graph is being captured while a group has capturable=False.

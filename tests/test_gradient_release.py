@@ -162,8 +162,12 @@ def test_checkpoints_and_options_in_between():
     for trained, optimizer in zip((ordinary, released), optimizers, strict=True):
         train(trained, optimizer, batches()[:2])
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        with pytest.raises(ValueError, match="different number of parameter groups"):
+            optimizer.load_state_dict({**optimizer.state_dict(), "param_groups": []})
+        gc.collect()  # the handle is kept by the optimizer
         optimizer.param_groups[0].update(agr=False, lr=0.1, state_dtype=torch.bfloat16)
         train(trained, optimizer, batches()[2:4])
+        assert all((p.grad is None) == (trained is released) for p in trained.parameters())
         optimizer.param_groups[0]["state_dtype"] = None
         train(trained, optimizer, batches()[4:])
     assert_same(ordinary, released, optimizers)
@@ -254,7 +258,80 @@ def test_nothing_keeps_the_model_alive():
     assert all(p.grad is not None for p in kept.parameters())
 
 
+def test_a_compiled_function_may_call_the_backward_pass():
+    ordinary, released = model(), model()
+    optimizers = [agr_cuda.AdamW(m.parameters(), lr=0.01) for m in (ordinary, released)]
+    agr_cuda.release_gradients(released, optimizers[1])
+
+    @torch.compile(backend="eager")
+    def compiled_step(x):
+        released(x).square().mean().backward()
+        optimizers[1].step()
+
+    train(ordinary, optimizers[0], batches())
+    for x in batches():
+        compiled_step(x)
+    assert_same(ordinary, released, optimizers)
+
+
+def test_groups_that_became_plain_dictionaries_are_completed():
+    released = model()
+    optimizer = agr_cuda.AdamW(released.parameters())
+    agr_cuda.release_gradients(released, optimizer)
+    optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
+    with pytest.warns(UserWarning, match="came without options that now have their defaults"):
+        train(released, optimizer, batches(1))
+    assert optimizer.backends == ["cpu"]
+
+
+def test_a_subclass_keeps_what_it_has_set():
+    class Warmed(agr_cuda.AdamW):
+        def __init__(self, params, warmth):
+            super().__init__(params)
+            self.warmth = warmth
+
+        def _hyperparameters(self, group):
+            lr, *others = super()._hyperparameters(group)
+            return (lr * self.warmth, *others)
+
+    ordinary, released = model(), model()
+    optimizers = [Warmed(m.parameters(), 0.1) for m in (ordinary, released)]
+    agr_cuda.release_gradients(released, optimizers[1])
+    for m, optimizer in zip((ordinary, released), optimizers, strict=True):
+        train(m, optimizer, batches())
+    assert_same(ordinary, released, optimizers)
+
+
+def test_an_earlier_hook_may_take_the_gradient():
+    released = model()
+    optimizer = agr_cuda.AdamW(released.parameters())
+    taken = released[0].weight
+    taken.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    agr_cuda.release_gradients(released.named_parameters(), optimizer)
+    train(released, optimizer, batches(2))
+    assert taken not in optimizer.state
+    assert len(optimizer.state) == len(list(released.parameters())) - 1
+
+
 class TestRefusals:
+    @pytest.mark.parametrize("given", ["module", "parameters"])
+    def test_data_parallelism(self, given, tmp_path):
+        """What is not seen beforehand is seen at the end of the step: the sum is written after the release."""
+        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            parallel = nn.parallel.DistributedDataParallel(model())
+            optimizer = agr_cuda.AdamW(parallel.parameters())
+            for wrapper in (parallel, nn.Sequential(parallel)):
+                with pytest.raises(RuntimeError, match="model has a DistributedDataParallel"):
+                    agr_cuda.release_gradients(wrapper, optimizer)
+            agr_cuda.release_gradients(parallel.module if given == "module" else parallel.parameters(), optimizer)
+            parallel(batches()[0]).sum().backward()
+            with pytest.raises(RuntimeError, match="has a gradient again, after its gradient has been used"):
+                optimizer.step()
+        finally:
+            torch.distributed.destroy_process_group()
+
     def test_accumulation(self):
         released = model()
         optimizer = agr_cuda.AdamW(released.named_parameters(), lr=0.01)
@@ -264,6 +341,8 @@ class TestRefusals:
         with pytest.raises(RuntimeError, match=r"group 0, parameter \d+ \('.*'\) has a second gradient since the last"):
             released(batches()[1]).sum().backward()
         assert all(torch.equal(p, old) for p, old in zip(released.parameters(), before, strict=True))
+        with pytest.raises(RuntimeError, match="has a gradient again"):
+            optimizer.step()
         optimizer.zero_grad()
         optimizer.step()
         released(batches()[1]).sum().backward()

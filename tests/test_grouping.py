@@ -1,8 +1,11 @@
 """parameter_groups: which parameters have weight decay and AGR."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import agr_cuda
 
@@ -107,7 +110,9 @@ def test_the_table():
         ({"weight_decay": -1.0}, ValueError, "weight_decay is -1.0; it must be at least 0"),
         ({"agr": "no"}, TypeError, "agr is 'no'; it must be True or False"),
         ({"agr_on": ("scalar",)}, ValueError, "agr_on has 'scalar'; it must be a collection of 'excluded', 'norm'"),
-        ({"agr_on": "matrix"}, ValueError, "agr_on has 'matrix'; it must be a collection"),
+        ({"agr_on": "matrix"}, TypeError, "agr_on is 'matrix'; it must be a collection"),
+        ({"weight_decay_on": None}, TypeError, "weight_decay_on is None; it must be a collection"),
+        ({"exclude": [5]}, TypeError, "exclude has 5; it must be a list of names"),
         ({"weight_decay_on": ("matrices",)}, ValueError, "weight_decay_on has 'matrices'; it must be a collection"),
         ({"exclude": "bias"}, TypeError, "exclude is 'bias'; it must be a list"),
         ({"exclude": ["*.bais"]}, ValueError, r"exclude has '\*.bais', which no parameter's name fits; names are 'pos"),
@@ -124,3 +129,56 @@ def test_flat_parameters_are_refused():
     model.weight._fsdp_flattened = True
     with pytest.raises(RuntimeError, match="weight is a piece of a flat parameter of FullyShardedDataParallel"):
         agr_cuda.parameter_groups(model)
+
+
+def test_wrapped_models_have_the_same_kinds():
+    class Vision(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token = nn.Parameter(torch.zeros(1, 2, 8))
+            self.w = nn.ParameterDict({"[0]": torch.zeros(2, 2), "0": torch.zeros(2, 2)})
+
+        def no_weight_decay(self):
+            return {"token", "one_that_other_sizes_have"}
+
+    wrapped = (Vision(), torch.compile(Vision()), nn.DataParallel(Vision()), nn.Sequential(Vision()))
+    for model in wrapped:
+        kinds = agr_cuda.parameter_groups(model).kinds
+        assert {name.rpartition(".")[2]: kind for name, kind in kinds.items()} == {
+            "token": "excluded",
+            "[0]": "matrix",
+            "0": "matrix",
+        }
+    for model in wrapped[:3]:
+        kinds = agr_cuda.parameter_groups(model, exclude=["w.[0]"]).kinds
+        assert sorted(name.rpartition(".")[2] for name, kind in kinds.items() if kind == "excluded") == ["[0]", "token"]
+    no_names = Vision()
+    no_names.no_weight_decay = lambda: None
+    assert "excluded" not in agr_cuda.parameter_groups(no_names).kinds.values()
+    no_names.no_weight_decay = lambda: "token"
+    with pytest.raises(TypeError, match="no_weight_decay of the Vision is 'token'; it must be a set of names"):
+        agr_cuda.parameter_groups(no_names)
+
+
+def test_the_model_is_not_changed():
+    model = nn.Sequential(parametrizations.spectral_norm(nn.Embedding(10, 4)))
+    before = copy.deepcopy(model.state_dict())
+    groups = agr_cuda.parameter_groups(model)
+    assert list(groups.kinds.values()) == ["embedding"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    replaced = nn.Embedding(10, 4)
+    del replaced.weight
+    replaced.register_parameter("packed", nn.Parameter(torch.zeros(5, 4)))
+    assert agr_cuda.parameter_groups(replaced).kinds == {"packed": "embedding"}
+
+
+def test_generators_are_read_once():
+    found = agr_cuda.parameter_groups(Model(), weight_decay_on=(kind for kind in ("matrix",)))
+    assert {group["weight_decay"] for group in found} == {0.01, 0.0}
+
+
+def test_changed_groups_still_have_a_table():
+    groups = agr_cuda.parameter_groups(nn.Linear(2, 2))
+    groups[0]["params"] = [*groups[0]["params"], torch.zeros(3)]
+    groups.append({"params": [torch.zeros(2)]})
+    assert [line.split()[1] for line in repr(groups).splitlines()[1:]] == ["?", "bias", "?"]

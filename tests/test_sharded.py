@@ -277,6 +277,24 @@ def test_gradients_in_parts_are_regularized_as_the_whole_is() -> None:
     in_processes(2, regularize_parts)
 
 
+def measure_parts(rank: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    mesh = init_device_mesh("cpu", (2,))
+    for shape in ((), (1, 7), (5, 3), (0,)):
+        whole_gradient = torch.randn(shape, generator=generator)
+        alone = torch.nn.Parameter(torch.zeros(shape))
+        alone.grad = whole_gradient
+        for placement in (Shard(0), Replicate()) if shape else (Replicate(),):
+            p = torch.nn.Parameter(distribute_tensor(torch.zeros(shape), mesh, [placement]))
+            p.grad = distribute_tensor(whole_gradient, mesh, [placement])
+            assert agr_cuda.coefficients([p]) == agr_cuda.coefficients([alone])
+
+
+def test_coefficients_of_parts_are_those_of_the_whole() -> None:
+    """Also where a process has nothing of a tensor."""
+    in_processes(2, measure_parts)
+
+
 # What is refused.
 
 

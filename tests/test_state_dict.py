@@ -356,7 +356,7 @@ def test_loading_leaves_the_state_dict_as_it_is(method: Method, generator) -> No
     assert not optimizer._optimizer_state_dict_post_hooks
 
 
-@pytest.mark.parametrize("option", [{"lr": -1.0}, {"agr": "yes"}, {"betas": (2.0, 0.9)}], ids=str)
+@pytest.mark.parametrize("option", [{"lr": -1.0}, {"maximize": "yes"}, {"betas": (2.0, 0.9)}], ids=str)
 def test_bad_options_are_refused_when_they_are_loaded(option: dict[str, Any], generator) -> None:
     optimizer = agr_cuda.AdamW(parameters(generator, [(31,)]))
     run(optimizer, 2)
