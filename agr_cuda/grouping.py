@@ -34,8 +34,8 @@ class ParameterGroups(list[dict[str, Any]]):
 
     def __init__(self, groups: Iterable[dict[str, Any]], kinds: dict[str, str], frozen: int) -> None:
         super().__init__(groups)
-        #: The kind of each parameter, by its name.
         self.kinds = kinds
+        """The kind of each parameter, by its name."""
         self._frozen = frozen
 
     def __repr__(self) -> str:
@@ -79,7 +79,7 @@ def parameter_groups(
     have of a tensor's abs-sum: much for a bias of ten elements, and for a tensor of one element everything, so that it
     would never train.
 
-    Every parameter is of one kind, the first of these that fits. Decay and AGR apply by kind::
+    Every parameter is of one kind, the first of these that fits. Decay and AGR apply by kind:
 
         scalar      it has one element
         excluded    its name, or a pattern that its name fits, is in `exclude`, or in what model.no_weight_decay()
@@ -92,7 +92,7 @@ def parameter_groups(
         matrix      anything else: weights of linear layers, convolutions and attention
 
     Parameters that require no gradient are left out, and tied ones are there once, under their first name. The groups
-    can be given to any optimizer; those of PyTorch keep "agr" without using it. `print` shows them as a table::
+    can be given to any optimizer; those of PyTorch keep "agr" without using it. `print` shows them as a table:
 
         groups = agr_cuda.parameter_groups(model, weight_decay=0.1)
         print(groups)
