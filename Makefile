@@ -16,12 +16,13 @@ STAGES ?=
 # Options of pytest: make test PYTEST="-k plan"
 PYTEST ?=
 
-.PHONY: help demo demo-fsdp test ptx triton lint format bench gpu-report clean
+.PHONY: help demo demo-fsdp test docs ptx triton lint format bench gpu-report clean
 
 help:
 	@echo 'make demo    train a small language model with AdamW, AGR-AdamW, Adan and AGR-Adan (3 minutes)'
 	@echo 'make demo-fsdp   train it sharded, kill a process, go on with more, and compare with unsharded training (3 minutes)'
 	@echo 'make test    lint, and run the tests (35 minutes on two cores)'
+	@echo 'make docs    build the documentation site into runs/site; a wrong link is an error (half a minute)'
 	@echo 'make ptx     with nvcc: every test of the CUDA backend on the PTX of its kernels, and mutants of it (10 minutes)'
 	@echo 'make triton  every case of the Triton backend in its interpreter, of which make test runs a quarter (25 minutes)'
 	@echo 'make lint    ruff, mypy, clang-format, shellcheck'
@@ -39,6 +40,10 @@ demo-fsdp: $(VENV)/examples.stamp
 # Two at a time, each file in one process, since some build programs that their tests share.
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
+
+# Without its notice of an MkDocs 2, since versions are pinned. What a page's code does is tested by make test.
+docs: $(VENV)/development.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # After a change to the kernels. AGR_PTX_SEED=2 chooses other interleavings.
 ptx: $(VENV)/development.stamp
@@ -86,5 +91,5 @@ $(VENV)/examples.stamp: $(VENV)/base.stamp $(NATIVE)
 	touch $@
 
 $(VENV)/development.stamp: $(VENV)/base.stamp $(NATIVE)
-	$(INSTALL) '.[test,lint,bench,examples]'
+	$(INSTALL) '.[test,lint,bench,examples,docs]'
 	touch $@ $(VENV)/examples.stamp

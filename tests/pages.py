@@ -1,4 +1,4 @@
-"""The code of README.md and of every page of docs/ is run as tests: a page from top to bottom, in one namespace.
+"""Finds the code of README.md and of the pages of docs/: a page's is run from top to bottom, in one namespace.
 
 A block of `python` is run, one that begins with `>>>` is compared with the output that it shows. A block whose title
 says that it needs a GPU is skipped where there is none. `invisible-code-block` in a comment is run and not shown.
@@ -10,7 +10,6 @@ import doctest
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +20,8 @@ from sybil.parsers.abstract.doctest import DocTestStringParser
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer, RawFencedCodeBlockLexer
 
 NEEDS_GPU = "needs a GPU"
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _visible = RawFencedCodeBlockLexer(re.compile(r"python\b(?P<options>[^\n]*)\n"))
 _invisible = DirectiveInHTMLCommentLexer("invisible-code-block", "python")
 _run = PythonEvaluator()
@@ -47,15 +47,7 @@ def python_blocks(document: Document) -> Iterable[Region]:
             yield region
 
 
-def _begin(namespace: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-
-
-def _end(namespace: dict[str, Any]) -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    torch._dynamo.reset()
-
-
-pages = Sybil([python_blocks], path=str(ROOT), patterns=["README.md", "docs/*.md"], setup=_begin, teardown=_end)
-pytest_collect_file = pages.pytest()
+def examples(page: Path) -> list[Example]:
+    """Return the blocks of a page, which are to be evaluated in this order."""
+    pages = Sybil([python_blocks], path=str(page.parent), patterns=[page.name])
+    return list(pages.parse(page).examples())
