@@ -18,13 +18,14 @@ STAGES ?=
 # Options of pytest: make test PYTEST="-k plan"
 PYTEST ?=
 
-.PHONY: help demo demo-fsdp test frameworks ptx triton lint format bench gpu-report wheel clean
+.PHONY: help demo demo-fsdp test docs frameworks ptx triton lint format bench gpu-report wheel clean
 
 help:
 	@echo 'make demo    train a small language model with AdamW, AGR-AdamW, Adan and AGR-Adan (3 minutes)'
 	@echo 'make demo-fsdp   train it sharded, kill a process, go on with more, and compare with unsharded training (3 minutes)'
 	@echo 'make test    lint, and run the tests (35 minutes on two cores)'
 	@echo 'make frameworks   train in transformers, accelerate, Lightning, timm, torchtitan and peft (3 minutes)'
+	@echo 'make docs    build the documentation site into runs/site; a wrong link is an error (half a minute)'
 	@echo 'make ptx     with nvcc: every test of the CUDA backend on the PTX of its kernels, and mutants of it (10 minutes)'
 	@echo 'make triton  every case of the Triton backend in its interpreter, of which make test runs a quarter (25 minutes)'
 	@echo 'make lint    ruff, mypy, clang-format, shellcheck'
@@ -47,6 +48,10 @@ test: lint
 # The package is the checkout's, with the extension that $(VENV) has compiled. Without the fixtures of tests/conftest.py.
 frameworks: $(VENV)/examples.stamp $(FRAMEWORKS_VENV)/frameworks.stamp
 	$(FRAMEWORKS_VENV)/bin/python -m pytest --confcutdir tests/frameworks tests/frameworks $(PYTEST)
+
+# Without its notice of an MkDocs 2, since versions are pinned. What a page's code does is tested by make test.
+docs: $(VENV)/development.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # After a change to the kernels. AGR_PTX_SEED=2 chooses other interleavings.
 ptx: $(VENV)/development.stamp
@@ -105,7 +110,7 @@ $(VENV)/examples.stamp: $(VENV)/base.stamp $(NATIVE)
 	touch $@
 
 $(VENV)/development.stamp: $(VENV)/base.stamp $(NATIVE)
-	$(INSTALL) '.[test,lint,bench,examples]'
+	$(INSTALL) '.[test,lint,bench,examples,docs]'
 	touch $@ $(VENV)/examples.stamp
 
 # One command for torch and the rest, so that nothing fetches another torch. Python compiles what is imported when it is.

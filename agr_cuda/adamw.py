@@ -30,13 +30,16 @@ _AMSGRAD_STATE_SPECS = (*_STATE_SPECS[:2], StateTensor("max_exp_avg_sq", signed=
 class AdamW(AGROptimizer, torch.optim.AdamW):
     r"""AdamW with Adaptive Gradient Regularization (AGR), a replacement for torch.optim.AdamW.
 
-    For the gradient :math:`g` of one parameter tensor, in the tensor's step :math:`t`, counted from 1:
+    For the gradient $g$ of one parameter tensor, in the tensor's step $t$, counted from 1:
 
-    .. math::
+    $$
+    \begin{align*}
         g &\leftarrow g_i \left(1 - |g_i| / \textstyle\sum_j |g_j|\right) \quad \text{(with } agr\text{)} \\
         p &\leftarrow p (1 - \gamma\lambda) \\
         m &\leftarrow m + (1 - \beta_1)(g - m) \qquad v \leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
         p &\leftarrow p - \frac{\gamma}{1 - \beta_1^t} \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon}
+    \end{align*}
+    $$
 
     The first line is from arXiv 2407.16944, the others from arXiv 1711.05101. The state and the state dict are those of
     torch.optim.AdamW, so that checkpoints of either load into the other. The class is a subclass of torch.optim.AdamW
@@ -45,12 +48,12 @@ class AdamW(AGROptimizer, torch.optim.AdamW):
     Args:
         params: an iterable of parameters, of named parameters, or of dictionaries that define parameter groups. Groups
             can differ in every option below except `max_grad_norm` and `backend`.
-        lr: the learning rate :math:`\gamma`, at least 0: a number or a tensor of one element (default: 1e-3).
-        betas: :math:`\beta_1` and :math:`\beta_2`, each in [0, 1): numbers or tensors of one element (default: (0.9,
+        lr: the learning rate $\gamma$, at least 0: a number or a tensor of one element (default: 1e-3).
+        betas: $\beta_1$ and $\beta_2$, each in [0, 1): numbers or tensors of one element (default: (0.9,
             0.999)).
-        eps: :math:`\epsilon`, at least 0 (default: 1e-8).
-        weight_decay: :math:`\lambda`, at least 0 (default: 1e-2).
-        amsgrad: whether to divide by the largest :math:`v` so far, state "max_exp_avg_sq" (default: False).
+        eps: $\epsilon$, at least 0 (default: 1e-8).
+        weight_decay: $\lambda$, at least 0 (default: 1e-2).
+        amsgrad: whether to divide by the largest $v$ so far, state "max_exp_avg_sq" (default: False).
         agr: whether to regularize the gradient (default: True). False gives torch.optim.AdamW. With AGR, a tensor of
             one element never trains, because its regularized gradient is 0. State dicts do not contain this option;
             loading one keeps its current value.

@@ -29,9 +29,10 @@ _STATE_SPECS = (
 class Adan(AGROptimizer):
     r"""Adan with Adaptive Gradient Regularization (AGR), a replacement for sail-sg's Adan.
 
-    For the gradient :math:`g` of one parameter tensor, in its group's step :math:`t`, counted from 1:
+    For the gradient $g$ of one parameter tensor, in its group's step $t$, counted from 1:
 
-    .. math::
+    $$
+    \begin{align*}
         g &\leftarrow g_i \left(1 - |g_i| / \textstyle\sum_j |g_j|\right) \quad \text{(with } agr\text{)} \\
         d &\leftarrow g - g_{previous} \quad \text{(0 on the parameter's first step)} \\
         m &\leftarrow \beta_1 m + (1 - \beta_1) g \qquad u \leftarrow \beta_2 u + (1 - \beta_2) d \\
@@ -39,6 +40,8 @@ class Adan(AGROptimizer):
             \qquad D = \sqrt{n} / \sqrt{1 - \beta_3^t} + \epsilon \\
         p &\leftarrow \left(p - \frac{\gamma}{1 - \beta_1^t} \frac{m}{D}
             - \frac{\gamma\beta_2}{1 - \beta_2^t} \frac{u}{D}\right) / (1 + \gamma\lambda)
+    \end{align*}
+    $$
 
     The first line is from arXiv 2407.16944, the others from arXiv 2208.06677, with betas in the convention of its
     authors' code, sail-sg/Adan, where 0.98 means slow decay: 1 minus those of the paper. The state and the state dict
@@ -47,15 +50,15 @@ class Adan(AGROptimizer):
     Args:
         params: an iterable of parameters, of named parameters, or of dictionaries that define parameter groups. Groups
             can differ in every option below except `max_grad_norm` and `backend`.
-        lr: the learning rate :math:`\gamma`, at least 0: a number or a tensor of one element (default: 1e-3).
-        betas: :math:`\beta_1`, :math:`\beta_2` and :math:`\beta_3`, each in [0, 1) (default: (0.98, 0.92, 0.99)). A
+        lr: the learning rate $\gamma$, at least 0: a number or a tensor of one element (default: 1e-3).
+        betas: $\beta_1$, $\beta_2$ and $\beta_3$, each in [0, 1) (default: (0.98, 0.92, 0.99)). A
             warning is given if all are below 0.5, as they are in the paper's own convention.
-        eps: :math:`\epsilon`, at least 0 (default: 1e-8).
-        weight_decay: :math:`\lambda`, at least 0 (default: 0).
+        eps: $\epsilon$, at least 0 (default: 1e-8).
+        weight_decay: $\lambda$, at least 0 (default: 0).
         max_grad_norm: the largest global L2 norm of all gradients; larger ones are clipped before AGR. As in sail-sg's
             Adan, the first group's `eps` is added to the norm. None or 0 does not clip (default: 0). The property
             `grad_norm` is the norm of the last step.
-        no_prox: whether to decay weights as AdamW does, multiplying by :math:`1 - \gamma\lambda` before the update,
+        no_prox: whether to decay weights as AdamW does, multiplying by $1 - \gamma\lambda$ before the update,
             instead of the division in the last line (default: False).
         foreach: True selects the reference backend (default: None).
         fused: True refuses the reference backend, except for DTensors that no other backend takes. It also has

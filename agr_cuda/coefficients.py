@@ -13,29 +13,29 @@ from .tensors import is_distributed
 
 
 class Coefficients(NamedTuple):
-    r"""The AGR coefficients :math:`a_i = |g_i| / S` of one gradient, summed up."""
+    r"""The AGR coefficients $a_i = |g_i| / S$ of one gradient, summed up."""
 
-    #: :math:`S = \sum_j |g_j|`.
     abs_sum: float
-    #: :math:`\max_i a_i`: by how much AGR shortens the largest element, from 1/n to 1. An element of a tensor of one
-    #: has 1, and never trains.
+    r"""$S = \sum_j |g_j|$."""
     largest: float
-    #: :math:`1/n`, the mean over all n elements, since coefficients sum to one; 0 for a gradient of zeros.
+    r"""$\max_i a_i$: by how much AGR shortens the largest element, from 1/n to 1. The element of a tensor of one has 1,
+    and never trains."""
     mean: float
-    #: :math:`\sum_i a_i^2`: the share of the abs-sum that AGR takes away, which is the mean weighted by :math:`|g_i|`.
-    #: Its inverse is the effective number of elements.
+    """$1/n$, the mean over all n elements, since coefficients sum to one; 0 for a gradient of zeros."""
     removed: float
+    r"""$\sum_i a_i^2$: the share of the abs-sum that AGR takes away, which is the mean weighted by $|g_i|$. Its inverse
+    is the effective number of elements."""
 
 
 @torch.no_grad()
 def coefficients(parameters: nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> dict[str, Coefficients]:
     r"""Return how strongly AGR acts on each gradient: abs-sum, largest and mean coefficient of each tensor.
 
-    .. math:: a_i = |g_i| / S \qquad S = \textstyle\sum_j |g_j| \qquad \psi(g)_i = g_i (1 - a_i)
+    $$ a_i = |g_i| / S \qquad S = \textstyle\sum_j |g_j| \qquad \psi(g)_i = g_i (1 - a_i) $$
 
     Call it between `backward()` and `zero_grad()`, as often as a log wants it: it reads all gradients, in a few
     operations for each, and the host waits for their devices. It changes nothing. Gradient scaling and clipping change
-    the abs-sum, and none of the coefficients::
+    the abs-sum, and none of the coefficients:
 
         for name, found in agr_cuda.coefficients(model).items():
             writer.add_scalar(f"agr/{name}", found.removed, step)

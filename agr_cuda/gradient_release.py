@@ -36,7 +36,7 @@ def release_gradients(
     Gradients then take the memory of the largest one, and not of all. The updates are those of ordinary steps. Call
     `optimizer.step()` after each backward pass as before: it ends the step, so that schedulers and Adan count it, and
     updates what else has a gradient (parameters that `model` has not, or that were frozen when this function was
-    called)::
+    called):
 
         optimizer = agr_cuda.AdamW(model.parameters(), lr=1e-3)
         agr_cuda.release_gradients(model, optimizer)

@@ -35,8 +35,8 @@ class ParameterGroups(list[dict[str, Any]]):
 
     def __init__(self, groups: Iterable[dict[str, Any]], kinds: dict[str, str], frozen: int) -> None:
         super().__init__(groups)
-        #: The kind of each parameter, by its name.
         self.kinds = kinds
+        """The kind of each parameter, by its name."""
         self._frozen = frozen
 
     def __repr__(self) -> str:
@@ -83,7 +83,7 @@ def parameter_groups(
     have of a tensor's abs-sum: much for a bias of ten elements, and for a tensor of one element everything, so that it
     would never train.
 
-    Every parameter is of one kind, the first of these that fits. Decay and AGR apply by kind::
+    Every parameter is of one kind, the first of these that fits. Decay and AGR apply by kind:
 
         scalar      it has one element
         excluded    its name, or a pattern that its name fits, is in `exclude`, or in what no_weight_decay() returns, a
@@ -98,7 +98,7 @@ def parameter_groups(
     Parameters that require no gradient are left out, and tied ones are there once, under their first name. The groups
     can be given to any optimizer; those of PyTorch keep "agr" without using it. Since they have names, PyTorch wants
     names of groups that are added later, too: `optimizer.add_param_group({"params": head.named_parameters()})`, or one
-    of parameter_groups(head). `print` shows them as a table::
+    of parameter_groups(head). `print` shows them as a table:
 
         groups = agr_cuda.parameter_groups(model, weight_decay=0.1)
         print(groups)

@@ -29,7 +29,7 @@ def regularize_gradients_(
 ) -> Tensor | None:
     r"""Replace the gradient of each parameter by its regularized gradient (arXiv 2407.16944), in place.
 
-    .. math:: g_i \leftarrow g_i \left(1 - |g_i| / \textstyle\sum_j |g_j|\right)
+    $$ g_i \leftarrow g_i \left(1 - |g_i| / \textstyle\sum_j |g_j|\right) $$
 
     The sum is over one tensor. Call it between `backward()` and the step of any optimizer that knows nothing of AGR, as
     one calls torch.nn.utils.clip_grad_norm_; `agr_cuda.AdamW` and `agr_cuda.Adan` do it themselves. An all-zero
@@ -42,11 +42,13 @@ def regularize_gradients_(
     With `max_norm`, gradients are also clipped by their global norm, in the same launch if they are all of one device
     and type. The norm is taken before AGR, so that `max_norm` means what it means for clip_grad_norm_:
 
-    .. math:: g \leftarrow \psi(c g) = c\,\psi(g), \quad
+    $$
+    g \leftarrow \psi(c g) = c\,\psi(g), \quad
         c = \min\left(1, \frac{\mathrm{max\_norm}}{\|g\|_2 + 10^{-6}}\right)
+    $$
 
     With torch.amp.GradScaler, unscale the gradients first, as for clip_grad_norm_. The scaler then skips the step if
-    there were infinities, and what has become of the gradients does not matter::
+    there were infinities, and what has become of the gradients does not matter:
 
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)

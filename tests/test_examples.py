@@ -286,6 +286,22 @@ def test_stochastic_rounding_follows_float32_where_rounding_to_nearest_stalls(lo
     assert loss["bfloat16, rounded to nearest"] > 0.9 * begin
 
 
+def test_coefficients_are_watched_told_and_drawn(load, capsys, tmp_path):
+    picture = tmp_path / "new" / "shares.png"
+    small = ["--steps", "4", "--layers", "1", "--width", "16", "--picture", str(picture)]
+    watched = load("watch_coefficients").main(small)
+    rows = re.findall(
+        r"^ *(\w+) +(\d+) +[\d,]+ to [\d,]+ +\S+% to \S+% +[\d.]+ *$", capsys.readouterr().out, re.MULTILINE
+    )
+    assert rows == [("matrix", "5"), ("embedding", "2"), ("norm", "6"), ("bias", "5")]
+    assert sum(int(count) for _, count in rows) == len(watched.sizes)
+    assert watched.steps == [0, 1, 2, 3]
+    for name, shares in watched.removed.items():
+        assert len(shares) == 4
+        assert all(0.999 / watched.sizes[name] <= share <= 1 for share in shares), "from 1/n, all alike, to 1"
+    assert is_picture(picture)
+
+
 def test_sharded_training_is_killed_goes_on_and_is_unsharded_training(tmp_path):
     options = ["--steps", "9", "--layers", "1", "--width", "16", "--heads", "2", "--context", "16", "--resume-on", "1"]
     command = [sys.executable, EXAMPLES / "demo_fsdp.py", *options, "--device", "cpu", "--output", tmp_path / "new"]
