@@ -10,7 +10,7 @@ import argparse
 import sys
 from types import ModuleType
 
-from bench.commands import gradients, latency, overhead, sharded, step, traffic
+from bench.commands import effect, gradients, latency, overhead, sharded, step, traffic
 
 COMMANDS: dict[str, ModuleType] = {
     "step": step,
@@ -19,6 +19,7 @@ COMMANDS: dict[str, ModuleType] = {
     "sharded": sharded,
     "traffic": traffic,
     "latency": latency,
+    "effect": effect,
 }
 
 
