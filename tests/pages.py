@@ -22,6 +22,7 @@ from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer, RawFenced
 NEEDS_GPU = "needs a GPU"
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FRAMEWORKS = ROOT / "docs" / "frameworks.md"  # whose blocks need what only make frameworks installs
 _visible = RawFencedCodeBlockLexer(re.compile(r"python\b(?P<options>[^\n]*)\n"))
 _invisible = DirectiveInHTMLCommentLexer("invisible-code-block", "python")
 _run = PythonEvaluator()

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import re
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
-from pages import PAGES, ROOT, examples
+from pages import FRAMEWORKS, PAGES, ROOT, examples
 from sybil.example import SybilFailure
 
 README = ROOT / "README.md"
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+# The frameworks are not installed here: tests/frameworks/test_page.py runs their page's code, by `make frameworks`.
+RUN_HERE = [example for page in PAGES if page != FRAMEWORKS for example in examples(page)]
 
 
 def addresses() -> tuple[str, str]:
@@ -67,11 +70,25 @@ def test_every_block_says_its_language_as_the_tests_know_it(page):
 
 @pytest.mark.parametrize(
     "example",
-    [pytest.param(example, id=f"{page.name}:{example.line}") for page in PAGES for example in examples(page)],
+    [pytest.param(example, id=f"{Path(example.path).name}:{example.line}") for example in RUN_HERE],
 )
 def test_the_code_of_every_page_runs(example):
     torch.manual_seed(0)
     example.evaluate()
+
+
+def test_no_page_is_left_out_but_that_of_the_frameworks():
+    """One in a folder of docs/ would be noticed, too."""
+    pages = [README, *(ROOT / "docs").rglob("*.md")]
+    with_code = {page for page in pages if re.search(r"^ *```+python", page.read_text(), re.MULTILINE)}
+    assert with_code - {Path(example.path) for example in RUN_HERE} == {ROOT / "docs" / "frameworks.md"}
+
+
+def test_the_page_of_the_frameworks_is_read_by_the_same_sybil():
+    files = ROOT / "pyproject.toml", ROOT / "tests" / "frameworks" / "requirements.txt"
+    here, there = (re.findall(r"sybil==([\d.]+)", file.read_text()) for file in files)
+    assert here == there
+    assert len(here) == 1
 
 
 @pytest.mark.parametrize(

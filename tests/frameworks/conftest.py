@@ -25,8 +25,10 @@ except RuntimeError:
 
 from accelerate.state import AcceleratorState
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "frameworks"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples" / "frameworks"
 sys.path.insert(0, str(EXAMPLES))
+sys.path.append(str(ROOT / "tests"))  # for pages; last, since there is a conftest too
 #: How far weights may be from those that torch.optim.AdamW trains. They have not the same bits, since the kernels order
 #: the same operations differently and fuse some: a step may differ in the last place, which is 6e-8 for a weight of 1.
 TOLERANCE = 1e-6
