@@ -35,7 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m agr_cuda",
         description="Show versions, what is built, which backend each device and type gets, and try every backend: "
-        "all that a report of a fault needs. The exit status is 1 if a backend computes something wrong.",
+        "all that a report of a fault needs. The exit status is 1 if a backend computes something wrong, or if the "
+        "compiled core does not load.",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     arguments = parser.parse_args()

@@ -44,16 +44,20 @@ def available_backends() -> list[str]:
 
 
 def missing_kernels(parameter: Tensor, gradient: GradientKind) -> str:
-    """Return why a GPU has no kernels for a parameter that they would take, by backend, and how to get them.
+    """Return why there are no kernels for a parameter that they would take, by backend, and how to get them.
 
     Empty where they are there, and for what no kernels take: other devices, types and classes of tensors.
     """
-    devices = {"cuda": ("cuda",), "triton": ("cuda", "xpu")}
+    devices = {"cuda": ("cuda",), "triton": ("cuda", "xpu"), "cpu": ("cpu",)}
     wanted = [backend for backend, types in devices.items() if parameter.device.type in types]
     if not wanted or parameter.dtype not in NATIVE_DTYPES or not (is_plain(parameter) and gradient.plain):
         return ""
     reasons = {backend: why_missing(backend) for backend in wanted}
-    return "" if None in reasons.values() else "; ".join(f"{backend}: {why}" for backend, why in reasons.items())
+    if None in reasons.values():
+        return ""
+    if len(set(reasons.values())) == 1:
+        return str(next(iter(reasons.values())))
+    return "; ".join(f"{backend}: {why}" for backend, why in reasons.items())
 
 
 def check_backend(backend: str | None) -> None:

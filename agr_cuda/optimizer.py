@@ -556,7 +556,7 @@ class AGROptimizer(torch.optim.Optimizer):
             )
 
     def _warn_about_missing_kernels(self, bindings: list[Binding]) -> None:
-        """Warn where a GPU's parameters are updated by PyTorch's operations, and kernels would take them."""
+        """Warn where parameters are updated by PyTorch's operations, and kernels would take them if they were there."""
         if self.backend is not None:
             return
         for b in bindings:

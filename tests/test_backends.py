@@ -98,7 +98,7 @@ def test_missing_kernels_are_those_of_a_gpu(monkeypatch):
     assert backends.missing_kernels(on_gpu, kind) == "cuda: no cuda; triton: no triton"
     assert backends.missing_kernels(on_gpu, kind._replace(plain=False)) == ""
     assert backends.missing_kernels(on_gpu.int(), kind) == ""
-    assert backends.missing_kernels(parameter(), kind) == ""
+    assert backends.missing_kernels(parameter(), kind) == "no cpu"
     monkeypatch.setattr(backends, "why_missing", lambda backend: "no" if backend == "cuda" else None)
     assert backends.missing_kernels(on_gpu, kind) == ""
 

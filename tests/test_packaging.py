@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -110,3 +111,26 @@ def test_every_place_says_the_same_version():
     version = re.search(r'^version = "(.*)"$', project, re.MULTILINE)[1]
     assert agr_cuda.__version__ == version
     assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_source_without_a_compiled_core_says_so(tmp_path):
+    """Who calls `python -m agr_cuda` in a checkout, after `pip install .`, imports the source."""
+    shutil.copytree(ROOT / "agr_cuda", tmp_path / "agr_cuda", ignore=shutil.ignore_patterns("_C.*.so", "__pycache__"))
+    (tmp_path / "csrc").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    # An editable installation would hand out its core.
+    plain = "import sys; sys.meta_path = [x for x in sys.meta_path if 'Editable' not in getattr(x, '__name__', '')]; "
+
+    def run(code):
+        command = [sys.executable, "-c", plain + code]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+
+    report = run("import runpy; runpy.run_module('agr_cuda', run_name='__main__')")
+    assert report.returncode == 1
+    assert f"agr_cuda is imported from its source, {tmp_path / 'agr_cuda'}, which has no compiled core" in report.stdout
+    step = "p = torch.ones(9, requires_grad=True); p.sum().backward(); agr_cuda.AdamW([p]).step()"
+    done = run(f"import torch, agr_cuda; {step}")
+    assert done.returncode == 0, done.stderr
+    assert "no kernels are there for it" in done.stderr
+    assert "change to another folder" in done.stderr
