@@ -8,8 +8,6 @@ import io
 
 import pytest
 import torch
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.optim import lr_scheduler
@@ -245,17 +243,18 @@ def test_compiled_autograd(make):
 
 def test_safetensors(make):
     """State and parameters are plain tensors: names and numbers go into a file, options into its metadata or beside."""
+    files = pytest.importorskip("safetensors.torch")
     ours, resumed = model(), model()
     optimizers = make(ours.parameters()), make(resumed.parameters())
     train(ours, optimizers[0], 3)
     saved = optimizers[0].state_dict()
     flat = {f"{i}.{key}": value for i, state in saved["state"].items() for key, value in state.items()}
-    loaded = load_safetensors(save_safetensors(flat))
+    loaded = files.load(files.save(flat))
     state: dict = {}
     for name, value in loaded.items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
-    resumed.load_state_dict(load_safetensors(save_safetensors(ours.state_dict())))
+    resumed.load_state_dict(files.load(files.save(ours.state_dict())))
     optimizers[1].load_state_dict({"state": state, "param_groups": saved["param_groups"]})
     for trained, optimizer in zip((ours, resumed), optimizers, strict=True):
         train(trained, optimizer, 3)
