@@ -14,8 +14,8 @@ import torch
 
 pytest.importorskip("sybil")  # a machine that was set up for training alone may have none
 
-from pages import FRAMEWORKS, PAGES, ROOT, examples  # noqa: E402
-from sybil.example import SybilFailure  # noqa: E402
+from pages import FRAMEWORKS, PAGES, ROOT, examples
+from sybil.example import SybilFailure
 
 README = ROOT / "README.md"
 LINK = re.compile(r"\]\(([^)\s]+)\)")
