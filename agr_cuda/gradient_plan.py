@@ -222,6 +222,6 @@ def _bindings(gradients: Mapping[int, Tensor], chosen: Mapping[int, str]) -> dic
             kind = GradientKind(type(g), g.dtype, plain=True, same_layout=True)
             place = f"parameter {i}"
             bindings[i] = Binding(
-                i, 0, place, stand_in, kind, {}, (), Precision(g.dtype), chosen[i], regularize=True, amsgrad=False
+                i, 0, place, stand_in, kind, {}, (), Precision(g.dtype), chosen[i], i, regularize=True, amsgrad=False
             )
     return bindings

@@ -127,6 +127,9 @@ class Binding:
     specs: tuple[StateTensor, ...]  # in the order in which the update rule takes them
     precision: Precision
     backend: str
+    #: Its index in the program's optimizer, of which this one may be a part. It chooses the random numbers, and the place
+    #: of its sum of squares among those of all.
+    sequence: int
     regularize: bool  # whether AGR applies
     amsgrad: bool
     #: A staging buffer in the parameter's memory layout. A gradient of another layout is copied into it in each step.
@@ -136,8 +139,6 @@ class Binding:
     #: Whether state of another type than `specs` say is converted. State that a program has given a group whose options
     #: have never said of what type it is, is used as it is.
     converts: bool = False
-    #: The number that distinguishes its random numbers from other parameters': its index in the program's optimizer.
-    sequence: int = 0
 
     @property
     def owner(self) -> Tensor:
@@ -213,7 +214,7 @@ def plan_entries(bindings: Sequence[Binding]) -> list[tuple[int, int, bool]]:
 def executor_rows(rule: str, bindings: Sequence[Binding]) -> list[tuple[Any, ...]]:
     """Return the native executors' row for each tensor.
 
-    It is: rule, group, sequence of random numbers, types, parameter, averages, scales of averages, master, step count.
+    It is: rule, group, sequence, types, parameter, averages, scales of averages, master, step count.
     """
     return [
         (
