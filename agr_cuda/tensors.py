@@ -127,8 +127,8 @@ class Binding:
     specs: tuple[StateTensor, ...]  # in the order in which the update rule takes them
     precision: Precision
     backend: str
-    #: Its index in the program's optimizer, of which this one may be a part. It chooses the random numbers, and the place
-    #: of its sum of squares among those of all.
+    #: Its index in the program's optimizer, of which this one may be a part. It chooses the random numbers, and the
+    #: place of its sum of squares among those of all.
     sequence: int
     regularize: bool  # whether AGR applies
     amsgrad: bool

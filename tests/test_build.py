@@ -84,7 +84,14 @@ def test_cuda_can_be_left_out_where_there_is_an_nvcc(setup_py, monkeypatch, tmp_
     assert setup_py.find_nvcc() is None
     file = io.StringIO()
     build = setup_py.BuildWithNinja
-    build.write_rules(None, Writer(file, width=10_000), tmp_path / "_C.so", None, [], setup_py.NOT_WANTED)
+    build.write_rules(
+        SimpleNamespace(editable_mode=False),
+        Writer(file, width=10_000),
+        tmp_path / "_C.so",
+        None,
+        [],
+        setup_py.NOT_WANTED,
+    )
     assert "install again without it" in file.getvalue()
     assert "nvcc" not in file.getvalue()
 
