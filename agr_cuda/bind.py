@@ -216,6 +216,7 @@ def _check_gradient(place: str, parameter: Tensor, gradient: Tensor) -> None:
 
 
 def _has_storage(tensor: Tensor) -> bool:
+    """Whether a tensor has memory: within transforms of torch.func, tensors stand for others and have none."""
     try:
         tensor.untyped_storage()
     except NotImplementedError:

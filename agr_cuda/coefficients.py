@@ -88,7 +88,8 @@ def _measure(gradient: Tensor) -> Tensor:
     """Return the largest absolute value, and in units of it, the abs-sum and the L2 norm."""
     if is_distributed(gradient):
         # Whatever its placements. A part may be empty, and has no largest element.
-        gradient = gradient.full_tensor()  # type: ignore[attr-defined]
+        whole: Any = gradient
+        gradient = whole.full_tensor()
     on_mps = gradient.device.type == "mps"
     if gradient.element_size() == 1:
         gradient = gradient.float()  # no operation takes 8-bit floating point

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from .groups import converts_state
 from .optimizer import AGROptimizer, Origin
 from .options import number
-from .precision import PRECISION_OPTIONS, Precision
+from .precision import Precision
 from .sharding import check_whole
 from .tensors import is_distributed
 
@@ -285,7 +285,8 @@ class _Single:
         mine.update(dict.items(theirs))
         mine.update(self._fixed)
         # What a group asks for applies to some of its parameters; a group of one other alone would be an error.
-        mine.update(zip(PRECISION_OPTIONS, self._precision(theirs), strict=True))
+        precision = Precision.of(parameter, theirs)
+        mine.update(master_weights=precision.master, stochastic_rounding=precision.stochastic)
         converts_state(theirs)
         if self._optimizer.state.get(parameter) is not optimizer.state.get(parameter):
             self._optimizer.state.clear()
@@ -293,7 +294,3 @@ class _Single:
                 self._optimizer.state[parameter] = optimizer.state[parameter]
         self._optimizer._update()
         optimizer.state[parameter] = self._optimizer.state[parameter]
-
-    def _precision(self, group: dict[str, Any]) -> tuple[Any, bool, bool]:
-        precision = Precision.of(self.parameter, group)
-        return group["state_dtype"], precision.master, precision.stochastic

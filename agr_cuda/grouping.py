@@ -188,7 +188,8 @@ def _kinds_by_module(model: nn.Module) -> dict[Tensor, str]:
         if kind is not None:
             own = list(module.parameters(recurse=False))
             if is_parametrized(module):  # then the weight is computed from others, which are the parameters
-                own += module.parametrizations.parameters()  # type: ignore[union-attr]
+                parametrized: Any = module
+                own += parametrized.parametrizations.parameters()
             for parameter in own:
                 if kind == "norm" or parameter not in found:
                     found[parameter] = kind

@@ -84,7 +84,7 @@ class AGROptimizer(torch.optim.Optimizer):
     _graph_tensors: dict[int, Tensor]  # by id(): the tensors that captured graphs read or write
     _clipping: Clipping  # the clipping of the last step
     _release: GradientRelease | None  # what updates parameters as soon as they have a gradient
-    _origin = Origin(0, 0, 0)
+    _origin = Origin(0, 0, 0)  # elsewhere in the small optimizers of a release alone
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         if defaults["max_grad_norm"] is not None:
@@ -207,7 +207,9 @@ class AGROptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         torch.optim.Optimizer.__setstate__(self, state)  # not super(), for the reason given in the constructor
         # An optimizer that was pickled before an option existed lacks it.
-        options = signature(type(self).__init__).parameters.values()
+        # Options are those of AdamW or Adan; the constructor of a subclass may take anything.
+        rule = next(base for base in type(self).__mro__ if "_rule" in vars(base))
+        options = signature(rule).parameters.values()
         known = {option.name: option.default for option in options if option.default is not option.empty}
         self.defaults.update({name: value for name, value in known.items() if name not in self.defaults})
         if "differentiable" not in self._launch_options:  # torch.optim.Optimizer has added it to the defaults.

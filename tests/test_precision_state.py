@@ -762,3 +762,19 @@ def test_sparse_state_is_refused(method: Method, generator) -> None:
     optimizer.state[p]["exp_avg"] = torch.zeros(5).to_sparse()
     with pytest.raises(RuntimeError, match=r"exp_avg of group 0, parameter 0 is torch\.sparse_coo; it must be dense"):
         optimizer.step()
+
+
+def test_arguments_of_a_subclass_do_not_become_options(method: Method, generator) -> None:
+    class Warmed(method.ours):  # type: ignore[misc, name-defined]
+        def __init__(self, params: Any, warmth: float = 0.1) -> None:
+            super().__init__(params)
+            self.warmth = warmth
+
+    p = parameter((5,), generator)
+    p.grad = torch.ones_like(p)
+    optimizer = Warmed([p])
+    optimizer.step()
+    keys = optimizer.param_groups[0].everything().keys()
+    for again in (copy.deepcopy(optimizer), optimizer):
+        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert again.param_groups[0].everything().keys() == keys
