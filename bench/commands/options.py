@@ -97,6 +97,17 @@ def add_counts(parser: argparse.ArgumentParser, counts: Mapping[str, tuple[int, 
         parser.add_argument(f"--{name}", type=positive_int, default=default, metavar="COUNT", help=text)
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add --device."""
+    parser.add_argument(
+        "--device",
+        type=device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        metavar="DEVICE",
+        help="cpu, cuda or cuda:INDEX (default: cuda where PyTorch finds a GPU, else cpu)",
+    )
+
+
 def add_dtype(parser: argparse.ArgumentParser, allowed: Collection[str] = DTYPES) -> None:
     """Add --dtype, one of the allowed ones."""
     parser.add_argument(
@@ -107,8 +118,8 @@ def add_dtype(parser: argparse.ArgumentParser, allowed: Collection[str] = DTYPES
     )
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
-    """Add --out and --tag, which say where files go and what they are called."""
+def add_output(parser: argparse.ArgumentParser, no_tag: str | None = None) -> None:
+    """Add --out and --tag: where files go and what they are called. `no_tag` says what a tag of None means."""
     parser.add_argument(
         "--out",
         type=Path,
@@ -119,21 +130,15 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tag",
         type=file_tag,
-        default=datetime.now().strftime("%Y%m%d-%H%M%S"),
+        default=None if no_tag else datetime.now().strftime("%Y%m%d-%H%M%S"),
         metavar="TEXT",
-        help="end of the output files' names; an equal one overwrites (default: date and time)",
+        help=f"end of the output files' names{no_tag or '; an equal one overwrites (default: date and time)'}",
     )
 
 
 def add_arguments(parser: argparse.ArgumentParser, threads: int | None = None) -> None:
     """Add --device, --dtype, --threads (by default this many, or PyTorch's choice), --out and --tag."""
-    parser.add_argument(
-        "--device",
-        type=device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        metavar="DEVICE",
-        help="cpu, cuda or cuda:INDEX (default: cuda where PyTorch finds a GPU, else cpu)",
-    )
+    add_device(parser)
     add_dtype(parser)
     default = threads or f"PyTorch's choice, here {torch.get_num_threads()}"
     parser.add_argument(

@@ -1,30 +1,29 @@
-"""A residual network and a vision transformer on scikit-learn's handwritten digits: 1,797 images of 8x8 pixels."""
+"""A residual network and a vision transformer that recognize handwritten digits: 1,797 images of 8x8 pixels."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.tasks import digits
 from bench.tasks.blocks import Block, small_normal
 from bench.tasks.task import Batch, Task
 
-BATCH_SIZE, CLASSES, HELD_OUT = 64, 10, 400
-CHANNELS = 32
-WIDTH, HEADS, LAYERS, PATCH, SIZE = 64, 4, 3, 2, 8
+PATCH = 2
 
 
 class Residual(nn.Module):
     """Two convolutions beside a residual connection."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for _ in range(2):
-            layers += [nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False), nn.BatchNorm2d(CHANNELS), nn.ReLU()]
+            layers += [nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
         self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,22 +31,23 @@ class Residual(nn.Module):
         return F.relu(x + self.layers(x))
 
 
-def resnet() -> nn.Module:
-    """Return a residual network."""
-    stem = [nn.Conv2d(1, CHANNELS, 3, padding=1, bias=False), nn.BatchNorm2d(CHANNELS), nn.ReLU()]
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS, CLASSES)]
-    return nn.Sequential(*stem, Residual(), nn.MaxPool2d(2), Residual(), *head)
+def resnet_model(channels: int, blocks: int) -> nn.Module:
+    """Return a residual network of two stages with as many blocks each."""
+    stem = [nn.Conv2d(1, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+    stages = [[Residual(channels) for _ in range(blocks)] for _ in range(2)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, digits.CLASSES)]
+    return nn.Sequential(*stem, *stages[0], nn.MaxPool2d(2), *stages[1], *head)
 
 
 class Vit(nn.Module):
     """A vision transformer over patches of 2x2 pixels."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int, heads: int, layers: int) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(1, WIDTH, PATCH, PATCH)
-        self.position = small_normal((SIZE // PATCH) ** 2, WIDTH)
-        self.blocks = nn.Sequential(*(Block(WIDTH, HEADS, causal=False) for _ in range(LAYERS)))
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.patches = nn.Conv2d(1, width, PATCH, PATCH)
+        self.position = small_normal((digits.SIZE // PATCH) ** 2, width)
+        self.blocks = nn.Sequential(*(Block(width, heads, causal=False) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, digits.CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of the classes."""
@@ -56,25 +56,16 @@ class Vit(nn.Module):
         return logits
 
 
-@functools.cache
-def digits() -> Batch:
-    """Return the images that are trained on, and their classes."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))[HELD_OUT:]
-    images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16
-    return images[order], torch.tensor(found.target)[order]
-
-
-def batches(seed: int) -> Iterator[Batch]:
+def batches(batch_size: int, seed: int) -> Iterator[Batch]:
     """Yield batches of images and classes, epoch after epoch, each in another order."""
-    images, classes = digits()
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        for chosen in torch.split(torch.randperm(len(images), generator=generator), BATCH_SIZE):
-            if len(chosen) == BATCH_SIZE:
-                yield images[chosen], classes[chosen]
+    images, classes = digits.trained_on()
+    for chosen in digits.epochs(batch_size, torch.Generator().manual_seed(seed)):
+        yield images[chosen], classes[chosen]
+
+
+def held_out_batches() -> Sequence[Batch]:
+    """Return images that are not trained on, and their classes."""
+    return [digits.held_out()]
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -82,5 +73,21 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
-RESNET_TASK = Task("resnet", "small ResNet, handwritten digits", resnet, batches, loss, lr=3e-3)
-VIT_TASK = Task("vit", "small ViT, handwritten digits", Vit, batches, loss, lr=1e-3)
+def accuracy(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the share of images whose class is recognized."""
+    recognized: Tensor = model(batch[0]).argmax(1) == batch[1]
+    return recognized.float().mean()
+
+
+def resnet(batch_size: int, channels: int, blocks: int, lr: float = 3e-3) -> Task:
+    """Return the task of a residual network of these sizes."""
+    model, score = partial(resnet_model, channels, blocks), ("accuracy", accuracy)
+    data = partial(batches, batch_size), held_out_batches
+    return Task("resnet", "ResNet, handwritten digits", model, *data, loss, lr, score)
+
+
+def vit(batch_size: int, width: int, heads: int, layers: int, lr: float = 1e-3) -> Task:
+    """Return the task of a vision transformer of these sizes."""
+    model, score = partial(Vit, width, heads, layers), ("accuracy", accuracy)
+    data = partial(batches, batch_size), held_out_batches
+    return Task("vit", "ViT, handwritten digits", model, *data, loss, lr, score)

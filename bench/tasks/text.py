@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,20 +15,20 @@ from torch.nn import functional as F
 from bench.tasks.blocks import Block, small_normal
 from bench.tasks.task import Batch, Task
 
-BYTES = 2_000_000
-CONTEXT, BATCH_SIZE, WIDTH, HEADS, LAYERS = 64, 16, 96, 4, 3
+BYTES, HELD_OUT_BYTES = 2_000_000, 200_000
+HELD_OUT_TOKENS = 4096  # at least, of which the held-out loss is the mean
 
 
 class Gpt(nn.Module):
     """A decoder with tied embeddings."""
 
-    def __init__(self) -> None:
+    def __init__(self, context: int, width: int, heads: int, layers: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(256, WIDTH)
+        self.embedding = nn.Embedding(256, width)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.position = small_normal(CONTEXT, WIDTH)
-        self.blocks = nn.Sequential(*(Block(WIDTH, HEADS, causal=True) for _ in range(LAYERS)))
-        self.norm = nn.LayerNorm(WIDTH)
+        self.position = small_normal(context, width)
+        self.blocks = nn.Sequential(*(Block(width, heads, causal=True) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits of the next byte at each position."""
@@ -36,25 +37,35 @@ class Gpt(nn.Module):
 
 
 @functools.cache
-def corpus() -> Tensor:
-    """Return the first bytes of the standard library's files, in the order of their paths."""
+def corpus() -> tuple[Tensor, Tensor]:
+    """Return the first bytes of the standard library's files in the order of their paths, and those that follow.
+
+    The first part is trained on, the second is held out.
+    """
     library = Path(sysconfig.get_path("stdlib"))
     text = bytearray()
     for path in sorted(library.glob("*.py")):
         text += path.read_bytes()
-        if len(text) >= BYTES:
+        if len(text) >= BYTES + HELD_OUT_BYTES:
             break
-    return torch.frombuffer(text[:BYTES], dtype=torch.uint8)
+    whole = torch.frombuffer(text, dtype=torch.uint8)
+    return whole[:BYTES], whole[BYTES : BYTES + HELD_OUT_BYTES]
 
 
-def batches(seed: int) -> Iterator[Batch]:
+def batches(context: int, batch_size: int, seed: int, held_out: bool = False) -> Iterator[Batch]:
     """Yield bytes and the bytes that follow them, from random places."""
     generator = torch.Generator().manual_seed(seed)
-    text = corpus()
+    text = corpus()[held_out]
     while True:
-        begins = torch.randint(len(text) - CONTEXT, (BATCH_SIZE, 1), generator=generator)
-        piece = text[begins + torch.arange(CONTEXT + 1)].long()
+        begins = torch.randint(len(text) - context, (batch_size, 1), generator=generator)
+        piece = text[begins + torch.arange(context + 1)].long()
         yield piece[:, :-1], piece[:, 1:]
+
+
+def held_out_batches(context: int, batch_size: int) -> Sequence[Batch]:
+    """Return batches of text that is not trained on."""
+    large = max(batch_size, HELD_OUT_TOKENS // context)
+    return [next(batches(context, large, 0, held_out=True))]
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -62,4 +73,14 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
 
-GPT_TASK = Task("gpt", "byte-level GPT, Python's standard library", Gpt, batches, loss, lr=3e-3)
+def gpt(context: int, batch_size: int, width: int, heads: int, layers: int, lr: float = 3e-3) -> Task:
+    """Return the task of a GPT of these sizes."""
+    return Task(
+        "gpt",
+        "byte-level GPT, Python's standard library",
+        partial(Gpt, context, width, heads, layers),
+        partial(batches, context, batch_size),
+        partial(held_out_batches, context, batch_size),
+        loss,
+        lr,
+    )

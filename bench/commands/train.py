@@ -1,0 +1,185 @@
+"""Train small models on real data with AGR, without, and with controls: whether it makes training better.
+
+AdamW and Adan, each alone, with AGR, with a placebo (AGR's coefficients, shuffled within each tensor at every step),
+and with one bit of one weight flipped at the beginning, which shows how much of a difference is chaos. Around AdamW,
+gradient centralization, normalization and clipping too. A grid of learning rates and weight decays is searched for
+each optimizer, with seeds of its own; then all train from the same weights on the same batches, seed by seed.
+docs/evidence.md says beforehand how the runs are judged.
+
+Every finished run is kept in train-TAG.jsonl of the output folder. Interrupted, the same command goes on from there.
+At the end writes train-TAG.json. Exit code 0; 2 for bad arguments; 130 where interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from bench.commands import options
+from bench.measuring import machine
+from bench.reporting import documents, terminal
+from bench.reporting.progress import Progress
+from bench.tasks import SIZES
+from bench.training.arms import arm_named
+from bench.training.plan import choose, judged, search
+from bench.training.run import Result, Run
+from bench.training.settings import SETTINGS, Setting, setting_named
+from bench.training.store import OtherSettingError, Store
+from bench.training.workers import TimeLeft, Workers
+
+ALLOWED_TASKS = [*SIZES["small"]]
+
+
+def task_name(name: str) -> str:
+    """Return the name of a task.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in ALLOWED_TASKS:
+        raise ValueError(f"unknown task {name!r}: allowed are {', '.join(ALLOWED_TASKS)}")
+    return name
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's options."""
+    parser.add_argument(
+        "--setting",
+        type=options.named(lambda name: (name, setting_named(name))),
+        default=("full", SETTINGS["full"]),
+        metavar="NAME",
+        help=f"what is run: {', '.join(SETTINGS)} (default: full)",
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        type=options.named(task_name),
+        default=ALLOWED_TASKS,
+        metavar="TASK",
+        help=f"what is trained: {', '.join(ALLOWED_TASKS)} (default: all)",
+    )
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        type=options.named(lambda name: arm_named(name).name),
+        metavar="ARM",
+        help="what is compared; adamw, and adan where one of its arms is there, always are (default: the setting's)",
+    )
+    parser.add_argument(
+        "--sets",
+        nargs="+",
+        type=options.natural_int,
+        metavar="SEED",
+        help="the first seed of each set of judged runs, 1000 apart or more (default: the setting's)",
+    )
+    parser.add_argument("--seeds", type=options.positive_int, metavar="COUNT", help="seeds of a set (default: so)")
+    parser.add_argument(
+        "--jobs",
+        type=options.positive_int,
+        default=machine.cores(),
+        metavar="COUNT",
+        help=f"runs at a time, with one thread each (default: one a core, here {machine.cores()})",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=options.positive_float,
+        metavar="MINUTES",
+        help="begin no further run after this time (default: no limit); the same command goes on later",
+    )
+    options.add_device(parser)
+    options.add_output(parser, "; the same command with an equal one goes on (default: the setting's name)")
+
+
+def chosen_setting(args: argparse.Namespace) -> Setting:
+    """Return the setting with what was asked for instead."""
+    setting: Setting = args.setting[1]
+    arms: Sequence[str] = args.arms or setting.arms
+    bases = {arm_named(name).base for name in arms} | {"adamw"}
+    return replace(
+        setting,
+        arms=tuple(dict.fromkeys([*sorted(bases), *arms])),
+        sets=tuple(args.sets or setting.sets),
+        seeds=args.seeds or setting.seeds,
+    )
+
+
+def found_by_search(store: Store) -> list[Result]:
+    """Return the results of the search."""
+    return [result for result in store.results.values() if not result.run.judged]
+
+
+def compare(args: argparse.Namespace, setting: Setting, store: Store, deadline: float | None) -> bool:
+    """Run what has not been run yet, and keep it. Returns whether all has been run."""
+    left = TimeLeft(args.jobs)
+    for result in store.results.values():
+        left.add(result)
+    with Workers(args.jobs, setting, args.device, deadline) as workers, Progress() as progress:
+
+        def run_all(phase: str, runs: Sequence[Run], more: int) -> bool:
+            missing = {run.key: run for run in runs if run.key not in store.results}
+
+            def show() -> None:
+                done, seconds = len(runs) - len(missing), left.seconds([*missing.values()])
+                if seconds is not None and runs:
+                    seconds *= 1 + more / len(runs)
+                progress.show(phase, done, len(runs), seconds)
+
+            show()
+            for result in workers.run([*missing.values()]):
+                store.add(result)
+                left.add(result)
+                del missing[result.run.key]
+                show()
+            return not missing
+
+        searching = search(setting, args.tasks)
+        # Each arm is judged at one point, or at two.
+        whole = run_all("search", searching, len(args.tasks) * len(setting.arms) * setting.seeds * len(setting.sets))
+        if not whole:
+            return False
+        choices = choose(found_by_search(store))
+        return run_all("judged", judged(setting, args.tasks, choices), 0)
+
+
+def document(args: argparse.Namespace, setting: Setting, store: Store, whole: bool) -> dict[str, object]:
+    """Return what is written down of all runs."""
+    results = [*store.results.values()]
+    return {
+        "format": 1,
+        "command": "train",
+        "machine": machine.describe(args.device),
+        "setting": setting.record(),
+        "tasks": args.tasks,
+        "complete": whole,
+        "seconds_of_all_runs": sum(result.seconds for result in results),
+        "runs": [result.record() for result in results],
+    }
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the comparison. Returns 0, or 130 where it was interrupted."""
+    setting: Setting = chosen_setting(args)
+    console = terminal.console()
+    path = args.out / f"train-{args.tag or args.setting[0]}.json"
+    try:
+        store = Store(path.with_suffix(".jsonl"), setting.of_a_run() | {"device": args.device.type})
+    except OtherSettingError as error:
+        console.print(f"error: {error}", markup=False, soft_wrap=True)
+        return 2
+    deadline = time.monotonic() + 60 * args.minutes if args.minutes else None
+    with store:
+        try:
+            whole = compare(args, setting, store, deadline)
+        except KeyboardInterrupt:
+            console.print(f"Interrupted: the same command goes on, with {len(store.results)} runs that are done.")
+            return 130
+        written = document(args, setting, store, whole)
+    documents.write(path, written)
+    from bench.reporting import train_tables  # imports scipy, which takes a second
+
+    for table in train_tables.all_tables(written):
+        console.print(table)
+    console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
+    return 0

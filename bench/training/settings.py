@@ -1,0 +1,102 @@
+"""What is run: tasks, arms, steps, seeds, and the search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bench.training.arms import ARMS
+
+SMALLEST_OF_INTEREST = 0.005  # of the loss: a change below it is nobody's reason to choose an optimizer
+TARGET = 1.05  # times the loss that AdamW ends with in the search: steps are counted until a run is below that
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A design of the comparison.
+
+    Attributes:
+        size: of the tasks, see bench.tasks.
+        steps: of a training, by task.
+        warmup: the share of steps over which the learning rate rises, before it falls to 0 as a cosine.
+        evaluations: how often the held-out loss is taken, at equal distances.
+        seeds: of each set.
+        sets: the first seed of each set of judged runs.
+        search_seeds: of each point of the search, from 0 on.
+        lr_factors: the search's learning rates, as factors of the task's.
+        adan_factor: of Adan's learning rates to AdamW's; its authors advise 5 to 10 times as much for large models.
+        weight_decays: the search's weight decays.
+        arms: what is compared.
+    """
+
+    size: str
+    steps: Mapping[str, int]
+    warmup: float = 0.1
+    evaluations: int = 10
+    seeds: int = 10
+    sets: tuple[int, ...] = (1000, 2000)
+    search_seeds: int = 2
+    lr_factors: tuple[float, ...] = (1 / 3, 1.0, 3.0)
+    adan_factor: float = 3.0
+    weight_decays: tuple[float, ...] = (0.01, 0.1)
+    arms: tuple[str, ...] = field(default=tuple(ARMS))
+
+    def record(self) -> dict[str, Any]:
+        """Return it as what JSON has."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Setting:
+        """Return what `record` returned for it."""
+        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in record.items()}
+        return cls(**values)
+
+    def of_a_run(self) -> dict[str, Any]:
+        """Return what of it decides what comes of a run."""
+        return {name: getattr(self, name) for name in ("size", "steps", "warmup", "evaluations")}
+
+
+SETTINGS = {
+    "full": Setting("small", {"gpt": 400, "resnet": 250, "vit": 300, "ddpm": 200}),
+    "short": Setting(
+        "small",
+        {"gpt": 60, "resnet": 80, "vit": 80, "ddpm": 60},
+        seeds=3,
+        sets=(1000,),
+        search_seeds=1,
+        weight_decays=(0.01,),
+    ),
+    "tiny": Setting(
+        "small",
+        {"gpt": 4, "resnet": 6, "vit": 6, "ddpm": 4},
+        evaluations=2,
+        seeds=2,
+        sets=(1000,),
+        search_seeds=1,
+        lr_factors=(1.0, 3.0),
+        weight_decays=(0.01,),
+        arms=("adamw", "agr-adamw", "adamw-placebo", "adamw-bit"),
+    ),
+    "large": Setting(
+        "large",
+        {"gpt": 150, "resnet": 200, "vit": 200, "ddpm": 200},
+        seeds=10,
+        sets=(1000,),
+        search_seeds=1,
+        lr_factors=(1.0,),
+        weight_decays=(0.1,),
+        arms=("adamw", "agr-adamw", "adamw-placebo", "adamw-bit", "adan", "agr-adan"),
+    ),
+}
+
+
+def setting_named(name: str) -> Setting:
+    """Return the setting of a name.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in SETTINGS:
+        raise ValueError(f"unknown setting {name!r}: allowed are {', '.join(SETTINGS)}")
+    return SETTINGS[name]

@@ -1,0 +1,68 @@
+"""The file in which finished runs lie, a line each, so that an interrupted comparison goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from bench.training.run import Result
+
+
+class OtherSettingError(ValueError):
+    """The file holds runs of another setting."""
+
+
+class Store:
+    """Finished runs, by key. A line that was cut off when a process ended is dropped, its run is run again.
+
+    Args:
+        path: the file; made if missing, with its folder.
+        setting: what all its runs have in common, as what JSON has.
+
+    Raises:
+        OtherSettingError: where the file's runs have something else in common.
+    """
+
+    def __init__(self, path: Path, setting: Mapping[str, Any]) -> None:
+        self.results: dict[str, Result] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b")
+        self._file.seek(0)
+        whole = self._file.read()
+        complete = whole[: whole.rfind(b"\n") + 1]
+        self._file.truncate(len(complete))
+        lines = [json.loads(line) for line in complete.splitlines()]
+        wanted = json.loads(json.dumps(setting))
+        if not lines:
+            self._write(wanted)
+        elif lines[0] != wanted:
+            differing = [name for name in wanted if lines[0].get(name) != wanted[name]]
+            self._file.close()
+            raise OtherSettingError(
+                f"{path} holds runs with other settings ({', '.join(differing)}): remove it, or choose another --tag"
+            )
+        for line in lines[1:]:
+            result = Result.of_record(line)
+            self.results[result.run.key] = result
+
+    def add(self, result: Result) -> None:
+        """Keep a result, on the disk before this returns."""
+        self._write(result.record())
+        self.results[result.run.key] = result
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(record).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
