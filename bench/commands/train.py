@@ -16,31 +16,19 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 
 from bench.commands import options
 from bench.measuring import machine
 from bench.reporting import documents, terminal
 from bench.reporting.progress import Progress
-from bench.tasks import SIZES
+from bench.tasks import SIZES, TASKS, task_named
 from bench.training.arms import arm_named
 from bench.training.plan import choose, judged, search
 from bench.training.run import Result, Run
 from bench.training.settings import SETTINGS, Setting, setting_named
 from bench.training.store import OtherSettingError, Store
 from bench.training.workers import TimeLeft, Workers
-
-ALLOWED_TASKS = [*SIZES["small"]]
-
-
-def task_name(name: str) -> str:
-    """Return the name of a task.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    if name not in ALLOWED_TASKS:
-        raise ValueError(f"unknown task {name!r}: allowed are {', '.join(ALLOWED_TASKS)}")
-    return name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,10 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks",
         nargs="+",
-        type=options.named(task_name),
-        default=ALLOWED_TASKS,
+        type=options.named(lambda name: task_named(name).name),
         metavar="TASK",
-        help=f"what is trained: {', '.join(ALLOWED_TASKS)} (default: all)",
+        help=f"what is trained: {', '.join(TASKS)} (default: all of the setting's size)",
     )
     parser.add_argument(
         "--arms",
@@ -161,6 +148,7 @@ def document(args: argparse.Namespace, setting: Setting, store: Store, whole: bo
 def run(args: argparse.Namespace) -> int:
     """Run the comparison. Returns 0, or 130 where it was interrupted."""
     setting: Setting = chosen_setting(args)
+    args.tasks = [name for name in args.tasks or TASKS if name in SIZES[setting.size]]
     console = terminal.console()
     path = args.out / f"train-{args.tag or args.setting[0]}.json"
     try:
@@ -177,9 +165,14 @@ def run(args: argparse.Namespace) -> int:
             return 130
         written = document(args, setting, store, whole)
     documents.write(path, written)
-    from bench.reporting import train_tables  # imports scipy, which takes a second
+    if not whole:
+        console.print("The time is over, and the comparison is not complete: the same command goes on.")
+    if find_spec("scipy") is None:  # on a machine that was set up for training alone, say
+        console.print("No tables: scipy is not installed.")
+    else:
+        from bench.reporting import train_tables
 
-    for table in train_tables.all_tables(written):
-        console.print(table)
+        for table in train_tables.all_tables(written):
+            console.print(table)
     console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
     return 0

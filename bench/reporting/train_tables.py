@@ -57,9 +57,8 @@ def verdicts(runs: Runs, own: bool) -> terminal.Table:
             continue
         found = {c.task: c for c in runs.compare(name, ARMS[name].base, own=own)}
         cells = [
-            f"{difference(c)}\n{c.verdict}, p {c.p:.2g} [{100 * c.detectable:.2g}%]"
+            f"{difference(c)}\n{c.verdict}, p {c.p:.2g} [{100 * c.detectable:.2g}%]" if (c := found.get(task)) else "-"
             for task in runs.tasks
-            if (c := found.get(task))
         ]
         made.add_row(ARMS[name].label, *cells)
     return made
@@ -77,9 +76,9 @@ def by_measure(runs: Runs, arm: str) -> terminal.Table:
 
 
 def all_tables(document: Mapping[str, Any]) -> list[terminal.Table]:
-    """Return the tables of a document; none before the search has ended."""
+    """Return the tables of a document; none before two seeds can be compared."""
     runs = Runs(document)
-    if not runs.tasks:
+    if not any(runs.compare(name, ARMS[name].base) for name in runs.setting.arms):
         return []
     ours = [name for name in runs.setting.arms if ARMS[name].agr_on]
     return [levels(runs), verdicts(runs, own=False), verdicts(runs, own=True), *(by_measure(runs, a) for a in ours)]

@@ -78,6 +78,20 @@ SETTINGS = {
         weight_decays=(0.01,),
         arms=("adamw", "agr-adamw", "adamw-placebo", "adamw-bit"),
     ),
+    # Whether the differences between the demonstration's optimizers are chance.
+    "demo": Setting(
+        "demo",
+        {"gpt": 1000},
+        seeds=4,
+        sets=(1000,),
+        search_seeds=1,
+        lr_factors=(1.0,),
+        adan_factor=10 / 3,
+        weight_decays=(0.1,),
+        arms=tuple(
+            name for rule in ("adamw", "adan") for name in (rule, f"agr-{rule}", f"{rule}-placebo", f"{rule}-bit")
+        ),
+    ),
     "large": Setting(
         "large",
         {"gpt": 150, "resnet": 200, "vit": 200, "ddpm": 200},
