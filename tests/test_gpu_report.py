@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -194,7 +195,9 @@ def all_commands(work: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Seque
 
 
 def test_all_stages_together_take_less_than_nine_minutes(tmp_path: Path) -> None:
-    assert sum(make(place(tmp_path)).seconds for make in stages.STAGES.values()) <= 535
+    assert sum(stages.STAGES[name](place(tmp_path)).seconds for name in stages.BY_DEFAULT) <= 535
+    assert stages.STAGES.keys() - stages.BY_DEFAULT == {"train"}
+    assert stages.train(place(tmp_path)).seconds < 360
 
 
 def test_the_stages_ask_benchmarks_for_what_they_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +212,7 @@ def test_the_stages_ask_benchmarks_for_what_they_take(tmp_path: Path, monkeypatc
         for program in (tactics, tune, exercise):
             if program.__name__ in words:
                 parsed.append(program.build_parser().parse_args(words[words.index(program.__name__) + 1 :]))
-    assert len(parsed) == 2 + 2 + 1 + 1 + 2 + 2 + 2 + 1 + 1
+    assert len(parsed) == 2 + 2 + 1 + 1 + 2 + 2 + 2 + 1 + 1 + 1
     steps = [args for args in parsed if getattr(args, "command", "") == "step"]
     formats = {contender.format for args in steps for contender in args.contenders if contender.ours}
     assert len(formats) == 6, "five, and what is all of --dtype"
@@ -219,6 +222,18 @@ def test_the_stages_ask_benchmarks_for_what_they_take(tmp_path: Path, monkeypatc
     assert [model.name for model in step.sets] == list(stages.SETS)
     names = {contender.name for contender in step.contenders}
     assert {"three-lines-compiled", "agr-adamw-triton", "agr-adan-triton", "optimi-adan-triton"} < names
+
+
+def test_the_training_s_digest_tells_changes_of_pairs() -> None:
+    def run_with(arm: str, seed: int, loss: float | None, judged: bool = True) -> dict[str, Any]:
+        return {"task": "gpt", "arm": arm, "seed": seed, "judged": judged, "held_out": [9.0, loss]}
+
+    runs = [run_with("adamw", 1, 2.0), run_with("adamw", 2, 1.0), run_with("adamw", 0, 0.1, judged=False)]
+    runs += [run_with("agr-adamw", 1, 2.2), run_with("agr-adamw", 2, 1.2), run_with("agr-adamw", 3, None)]
+    lines = "\n".join(digests.training_table({"runs": runs, "complete": False}))
+    assert "6 runs, stopped at its time" in lines
+    assert re.search(r"\| gpt \| agr-adamw \| 2 \| 1.7000 \| \+15.000% ± 7.071% \|", lines), lines
+    assert re.search(r"\| gpt \| adamw \| 2 \| 1.5000 \| +\|", lines), lines
 
 
 def test_the_build_is_for_this_gpu_and_nothing_sets_its_clocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

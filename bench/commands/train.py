@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         from bench.reporting import train_tables
 
-        for table in train_tables.all_tables(written):
-            console.print(table)
+        for grid in train_tables.all_grids(written):
+            console.print(grid.shown())
     console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
     return 0

@@ -4,7 +4,8 @@ Builds the package for the GPU that is there, runs the tests of its backends, lo
 times and profiles, judges each of the kernel's tactics by a step without it, and tunes. Where the cuda backend cannot
 be built, stages that are for it alone are skipped, and the others are about triton. Needs no network, changes no
 setting of the GPU, and takes at most nine minutes: every stage has its own time limit, and one that fails or runs out
-of time leaves the others alone.
+of time leaves the others alone. The stage `train` is run where it is asked for alone, in six minutes of its own: AGR in
+trainings of the paper's size, after a report has built the package.
 
 FOLDER gets a few files, so that they are easily brought home from a machine that is only lent: SUMMARY.md (printed at
 the end too), report.json, log.txt with all output, pictures, a profile for Nsight Compute, and details.tar.gz with
@@ -27,7 +28,7 @@ from typing import Any
 from bench.gpu_report.place import Place
 from bench.gpu_report.report import make
 from bench.gpu_report.runner import Stage
-from bench.gpu_report.stages import STAGES
+from bench.gpu_report.stages import BY_DEFAULT, STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,7 +65,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-report"), metavar="FOLDER")
     parser.add_argument(
-        "--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help=f"of {', '.join(STAGES)}"
+        "--stages",
+        nargs="+",
+        choices=STAGES,
+        default=BY_DEFAULT,
+        metavar="STAGE",
+        help=f"of {', '.join(STAGES)} (default: all but train)",
     )
     args = parser.parse_args(arguments)
     try:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 from xml.etree import ElementTree
 
@@ -42,6 +43,25 @@ def read_all(folder: Path, pattern: str) -> dict[str, Any]:
     """Return the JSON documents of that name, those of float32 first, as the summary shows them."""
     paths = sorted(folder.glob(pattern), key=lambda path: ("float32" not in path.name, path.name))
     return {path.stem: json.loads(path.read_text()) for path in paths}
+
+
+def training_table(document: Mapping[str, Any]) -> list[str]:
+    """Return what each arm changed of AdamW's or Adan's final held-out loss, over the seeds that both have."""
+    final: dict[tuple[str, str], dict[int, float]] = {}
+    for run in document["runs"]:
+        if run["judged"] and run["held_out"][-1] is not None:
+            final.setdefault((run["task"], run["arm"]), {})[run["seed"]] = run["held_out"][-1]
+    rows = []
+    for (task, arm), losses in final.items():
+        base = "adan" if "adan" in arm else "adamw"  # not from bench.training, which needs what is yet to be built
+        others = final.get((task, base), {})
+        changes = [losses[seed] / others[seed] - 1 for seed in losses.keys() & others.keys()]
+        if len(changes) > 1:
+            change = "" if arm == base else f"{100 * fmean(changes):+.3f}% ± {100 * stdev(changes):.3f}%"
+            rows.append([task, arm, str(len(changes)), f"{fmean(losses.values()):.4f}", change])
+    whole = "complete" if document["complete"] else "stopped at its time: `python -m bench train` goes on"
+    headings = ["task", "arm", "seeds", "final held-out loss", "change, mean and standard deviation over seeds"]
+    return [f"{len(document['runs'])} runs, {whole}", *table(headings, rows)]
 
 
 def medians(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -333,6 +333,20 @@ def tune(place: Place) -> Stage:
     return Stage("tune", 40, commands, digest)
 
 
+def train(place: Place) -> Stage:
+    """Train models of the paper's size with AGR, without, and with controls."""
+
+    def commands() -> list[Command]:
+        options = ("--device", "cuda", "--jobs", "4", "--minutes", "5.4", "--out", str(place.work), "--tag", TAG)
+        return [python("-m", "bench", "train", "--setting", "large", *options)]
+
+    def digest(runs: Sequence[Run]) -> Digest:
+        document = json.loads((place.work / f"train-{TAG}.json").read_text())
+        return Digest(digests.training_table(document), {"runs": document["runs"]})
+
+    return Stage("train", 358, commands, digest)
+
+
 STAGES: dict[str, Callable[[Place], Stage]] = {
     made.__name__: made
     for made in (
@@ -348,5 +362,8 @@ STAGES: dict[str, Callable[[Place], Stage]] = {
         profile,
         tactics,
         tune,
+        train,
     )
 }
+#: What is run where nothing else is said: all but the stage that would take as long again.
+BY_DEFAULT = [name for name in STAGES if name != "train"]

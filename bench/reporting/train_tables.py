@@ -1,84 +1,181 @@
-"""The tables of `python -m bench train`, for the terminal."""
+"""The tables of `python -m bench train`: what finished runs say, for the terminal and for the documentation."""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from bench.reporting import terminal
-from bench.training.analysis import FINAL, Comparison, Runs
+from bench.training.analysis import FINAL, LEVEL, Comparison, Runs
 from bench.training.arms import ARMS
 
+TASKS = {"gpt": "GPT", "resnet": "ResNet", "vit": "ViT", "ddpm": "DDPM"}
 
-def percent(value: float) -> str:
-    """Return a share in percent, with a sign and three digits that count."""
-    return f"{100 * value:+.3g}%"
+
+@dataclass(frozen=True)
+class Grid:
+    """A table's texts, of which the first column names the rows."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def shown(self) -> terminal.Table:
+        """Return it for the terminal."""
+        made = terminal.table(self.title, self.headings[:1], self.headings[1:])
+        for row in self.rows:
+            made.add_row(*row)
+        return made
+
+
+def signed_percent(value: float) -> str:
+    """Return a share in percent with two digits that count, and a sign."""
+    if not value:
+        return "0%"
+    digits = max(0, 1 - math.floor(math.log10(abs(100 * value))))
+    return f"{100 * value:+.{digits}f}%"
+
+
+def _number(value: float) -> str:
+    return f"{value:+.2g}" if value else "0"
 
 
 def difference(comparison: Comparison) -> str:
-    """Return a difference with its interval."""
-    form = percent if comparison.relative else lambda value: f"{value:+.3g}"
+    """Return a mean difference and its interval."""
+    form: Callable[[float], str] = signed_percent if comparison.relative else _number
     return f"{form(comparison.difference)} ({form(comparison.lower)} to {form(comparison.upper)})"
 
 
-def levels(runs: Runs) -> terminal.Table:
+def _by_task(runs: Runs, found: Sequence[Comparison], cell: Callable[[Comparison], str]) -> list[str]:
+    """Return a cell for each task; a dash where there is nothing to compare."""
+    of_task = {comparison.task: comparison for comparison in found}
+    return [cell(of_task[task]) if task in of_task else "-" for task in runs.tasks]
+
+
+def _headings(runs: Runs, first: str) -> list[str]:
+    return [first, *(TASKS[task] for task in runs.tasks)]
+
+
+def levels(runs: Runs) -> Grid:
     """Return what every arm ends with, at what was chosen for itself."""
-    made = terminal.table(
-        f"{FINAL}, mean and standard deviation over seeds; each arm with its own learning rate and decay",
-        ["arm"],
-        [heading for task in runs.tasks for heading in (task, "lr, decay")],
-    )
-    for name in runs.setting.arms:
+
+    def cell(name: str, task: str) -> str:
+        values = [*runs.values(task, name, FINAL, own=True).values()]
+        if len(values) < 2:
+            return "-"
+        point, gone = runs.point(task, name, own=True), runs.diverged(task, name, own=True)
+        shown = (
+            f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.2g} ({point.lr:.2g}, {point.weight_decay:g})"
+        )
+        return f"{shown}, {gone} diverged" if gone else shown
+
+    rows = [(ARMS[name].label, *(cell(name, task) for task in runs.tasks)) for name in runs.setting.arms]
+    title = f"{FINAL}, mean and standard deviation over seeds (learning rate, weight decay: those chosen for the arm)"
+    return Grid(title, _headings(runs, "arm"), rows)
+
+
+def _others(runs: Runs) -> list[str]:
+    return [name for name in runs.setting.arms if name != ARMS[name].base]
+
+
+def verdicts(runs: Runs, own: bool = False) -> Grid:
+    """Return each arm's difference from its optimizer alone, and the verdict."""
+
+    def cell(c: Comparison) -> str:
+        return f"{difference(c)}, {c.verdict}"
+
+    names = [name for name in _others(runs) if ARMS[name].searches] if own else _others(runs)
+    rows = [(ARMS[name].label, *_by_task(runs, runs.compare(name, ARMS[name].base, own=own), cell)) for name in names]
+    how = "each with what was chosen for itself" if own else "both with what was chosen for the optimizer alone"
+    return Grid(f"change of the {FINAL}, {how}: mean, 95% interval, verdict", _headings(runs, "arm"), rows)
+
+
+def detectable(runs: Runs) -> Grid:
+    """Return the effect that the test would have found with a probability of 80%."""
+    rows = [
+        (
+            ARMS[name].label,
+            *_by_task(runs, runs.compare(name, ARMS[name].base), lambda c: signed_percent(c.detectable)[1:] or "0"),
+        )
+        for name in _others(runs)
+    ]
+    return Grid(f"change of the {FINAL} that would be found in 80 of 100 cases", _headings(runs, "arm"), rows)
+
+
+def beside_placebo(runs: Runs) -> Grid:
+    """Return the difference of AGR from its placebo."""
+    rows = [
+        (
+            f"{ARMS[name].label} minus placebo",
+            *_by_task(
+                runs,
+                runs.compare(name, f"{ARMS[name].base}-placebo"),
+                lambda c: f"{difference(c)}, p {c.p:.2g}",
+            ),
+        )
+        for name in _with_agr(runs)
+        if f"{ARMS[name].base}-placebo" in runs.setting.arms
+    ]
+    return Grid(f"AGR's {FINAL} beside the placebo's", _headings(runs, ""), rows)
+
+
+def _with_agr(runs: Runs) -> list[str]:
+    return [name for name in runs.setting.arms if name in ("agr-adamw", "agr-adan")]
+
+
+def spreads(runs: Runs) -> Grid:
+    """Return how much the final held-out loss differs over seeds, and over pairs of runs with the same seed."""
+    rows: list[list[str]] = []
+    for base in dict.fromkeys(ARMS[name].base for name in runs.setting.arms):
         cells = []
         for task in runs.tasks:
-            values = [*runs.values(task, name, FINAL, own=True).values()]
-            point = runs.point(task, name, own=True)
-            spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-            cells += [
-                f"{statistics.fmean(values):.4f}{spread}" if values else "-",
-                f"{point.lr:.2g}, {point.weight_decay:g}",
-            ]
-        made.add_row(ARMS[name].label, *cells)
-    return made
+            values = [*runs.values(task, base, FINAL).values()]
+            cells.append(
+                signed_percent(statistics.stdev(values) / statistics.fmean(values))[1:] if len(values) > 1 else "-"
+            )
+        rows.append([f"{ARMS[base].label}, over seeds", *cells])
+        for name in (f"{base}-bit", f"{base}-placebo", f"agr-{base}"):
+            if name in runs.setting.arms:
+                found = _by_task(runs, runs.compare(name, base), lambda c: signed_percent(c.spread)[1:] or "0")
+                rows.append([f"{ARMS[name].label}, over pairs", *found])
+    return Grid("standard deviation, as a share of the loss", _headings(runs, ""), rows)
 
 
-def verdicts(runs: Runs, own: bool) -> terminal.Table:
-    """Return each arm's difference from its optimizer alone, and the verdict, in every task."""
-    how = "each with its own" if own else "both with the optimizer's own"
-    made = terminal.table(
-        f"change of the {FINAL} by each arm, {how} learning rate and decay: mean, 95% interval, verdict",
-        ["arm"],
-        runs.tasks,
-        "p of paired t-tests, Holm's correction over tasks; what would have been detected in brackets",
-    )
-    for name in runs.setting.arms:
-        if name == ARMS[name].base:
-            continue
-        found = {c.task: c for c in runs.compare(name, ARMS[name].base, own=own)}
-        cells = [
-            f"{difference(c)}\n{c.verdict}, p {c.p:.2g} [{100 * c.detectable:.2g}%]" if (c := found.get(task)) else "-"
-            for task in runs.tasks
-        ]
-        made.add_row(ARMS[name].label, *cells)
-    return made
-
-
-def by_measure(runs: Runs, arm: str) -> terminal.Table:
+def by_measure(runs: Runs, arm: str) -> Grid:
     """Return an arm's differences from its optimizer alone in every measure."""
+
+    def cell(c: Comparison) -> str:
+        return f"{difference(c)}{', p ' + format(c.p, '.2g') if c.p < LEVEL else ''}"
+
     base = ARMS[arm].base
-    made = terminal.table(f"{ARMS[arm].label} minus {ARMS[base].label}, every measure", ["measure"], runs.tasks)
-    for measure in runs.measures:
-        found = {c.task: c for c in runs.compare(arm, base, measure)}
-        cells = [f"{difference(c)}\np {c.p:.2g}" if (c := found.get(task)) else "-" for task in runs.tasks]
-        made.add_row(measure, *cells)
-    return made
+    rows = [(measure, *_by_task(runs, runs.compare(arm, base, measure), cell)) for measure in runs.measures]
+    title = f"{ARMS[arm].label} minus {ARMS[base].label}, every measure: mean, 95% interval, p where below {LEVEL}"
+    return Grid(title, _headings(runs, "measure"), rows)
 
 
-def all_tables(document: Mapping[str, Any]) -> list[terminal.Table]:
+def repeats(runs: Runs) -> Grid:
+    """Return each set's verdict, once where all sets have the same."""
+
+    def cell(name: str, task: str) -> str:
+        found = [
+            next((c.verdict for c in runs.compare(name, ARMS[name].base, first=first) if c.task == task), "-")
+            for first in runs.setting.sets
+        ]
+        return found[0] if len(set(found)) == 1 else " / ".join(found)
+
+    rows = [(ARMS[name].label, *(cell(name, task) for task in runs.tasks)) for name in _others(runs)]
+    return Grid("verdicts of each set of seeds alone", _headings(runs, "arm"), rows)
+
+
+def all_grids(document: Mapping[str, Any]) -> list[Grid]:
     """Return the tables of a document; none before two seeds can be compared."""
     runs = Runs(document)
-    if not any(runs.compare(name, ARMS[name].base) for name in runs.setting.arms):
+    if not any(runs.compare(name, ARMS[name].base) for name in _others(runs)):
         return []
-    ours = [name for name in runs.setting.arms if ARMS[name].agr_on]
-    return [levels(runs), verdicts(runs, own=False), verdicts(runs, own=True), *(by_measure(runs, a) for a in ours)]
+    measures = [by_measure(runs, name) for name in _with_agr(runs)]
+    several = [repeats(runs)] if len(runs.setting.sets) > 1 else []
+    found = [levels(runs), verdicts(runs), verdicts(runs, own=True), detectable(runs), beside_placebo(runs)]
+    return [*found, spreads(runs), *measures, *several]

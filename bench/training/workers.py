@@ -23,6 +23,7 @@ def _begin() -> None:
     """Make a process ready for runs: one thread, and an end when the process that started it ends, however it does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them; the one that started them decides
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")  # on a GPU, as one trains there
     parent = multiprocessing.parent_process()
     assert parent is not None
 
