@@ -145,12 +145,18 @@ class TestRuns:
             assert (stored["pixels"] == found.images).all()
             assert (stored["classes"] == found.target).all()
 
-    def test_no_task_has_a_tensor_of_one_element(self):
-        """AGR would leave nothing of its gradient."""
-        for tasks in SIZES.values():
-            for task in tasks.values():
-                with torch.device("meta"):
-                    assert min(p.numel() for p in task.model().parameters()) > 1
+    @pytest.mark.parametrize(("size", "name"), [(size, name) for size, tasks in SIZES.items() for name in tasks])
+    def test_every_size_takes_its_batches_and_has_no_tensor_of_one_element(self, size, name):
+        """Of whose gradient AGR would leave nothing. On PyTorch's meta device, which has shapes alone."""
+        task = SIZES[size][name]
+        with torch.device("meta"):
+            model = task.model()
+        assert min(p.numel() for p in model.parameters()) > 1
+        for batch in (next(task.batches(0)), *task.held_out()):
+            moved = tuple(part.to("meta") for part in batch)
+            assert task.loss(model, moved).shape == ()
+            assert (task.score is None) == (name in ("gpt", "ddpm"))
+            assert task.score is None or task.score[1](model, moved).shape == ()
 
 
 class TestSharpness:
@@ -351,11 +357,17 @@ class TestCommand:
         assert end.value.code == 2
         assert message in capsys.readouterr().err
 
+    @pytest.mark.parametrize("sets", [("1000", "1001"), ("0",), ("3000", "3000")])
+    def test_sets_share_no_seed(self, sets, tmp_path, capsys):
+        assert main([*command(tmp_path)[3:], "--seeds", "2", "--sets", *sets]) == 2
+        assert f"sets of 2 seeds from {', '.join(sets)} overlap" in capsys.readouterr().err
+        assert not any(tmp_path.iterdir())
+
     def test_a_file_of_other_settings_is_left_alone(self, tmp_path, capsys):
         path = tmp_path / "train-tiny.jsonl"
         path.write_text('{"size": "small", "steps": {}}\n')
         assert main(command(tmp_path)[3:]) == 2
-        assert "holds runs with other settings" in capsys.readouterr().out
+        assert "holds runs with other settings" in capsys.readouterr().err
         assert path.read_text() == '{"size": "small", "steps": {}}\n'
 
     def test_arms_bring_the_optimizers_that_they_are_compared_with(self):

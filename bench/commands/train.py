@@ -13,6 +13,7 @@ At the end writes train-TAG.json. Exit code 0; 2 for bad arguments; 130 where in
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.named(lambda name: (name, setting_named(name))),
         default=("full", SETTINGS["full"]),
         metavar="NAME",
-        help=f"what is run: {', '.join(SETTINGS)} (default: full)",
+        help=f"what is run: {', '.join(SETTINGS)}; short takes five minutes, large is for a GPU (default: full)",
     )
     parser.add_argument(
         "--tasks",
@@ -59,9 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=options.natural_int,
         metavar="SEED",
-        help="the first seed of each set of judged runs, 1000 apart or more (default: the setting's)",
+        help="the first seed of each set of judged runs; sets share no seed (default: the setting's)",
     )
-    parser.add_argument("--seeds", type=options.positive_int, metavar="COUNT", help="seeds of a set (default: so)")
+    parser.add_argument(
+        "--seeds", type=options.positive_int, metavar="COUNT", help="seeds of a set (default: the setting's)"
+    )
     parser.add_argument(
         "--jobs",
         type=options.positive_int,
@@ -147,14 +150,18 @@ def document(args: argparse.Namespace, setting: Setting, store: Store, whole: bo
 
 def run(args: argparse.Namespace) -> int:
     """Run the comparison. Returns 0, or 130 where it was interrupted."""
-    setting: Setting = chosen_setting(args)
+    try:
+        setting = chosen_setting(args)
+    except ValueError as error:
+        print(f"python -m bench train: error: {error}", file=sys.stderr)
+        return 2
     args.tasks = [name for name in args.tasks or TASKS if name in SIZES[setting.size]]
     console = terminal.console()
     path = args.out / f"train-{args.tag or args.setting[0]}.json"
     try:
         store = Store(path.with_suffix(".jsonl"), setting.of_a_run() | {"device": args.device.type})
     except OtherSettingError as error:
-        console.print(f"error: {error}", markup=False, soft_wrap=True)
+        print(f"python -m bench train: error: {error}", file=sys.stderr)
         return 2
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else None
     with store:

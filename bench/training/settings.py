@@ -28,6 +28,9 @@ class Setting:
         adan_factor: of Adan's learning rates to AdamW's; its authors advise 5 to 10 times as much for large models.
         weight_decays: the search's weight decays.
         arms: what is compared.
+
+    Raises:
+        ValueError: where a seed is in two sets, or in a set and in the search.
     """
 
     size: str
@@ -41,6 +44,16 @@ class Setting:
     adan_factor: float = 3.0
     weight_decays: tuple[float, ...] = (0.01, 0.1)
     arms: tuple[str, ...] = field(default=tuple(ARMS))
+
+    def __post_init__(self) -> None:
+        begins = sorted([*self.sets])
+        for first, following in zip([0, *begins], begins, strict=False):
+            length = self.seeds if first in begins else self.search_seeds
+            if first + length > following:
+                raise ValueError(
+                    f"sets of {self.seeds} seeds from {', '.join(map(str, self.sets))} overlap, or overlap with the "
+                    f"search's {self.search_seeds} from 0: allowed are sets that share no seed"
+                )
 
     def record(self) -> dict[str, Any]:
         """Return it as what JSON has."""
