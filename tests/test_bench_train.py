@@ -212,7 +212,7 @@ class TestPlan:
         ]
         choices = plan.choose(searched)
         assert choices["resnet", "adamw"] == Point(0.2, 0.01)
-        assert plan.target(searched, choices, "resnet") == pytest.approx(1.05 * 0.6)
+        assert plan.target(searched, choices, "resnet", "adamw") == pytest.approx(1.05 * 0.6)
         runs = plan.judged(replace(SETTINGS["full"], seeds=1), ["resnet"], choices)
         assert len({run.key for run in runs}) == len(runs)
         first = [run for run in runs if run.seed == 1000]

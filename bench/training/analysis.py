@@ -10,13 +10,14 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from scipy import stats
 
 from bench.training.arms import ARMS
 from bench.training.plan import Point, choose, target
-from bench.training.run import Result
+from bench.training.run import PERTURBATIONS, Result
 from bench.training.settings import SMALLEST_OF_INTEREST, Setting
 
 LEVEL = 0.05  # of tests, after Holm's correction
@@ -48,17 +49,29 @@ def steps_to(result: Result, target: float, steps: int) -> float | None:
     return None
 
 
+def _magnitude(eigenvalue: float | None) -> float | None:
+    return math.log10(abs(eigenvalue)) if eigenvalue else None
+
+
+def _increase(place: int, result: Result, target: float) -> float | None:
+    return result.increases[place] if result.increases else None
+
+
 def measures(setting: Setting) -> dict[str, Measure]:
     """Return what is compared, the first one being what verdicts are about."""
+    pushes = enumerate(PERTURBATIONS)
     found = [
         Measure("final held-out loss", lambda result, target: result.final if math.isfinite(result.final) else None),
         Measure("best held-out loss", lambda result, target: result.best if math.isfinite(result.best) else None),
         Measure("steps to the target", lambda result, target: steps_to(result, target, setting.steps[result.run.task])),
         Measure("training loss", lambda result, target: result.training),
         Measure("error rate", lambda result, target: None if result.score is None else 1 - result.score, False),
-        Measure("largest eigenvalue", lambda result, target: result.eigenvalue),
-        Measure("loss by a small push", lambda result, target: result.increases[0] if result.increases else None),
-        Measure("loss by a large push", lambda result, target: result.increases[1] if result.increases else None),
+        # Logarithms and absolute differences, since the means of eigenvalues and increases may be about 0.
+        Measure("log10 |largest eigenvalue|", lambda result, target: _magnitude(result.eigenvalue), False),
+        *(
+            Measure(f"increase by a push of {100 * size:g}%", partial(_increase, place), False)
+            for place, size in pushes
+        ),
     ]
     return {measure.name: measure for measure in found}
 
@@ -155,7 +168,9 @@ class Runs:
         searched = [result for result in results if not result.run.judged]
         self.choices = choose(searched)
         self.tasks = [task for task in document["tasks"] if (task, "adamw") in self.choices]
-        self.targets = {task: target(searched, self.choices, task) for task in self.tasks}
+        self.targets = {
+            key: target(searched, self.choices, *key) for key in self.choices if key[1] == ARMS[key[1]].base
+        }
         self.measures = measures(self.setting)
         self._of: dict[tuple[str, str, Point], dict[int, Result]] = {}
         for result in results:
@@ -171,8 +186,8 @@ class Runs:
     def values(self, task: str, arm: str, measure: str, own: bool = False) -> dict[int, float]:
         """Return a measure of an arm's runs, by seed; without those that do not have it."""
         found = self._of.get((task, arm, self.point(task, arm, own)), {})
-        of = self.measures[measure].of
-        return {seed: value for seed, run in found.items() if (value := of(run, self.targets[task])) is not None}
+        of, to = self.measures[measure].of, self.targets[task, ARMS[arm].base]
+        return {seed: value for seed, run in found.items() if (value := of(run, to)) is not None}
 
     def diverged(self, task: str, arm: str, own: bool = False) -> int:
         """Return how many of an arm's runs ended with a loss that is not finite."""

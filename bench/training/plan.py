@@ -52,14 +52,14 @@ def choose(results: Iterable[Result]) -> Choices:
     return {key: min(found, key=lambda point: statistics.mean(found[point])) for key, found in losses.items()}
 
 
-def target(results: Iterable[Result], choices: Choices, task: str) -> float:
-    """Return the held-out loss to which steps are counted: a little more than AdamW ends with in the search."""
-    chosen = choices[task, "adamw"]
+def target(results: Iterable[Result], choices: Choices, task: str, base: str) -> float:
+    """Return the held-out loss to which steps are counted: a little more than an optimizer ends with in the search."""
+    chosen = choices[task, base]
     return TARGET * statistics.median(
         result.final
         for result in results
         if (result.run.task, result.run.arm, result.run.lr, result.run.weight_decay)
-        == (task, "adamw", chosen.lr, chosen.weight_decay)
+        == (task, base, chosen.lr, chosen.weight_decay)
     )
 
 

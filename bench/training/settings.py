@@ -9,7 +9,9 @@ from typing import Any
 from bench.training.arms import ARMS
 
 SMALLEST_OF_INTEREST = 0.005  # of the loss: a change below it is nobody's reason to choose an optimizer
-TARGET = 1.05  # times the loss that AdamW ends with in the search: steps are counted until a run is below that
+TARGET = (
+    1.05  # times the loss that the optimizer alone ends with in the search: steps are counted until a run is below that
+)
 
 
 @dataclass(frozen=True)
