@@ -30,7 +30,7 @@ from bench.commands import gradients, overhead, sharded
 from bench.measuring import clocks, races, stats
 from bench.measuring.clocks import Timing
 from bench.measuring.races import Lane
-from bench.reporting import chart, documents, plain, results, tables, targets
+from bench.reporting import chart, documents, pictures, plain, results, tables, targets
 from bench.reporting.terminal import PLAIN_WIDTH
 from bench.workloads import contenders, shapes
 from bench.workloads.contenders import ALL, BY_NAME, PRECISION, YARDSTICK, Contender
@@ -457,8 +457,13 @@ def test_the_table_of_a_gpu_shows_host_times_and_the_chart_is_drawn(tmp_path: Pa
     assert "50 us" in shown, "the host's median"
     assert "500 us" in shown, "the device's median"
     assert tables.reasons(result) == ["optimi Adan, default: pip install torch-optimi"]
-    chart.write_chart(tmp_path / "new" / "chart.png", [result] * 4, "a GPU", on_gpu=True)
-    assert (tmp_path / "new" / "chart.png").read_bytes().startswith(b"\x89PNG")
+    machine = {"device": "cuda:0", "device_name": "a GPU", "versions": {"torch": "2"}}
+    stored, picture = tmp_path / "run.json", tmp_path / "new" / "chart.png"
+    results.write(stored, machine, {"dtype": "float32"}, [result] * 4, [])
+    read = map(dataclasses.asdict, results.sets_of(documents.read(stored)))
+    assert list(read) == [documents.rounded(dataclasses.asdict(result))] * 4
+    pictures.save(picture, chart.figure, stored)
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_document_has_a_line_for_each_record_and_six_digits_a_number(tmp_path: Path) -> None:

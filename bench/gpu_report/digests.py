@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from bench.gpu_report.markdown import table
 from bench.gpu_report.runner import Digest
+from bench.reporting.markdown import table
 
 SHOWN_FAILURES = 5  # of tests
 LONGEST_REASON = 300  # characters of why a contender was not measured
