@@ -10,7 +10,7 @@ import argparse
 import sys
 from types import ModuleType
 
-from bench.commands import effect, gradients, latency, overhead, sharded, step, traffic
+from bench.commands import effect, figures, gradients, latency, overhead, sharded, step, traffic
 
 COMMANDS: dict[str, ModuleType] = {
     "step": step,
@@ -20,6 +20,7 @@ COMMANDS: dict[str, ModuleType] = {
     "traffic": traffic,
     "latency": latency,
     "effect": effect,
+    "figures": figures,
 }
 
 
