@@ -10,17 +10,19 @@ import argparse
 import sys
 from types import ModuleType
 
-from bench.commands import effect, figures, gradients, latency, overhead, sharded, step, traffic
+from bench.commands import effect, figures, gradients, latency, overhead, release, sharded, step, store, traffic
 
 COMMANDS: dict[str, ModuleType] = {
     "step": step,
     "overhead": overhead,
     "gradients": gradients,
+    "release": release,
     "sharded": sharded,
     "traffic": traffic,
     "latency": latency,
     "effect": effect,
     "figures": figures,
+    "store": store,
 }
 
 

@@ -1,4 +1,4 @@
-"""Tables of what a step costs the host: `python -m bench overhead`, `gradients` and `sharded`."""
+"""Tables of what a step costs the host: `python -m bench overhead`, `gradients`, `release` and `sharded`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ PATTERNS = {
     "one tensor every other time": "one tensor has none every other time",
     "another tenth each time": "another tenth has none each time",
     "half and half": "one half and the other in turn",
+}
+RELEASED = {
+    "agr_cuda AdamW, released": "**agr_cuda.AdamW, released**",
+    "optimi AdamW, prepare_for_gradient_release": "optimi's AdamW, `prepare_for_gradient_release`",
+    "torch AdamW, fused, one for each parameter in hooks": "torch.optim.AdamW(fused=True) for each, in hooks",
+    "agr_cuda AdamW, ordinary": "agr_cuda.AdamW, ordinary",
 }
 SHARDED = {
     "torch AdamW, fused": "torch.optim.AdamW, fused",
@@ -74,6 +80,12 @@ def gradients(run: dict[str, Any]) -> list[str]:
 
     rows = [(text, *(cell(found[pattern, label]) for label in labels)) for pattern, text in PATTERNS.items()]
     return table(("gradients", *(OPTIMIZERS[label] for label in labels)), rows)
+
+
+@block("release", "release-cpu-epyc-2-cores")
+def release(run: dict[str, Any]) -> list[str]:
+    rows = [(RELEASED[row["label"]], duration(row["host_s"]["median"])) for row in run["rows"]]
+    return table(("", "backward and step"), rows)
 
 
 @block("sharded", "sharded-cpu-epyc-2-cores")

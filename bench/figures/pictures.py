@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from bench.figures import stored
@@ -32,8 +34,18 @@ def beside(draw: Draw, result: str) -> Picture:
     return Picture(stored.path(result).with_suffix(".png"), draw, (result,))
 
 
+def of_example(name: str, result: str) -> Picture:
+    """Return the picture in docs/ that a program of examples/ draws of its result."""
+    folder = str(stored.ROOT / "examples")
+    if folder not in sys.path:
+        sys.path.append(folder)  # where they find each other
+    return Picture(stored.ROOT / "docs" / f"{name}.png", import_module(name).figure, (result,))
+
+
 PICTURES = (
     beside(chart.figure, "step-cpu-float32-epyc-2-cores"),
     beside(chart.figure, "step-cpu-precision-epyc-2-cores"),
     beside(effect_chart.figure, "effect-small-models"),
+    of_example("train_in_16_bits", "train-in-16-bits-cpu"),
+    of_example("watch_coefficients", "watch-coefficients-cpu"),
 )
