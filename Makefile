@@ -15,10 +15,12 @@ DEMO ?=
 # Where the GPU's report goes, and which of its stages are run: make gpu-report STAGES="build step"
 OUT ?= runs/gpu-report
 STAGES ?=
+# Options of the figures: make figures FIGURES=--check
+FIGURES ?=
 # Options of pytest: make test PYTEST="-k plan"
 PYTEST ?=
 
-.PHONY: help demo demo-fsdp test docs frameworks ptx triton lint format bench gpu-report wheel clean
+.PHONY: help demo demo-fsdp test docs figures frameworks ptx triton lint format bench gpu-report wheel clean
 
 help:
 	@echo 'make demo    train a small language model with AdamW, AGR-AdamW, Adan and AGR-Adan (3 minutes)'
@@ -26,6 +28,7 @@ help:
 	@echo 'make test    lint, and run the tests (35 minutes on two cores)'
 	@echo 'make frameworks   train in transformers, accelerate, Lightning, timm, torchtitan and peft (3 minutes)'
 	@echo 'make docs    build the documentation site into runs/site; a wrong link is an error (half a minute)'
+	@echo 'make figures   redraw the tables and pictures of README and docs from the results in bench/results'
 	@echo 'make ptx     with nvcc: every test of the CUDA backend on the PTX of its kernels, and mutants of it (10 minutes)'
 	@echo 'make triton  every case of the Triton backend in its interpreter, of which make test runs a quarter (25 minutes)'
 	@echo 'make lint    ruff, mypy, clang-format, shellcheck'
@@ -52,6 +55,10 @@ frameworks: $(VENV)/examples.stamp $(FRAMEWORKS_VENV)/frameworks.stamp
 # Without its notice of an MkDocs 2, since versions are pinned. What a page's code does is tested by make test.
 docs: $(VENV)/development.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+# Nothing is measured. FIGURES=--check names what is not current.
+figures: $(VENV)/development.stamp
+	$(BIN)/python -m bench figures $(FIGURES)
 
 # After a change to the kernels. AGR_PTX_SEED=2 chooses other interleavings.
 ptx: $(VENV)/development.stamp

@@ -10,17 +10,32 @@ import argparse
 import sys
 from types import ModuleType
 
-from bench.commands import effect, gradients, latency, overhead, sharded, step, traffic, train
+from bench.commands import (
+    effect,
+    figures,
+    gradients,
+    latency,
+    overhead,
+    release,
+    sharded,
+    step,
+    store,
+    traffic,
+    train,
+)
 
 COMMANDS: dict[str, ModuleType] = {
     "step": step,
     "overhead": overhead,
     "gradients": gradients,
+    "release": release,
     "sharded": sharded,
     "traffic": traffic,
     "latency": latency,
     "effect": effect,
     "train": train,
+    "figures": figures,
+    "store": store,
 }
 
 

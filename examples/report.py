@@ -8,6 +8,7 @@ import math
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,8 +81,14 @@ def save_report(
     """Save the picture and results.json, and print their paths."""
     picture, results = options.output / "curves.png", options.output / "results.json"
     figure.savefig(picture)
-    content = {
-        **summary,
+    write_results(results, options, **summary, runs=[_as_dict(run) for run in runs])
+    for what, path in (("Picture", picture), ("Figures", results)):
+        console.print(f"{what}: {path}", soft_wrap=True, highlight=False, markup=False)
+
+
+def write_results(path: Path, options: argparse.Namespace, **content: Any) -> None:
+    """Write results as JSON, with the options and versions that gave them, into a folder that is made if missing."""
+    document = {
         "options": {name: value if _is_plain(value) else str(value) for name, value in vars(options).items()},
         "environment": {
             "python": platform.python_version(),
@@ -89,11 +96,10 @@ def save_report(
             "agr_cuda": agr_cuda.__version__,
             "device": _device_name(options.device),
         },
-        "runs": [_as_dict(run) for run in runs],
+        **content,
     }
-    results.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    for what, path in (("Picture", picture), ("Figures", results)):
-        console.print(f"{what}: {path}", soft_wrap=True, highlight=False, markup=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def _as_dict(run: Run) -> dict[str, Any]:

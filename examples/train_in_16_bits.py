@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from command_line import device_option, number, whole
 from common import state_bytes
-from report import start_picture
+from matplotlib.figure import Figure
+from report import start_picture, write_results
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -101,18 +102,31 @@ def print_table(results: Sequence[Result]) -> None:
     Console().print(table)
 
 
-def draw(results: Sequence[Result], path: Path) -> None:
-    """Save a picture of the loss curves: the first is thick, since most of the others lie on top of it."""
-    figure, (panel,) = start_picture("Updates too small for bfloat16", ("Loss on all images", "step", "loss (nats)"))
-    for result in results:
-        width = 5.0 if result is results[0] else 1.4
-        panel.plot(
-            result.steps, result.losses, label=result.storage.label, color=result.storage.colour, linewidth=width
-        )
+def records(results: Sequence[Result]) -> dict[str, Any]:
+    """Return results ready for JSON: a row for each storage."""
+    return {
+        "rows": [
+            {
+                "stored_as": result.storage.label,
+                "stored_bytes": result.stored_bytes,
+                "steps": result.steps,
+                "losses": result.losses,
+            }
+            for result in results
+        ]
+    }
+
+
+def figure(found: Mapping[str, Any]) -> Figure:
+    """Return a picture of the loss curves: the first is thick, since most of the others lie on top of it."""
+    made, (panel,) = start_picture("Updates too small for bfloat16", ("Loss on all images", "step", "loss (nats)"))
+    colours = {storage.label: storage.colour for storage in STORAGES}
+    for place, row in enumerate(found["rows"]):
+        label, width = row["stored_as"], 1.4 if place else 5.0
+        panel.plot(row["steps"], row["losses"], label=label, color=colours[label], linewidth=width)
     panel.legend(fontsize=8)
     panel.set_ylim(bottom=0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    return made
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Result]:
@@ -127,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     parser.add_argument("--lr", metavar="X", type=number(above=True), default=1e-4, help="learning rate")
     parser.add_argument("--threads", metavar="N", type=whole(1), default=1, help="CPU threads of PyTorch")
     parser.add_argument("--picture", metavar="FILE", type=Path, help="where to draw the loss curves")
+    parser.add_argument("--results", metavar="FILE", type=Path, help="where to write the losses as JSON")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     images, labels = (torch.tensor(x, device=options.device) for x in load_digits(return_X_y=True))
@@ -138,7 +153,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     results = [train(storage, initial, images, labels, options) for storage in STORAGES]
     print_table(results)
     if options.picture:
-        draw(results, options.picture)
+        options.picture.parent.mkdir(parents=True, exist_ok=True)
+        figure(records(results)).savefig(options.picture)
+    if options.results:
+        write_results(options.results, options, **records(results))
     return results
 
 

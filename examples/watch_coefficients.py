@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from command_line import device_option, whole
 from corpus import STANDARD_LIBRARY, Corpus, read_corpus
 from gpt import GPT
-from report import start_picture
+from matplotlib.figure import Figure
+from report import start_picture, write_results
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -74,6 +76,15 @@ def train(options: argparse.Namespace, corpus: Corpus) -> Watched:
     return watched
 
 
+def records(watched: Watched) -> dict[str, Any]:
+    """Return what was watched, ready for JSON: a row for each parameter, with the shares at these steps."""
+    rows = [
+        {"name": name, "kind": watched.kinds[name], "elements": size, "removed": watched.removed[name]}
+        for name, size in watched.sizes.items()
+    ]
+    return {"steps": watched.steps, "rows": rows}
+
+
 def print_table(watched: Watched) -> None:
     """Print a row for each kind of parameter."""
     table = Table(box=box.SIMPLE_HEAD)
@@ -90,27 +101,27 @@ def print_table(watched: Watched) -> None:
     print("AGR takes: share of a gradient's abs-sum, median over the steps; of the least and the most affected tensor.")
 
 
-def draw(watched: Watched, path: Path) -> None:
-    """Save a picture: the shares by the number of elements, and over time."""
-    figure, (by_size, over_time) = start_picture(
+def figure(found: Mapping[str, Any]) -> Figure:
+    """Return a picture of the records: the shares by the number of elements, and over time."""
+    made, (by_size, over_time) = start_picture(
         "What AGR takes of a gradient's abs-sum",
         ("Each tensor, median over the steps", "elements", "share"),
         ("Each tensor, over time", "step", "share"),
     )
     for kind, colour in COLOURS.items():
-        names = watched.of_kind(kind)
-        x, y = [watched.sizes[name] for name in names], [watched.median(name) for name in names]
-        by_size.scatter(x, y, s=18, color=colour, label=kind, zorder=3)
-        for name in names:
-            over_time.plot(watched.steps, watched.removed[name], color=colour, linewidth=0.7, alpha=0.7)
-    ends = [min(watched.sizes.values()), max(watched.sizes.values())]
+        rows = [row for row in found["rows"] if row["kind"] == kind]
+        medians = [statistics.median(row["removed"]) for row in rows]
+        by_size.scatter([row["elements"] for row in rows], medians, s=18, color=colour, label=kind, zorder=3)
+        for row in rows:
+            over_time.plot(found["steps"], row["removed"], color=colour, linewidth=0.7, alpha=0.7)
+    sizes = [row["elements"] for row in found["rows"]]
+    ends = [min(sizes), max(sizes)]
     by_size.plot(ends, [1 / n for n in ends], color="#a3a3a3", label="1/n: all elements alike")
     by_size.set_xscale("log")
     for panel in (by_size, over_time):
         panel.set_yscale("log")
     by_size.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    return made
 
 
 def main(arguments: Sequence[str] | None = None) -> Watched:
@@ -127,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> Watched:
     parser.add_argument("--seed", metavar="N", type=whole(0), default=0, help="seed of weights and batches")
     parser.add_argument("--threads", metavar="N", type=whole(1), default=1, help="CPU threads of PyTorch")
     parser.add_argument("--picture", metavar="FILE", type=Path, help="where to draw the shares")
+    parser.add_argument("--results", metavar="FILE", type=Path, help="where to write the shares as JSON")
     options = parser.parse_args(arguments)
     if options.width % 4:
         parser.error(f"argument --width: {options.width} is not a multiple of 4")
@@ -134,7 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> Watched:
     watched = train(options, read_corpus(STANDARD_LIBRARY, "*.py", limit=2_000_000))
     print_table(watched)
     if options.picture:
-        draw(watched, options.picture)
+        options.picture.parent.mkdir(parents=True, exist_ok=True)
+        figure(records(watched)).savefig(options.picture)
+    if options.results:
+        write_results(options.results, options, **records(watched))
     return watched
 
 

@@ -26,11 +26,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench is a package of the repository that is not installed
 
 from bench.__main__ import main
-from bench.commands import gradients, overhead, sharded
+from bench.commands import gradients, overhead, release, sharded
 from bench.measuring import clocks, races, stats
 from bench.measuring.clocks import Timing
 from bench.measuring.races import Lane
-from bench.reporting import chart, documents, plain, results, tables, targets
+from bench.reporting import chart, documents, pictures, plain, results, tables, targets
 from bench.reporting.terminal import PLAIN_WIDTH
 from bench.workloads import contenders, shapes
 from bench.workloads.contenders import ALL, BY_NAME, PRECISION, YARDSTICK, Contender
@@ -457,8 +457,13 @@ def test_the_table_of_a_gpu_shows_host_times_and_the_chart_is_drawn(tmp_path: Pa
     assert "50 us" in shown, "the host's median"
     assert "500 us" in shown, "the device's median"
     assert tables.reasons(result) == ["optimi Adan, default: pip install torch-optimi"]
-    chart.write_chart(tmp_path / "new" / "chart.png", [result] * 4, "a GPU", on_gpu=True)
-    assert (tmp_path / "new" / "chart.png").read_bytes().startswith(b"\x89PNG")
+    machine = {"device": "cuda:0", "device_name": "a GPU", "versions": {"torch": "2"}}
+    stored, picture = tmp_path / "run.json", tmp_path / "new" / "chart.png"
+    results.write(stored, machine, {"dtype": "float32"}, [result] * 4, [])
+    read = map(dataclasses.asdict, results.sets_of(documents.read(stored)))
+    assert list(read) == [documents.rounded(dataclasses.asdict(result))] * 4
+    pictures.save(picture, chart.figure, stored)
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_document_has_a_line_for_each_record_and_six_digits_a_number(tmp_path: Path) -> None:
@@ -868,6 +873,41 @@ def test_a_failing_contender_gets_a_row_with_its_error_and_exit_code_1(
 
 
 @pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("threads")
+def test_release_measures_every_way_and_all_train(tmp_path: Path) -> None:
+    pytest.importorskip("optimi")
+    sizes = ["--tensors", "3", "--elements", "6", "--steps", "2"]
+    assert main(["release", "--device", "cpu", *sizes, "--out", str(tmp_path), "--tag", "tiny"]) == 0
+    document = json.loads((tmp_path / "release-cpu-tiny.json").read_text())
+    assert [row["label"] for row in document["rows"]] == list(release.CONTENDERS)
+    assert all(row[key]["count"] == 2 for row in document["rows"] for key in ("host_s", "ratio"))
+
+    args = argparse.Namespace(device=torch.device("cpu"), dtype="float32", tensors=2, elements=4)
+    for make in release.CONTENDERS.values():
+        model = release.Tensors(args)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        step = make(model)
+        model.backward()
+        step()
+        for parameter, value in zip(model.parameters(), before, strict=True):
+            assert parameter.grad is None
+            assert not torch.equal(parameter, value)
+
+
+def test_what_an_example_has_found_is_stored_without_paths_and_long_lists(tmp_path: Path) -> None:
+    asked = {"threads": torch.get_num_threads(), "device": "cpu", "output": "/somewhere", "steps": 101}
+    run = {"train_loss": [1 / 3] * 101, "held_out_loss": [1 / 3] * 100}
+    document = {"seconds": 2 / 3, "options": asked, "environment": {}, "runs": [run] * 101}
+    (tmp_path / "results.json").write_text(json.dumps(document))
+    assert main(["store", str(tmp_path / "results.json"), "name", "--out", str(tmp_path / "new")]) == 0
+    stored = json.loads((tmp_path / "new" / "name.json").read_text())
+    assert stored["settings"] == {name: value for name, value in asked.items() if name != "output"}
+    assert stored["runs"] == [{"held_out_loss": [0.333333] * 100}] * 101
+    assert stored["seconds"] == 0.666667
+    assert stored["machine"]["versions"]["torch"] == torch.__version__
+    assert stored.keys() == {"format", "machine", "settings", "seconds", "runs"}
+
+
 def test_sharded_measures_every_contender_and_judges_ours(tmp_path: Path) -> None:
     sizes = ["--tensors", "5", "--elements", "6", "--steps", "3"]
     assert main(["sharded", "--device", "cpu", *sizes, "--out", str(tmp_path), "--tag", "tiny"]) == 0

@@ -125,7 +125,7 @@ def test_every_measure_is_told():
     rows = of_losses("adamw", [1.0, 1.2]) + of_losses("agr-adamw", [1.0, 1.1], eigenvalue=6.0, score=0.25)
     runs = Runs(document(rows))
     found = {name: runs.compare("agr-adamw", "adamw", name) for name in runs.measures}
-    assert found["log10 |largest eigenvalue|"][0].difference == pytest.approx(math.log10(2))
+    assert found["largest eigenvalue, log10"][0].difference == pytest.approx(math.log10(2))
     assert found["increase by a push of 30%"][0].difference == 0
     assert found["error rate"][0].difference == pytest.approx(0.25)  # points, not a share
     assert next(iter(found)) == FINAL

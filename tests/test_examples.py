@@ -259,7 +259,9 @@ def test_other_optimizers_learn_with_agr():
 
 def test_the_ways_to_train_in_16_bits_are_told_and_drawn(tmp_path):
     picture = tmp_path / "new" / "losses.png"
+    written = tmp_path / "new" / "losses.json"
     command = [sys.executable, EXAMPLES / "train_in_16_bits.py", "--steps", "10", "--picture", picture]
+    command += ["--results", written]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
     rows = re.findall(r"^ *(.+?) +[\d.]+ +([+-][\d.]+)% +([\d,]+) bytes *$", process.stdout, re.MULTILINE)
@@ -271,6 +273,9 @@ def test_the_ways_to_train_in_16_bits_are_told_and_drawn(tmp_path):
         "bfloat16, stochastic rounding",
         "bfloat16, rounded to nearest",
     ]
+    found = json.loads(written.read_text())["rows"]
+    assert {row["stored_as"]: row["stored_bytes"] for row in found} == stored
+    assert all(row["steps"] == list(range(11)) and len(row["losses"]) == 11 for row in found)
     assert stored["bfloat16, stochastic rounding"] == stored["bfloat16, rounded to nearest"]
     assert stored["float32, 8-bit state"] < 0.6 * stored["float32"] < stored["bfloat16, float32 master"]
     assert is_picture(picture)
@@ -288,7 +293,8 @@ def test_stochastic_rounding_follows_float32_where_rounding_to_nearest_stalls(lo
 
 def test_coefficients_are_watched_told_and_drawn(load, capsys, tmp_path):
     picture = tmp_path / "new" / "shares.png"
-    small = ["--steps", "4", "--layers", "1", "--width", "16", "--picture", str(picture)]
+    written = tmp_path / "other" / "shares.json"
+    small = ["--steps", "4", "--layers", "1", "--width", "16", "--picture", str(picture), "--results", str(written)]
     watched = load("watch_coefficients").main(small)
     rows = re.findall(
         r"^ *(\w+) +(\d+) +[\d,]+ to [\d,]+ +\S+% to \S+% +[\d.]+ *$", capsys.readouterr().out, re.MULTILINE
@@ -296,6 +302,9 @@ def test_coefficients_are_watched_told_and_drawn(load, capsys, tmp_path):
     assert rows == [("matrix", "5"), ("embedding", "2"), ("norm", "6"), ("bias", "5")]
     assert sum(int(count) for _, count in rows) == len(watched.sizes)
     assert watched.steps == [0, 1, 2, 3]
+    stored = json.loads(written.read_text())
+    assert stored["steps"] == watched.steps
+    assert {row["name"]: row["removed"] for row in stored["rows"]} == watched.removed
     for name, shares in watched.removed.items():
         assert len(shares) == 4
         assert all(0.999 / watched.sizes[name] <= share <= 1 for share in shares), "from 1/n, all alike, to 1"

@@ -235,8 +235,8 @@ def run(args: argparse.Namespace) -> int:
     }
     path = args.out / f"effect-{args.tag}.json"
     documents.write(path, document)
-    from bench.reporting import effect_chart  # imports matplotlib, which takes a second
+    from bench.reporting import effect_chart, pictures  # import matplotlib, which takes a second
 
-    effect_chart.draw(rows, path.with_suffix(".png"))
+    pictures.save(path.with_suffix(".png"), effect_chart.figure, path)
     console.print(f"Wrote {path} and .png", highlight=False, soft_wrap=True)
     return 0

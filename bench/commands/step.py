@@ -33,7 +33,7 @@ from bench.measuring import clocks, machine, races
 from bench.measuring.clocks import CopyProbe, Timing
 from bench.measuring.races import Lane
 from bench.measuring.stats import summarize
-from bench.reporting import chart, results, tables, targets, terminal
+from bench.reporting import chart, pictures, results, tables, targets, terminal
 from bench.reporting.results import Row, SetResult
 from bench.workloads import contenders, shapes
 from bench.workloads.contenders import YARDSTICK, Contender
@@ -251,9 +251,8 @@ def run(args: argparse.Namespace) -> int:
     }
     stored = "precision" if any(contender.format for contender in bench.contenders) else args.dtype
     stem = f"step-{args.device.type}-{stored}-{args.tag}"
-    threads = "" if args.device.type == "cuda" else f"{torch.get_num_threads()} thread(s), "
-    subtitle = f"{description['device_name']}, {threads}{args.dtype}, torch {torch.__version__}"
-    console.print(f"{subtitle}, {description['date']}", highlight=False)
+    measured_on = results.measured_on({"machine": description, "settings": settings})
+    console.print(f"{measured_on}, {description['date']}", highlight=False)
 
     backends = machine.our_backends()
     if args.device.type == "cpu" and "cpu" not in backends:
@@ -269,7 +268,7 @@ def run(args: argparse.Namespace) -> int:
         results.write(args.out / f"{stem}.json", description, settings, found, records)
         if args.samples:
             results.write_samples(args.out / f"{stem}.samples.json", bench.samples)
-        chart.write_chart(args.out / f"{stem}.png", found, subtitle, on_gpu)
+        pictures.save(args.out / f"{stem}.png", chart.figure, args.out / f"{stem}.json")
         console.print(tables.results_table(found[-1], on_gpu))
         for reason in tables.reasons(found[-1]):
             console.print(reason, highlight=False, markup=False)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_report.markdown import table
+from bench.reporting.markdown import table
 
 READ, WRITTEN, DURATION = "dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum"
 THROUGHPUT = "dram__throughput.avg.pct_of_peak_sustained_elapsed"

@@ -10,8 +10,8 @@ from statistics import fmean, stdev
 from typing import Any
 from xml.etree import ElementTree
 
-from bench.gpu_report.markdown import table
 from bench.gpu_report.runner import Digest
+from bench.reporting.markdown import table
 
 SHOWN_FAILURES = 5  # of tests
 LONGEST_REASON = 300  # characters of why a contender was not measured

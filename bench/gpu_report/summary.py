@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.gpu_report.markdown import table
 from bench.gpu_report.runner import Outcome
+from bench.reporting.markdown import table
 
 TAIL_SHOWN = 8  # lines of a failed stage's output
 LONGEST_LINE = 300

@@ -1,18 +1,16 @@
-"""The bar chart of a run: one panel a model set, one bar a contender."""
+"""The bar chart of a run of `step`: one panel a model set, one bar a contender."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from bench.reporting.results import Row, SetResult
+from bench.reporting.results import Row, SetResult, measured_on, sets_of
 from bench.reporting.units import duration, times
 from bench.workloads.contenders import YARDSTICK
 
@@ -67,16 +65,16 @@ def _panel(axes: Axes, result: SetResult, unit: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def write_chart(path: Path, results: Sequence[SetResult], subtitle: str, on_gpu: bool) -> None:
-    """Write the chart as PNG; `subtitle` says on what it was measured."""
-    unit = " on the device" if on_gpu else ""
+def figure(run: Mapping[str, Any]) -> Figure:
+    """Return the chart of a run, whose title says on what it was measured."""
+    results = sets_of(run)
+    unit = " on the device" if run["machine"]["device"].startswith("cuda") else ""
     columns = min(COLUMNS, len(results))
     lines = ceil(len(results) / columns)
     rows = max(len(result.rows) for result in results)
     size = (2.6 + PANEL_WIDTH * columns, 1.3 + lines * (1.1 + ROW_HEIGHT * rows))
-    figure = Figure(figsize=size, dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
+    made = Figure(figsize=size, dpi=130, layout="constrained")
+    grid = made.subplots(lines, columns, squeeze=False, sharey=True)
     for place, axes in enumerate(grid.flat):
         if place < len(results):
             _panel(axes, results[place], unit)
@@ -86,11 +84,10 @@ def write_chart(path: Path, results: Sequence[SetResult], subtitle: str, on_gpu:
     grid[0, 0].set_ylim(rows - 0.4, -0.6)
     handles = [Patch(facecolor=color, label=kind) for kind, color in COLORS.items()]
     handles.append(Patch(facecolor="0.8", hatch="//", edgecolor="white", label="longer than shown"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.suptitle(
+    made.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    made.suptitle(
         "One optimizer step: median, line from quartile to quartile,\nratio to torch's fused AdamW (dotted)\n"
-        + subtitle,
+        + measured_on(run),
         size=11,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    return made

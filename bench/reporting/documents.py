@@ -52,6 +52,12 @@ def write(path: Path, document: Mapping[str, Any]) -> None:
     path.write_text(_laid_out(rounded(document)) + "\n")
 
 
+def read(path: Path) -> dict[str, Any]:
+    """Return a document that was written."""
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document
+
+
 def write_run(
     command: str,
     args: argparse.Namespace,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bench.reporting.effect_rows import EffectRow
@@ -15,13 +14,13 @@ MARKERS = ("o", "s", "^", "D")
 PER_CENT = 0.01
 
 
-def draw(rows: Sequence[EffectRow], path: Path) -> None:
-    """Draw a panel for each rule: the change of a tensor's update by its number of elements."""
+def figure(run: Mapping[str, Any]) -> Figure:
+    """Return a panel for each rule: the change of a tensor's update by its number of elements."""
+    rows = [EffectRow(**row) for row in run["rows"]]
     rules = list(dict.fromkeys(row.rule for row in rows))
     tasks = list(dict.fromkeys(row.task for row in rows))
-    figure = Figure(figsize=(5.2 * len(rules), 4.2), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]
+    made = Figure(figsize=(5.2 * len(rules), 4.2), dpi=100, layout="constrained")
+    panels = made.subplots(1, len(rules), sharey=True, squeeze=False)[0]
     for panel, rule in zip(panels, rules, strict=True):
         for task, marker in zip(tasks, MARKERS, strict=False):
             for kind, color in COLORS.items():
@@ -41,5 +40,4 @@ def draw(rows: Sequence[EffectRow], path: Path) -> None:
     for task, marker in zip(tasks, MARKERS, strict=False):
         panels[0].scatter([], [], s=20, color="#606060", marker=marker, label=task)
     panels[0].legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    return made

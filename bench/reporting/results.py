@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -162,6 +162,31 @@ def write(
         "targets": targets,
     }
     documents.write(path, document)
+
+
+def measured_on(run: Mapping[str, Any]) -> str:
+    """Return a line on what a stored run was measured on."""
+    machine = run["machine"]
+    threads = "" if machine["device"].startswith("cuda") else f"{machine['threads']} thread(s), "
+    return f"{machine['device_name']}, {threads}{run['settings']['dtype']}, torch {machine['versions']['torch']}"
+
+
+def sets_of(run: Mapping[str, Any]) -> list[SetResult]:
+    """Return the results of a stored run."""
+    return [
+        SetResult(**{**found, "copy": Summary(**found["copy"]), "rows": [_row_of(row) for row in found["rows"]]})
+        for found in run["sets"]
+    ]
+
+
+def _row_of(record: Mapping[str, Any]) -> Row:
+    """Return a stored row."""
+    figures = record["figures"]
+    if figures is None:
+        return Row(**record)
+    summaries = {name: Summary(**figures[name]) for name in ("step_s", "host_s", "ratio", "host_ratio")}
+    against = {rival: Comparison(**found) for rival, found in figures["against"].items()}
+    return Row(**{**record, "figures": Figures(**{**figures, **summaries, "against": against})})
 
 
 def write_samples(path: Path, samples: Mapping[str, Sequence[Mapping[str, Sequence[Timing]]]]) -> None:

@@ -20,9 +20,14 @@ def span(summary: Summary) -> str:
     return f"{number if upper.endswith(f' {unit}') else lower} - {upper}"
 
 
-def times(ratio: float) -> str:
-    """Return a ratio with two digits after the point, three if it is small."""
-    return f"{ratio:.2f}x" if ratio >= 0.2 else f"{ratio:.3f}x"
+def ratio(value: float) -> str:
+    """Return a ratio with two digits after the point, three if it is small, one if it is large."""
+    return f"{value:.{3 if value < 0.2 else 2 if value < 10 else 1}f}"
+
+
+def times(value: float) -> str:
+    """Return a ratio of times."""
+    return f"{ratio(value)}x"
 
 
 def percent(share: float) -> str:

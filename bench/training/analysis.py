@@ -67,7 +67,7 @@ def measures(setting: Setting) -> dict[str, Measure]:
         Measure("training loss", lambda result, target: result.training),
         Measure("error rate", lambda result, target: None if result.score is None else 1 - result.score, False),
         # Logarithms and absolute differences, since the means of eigenvalues and increases may be about 0.
-        Measure("log10 |largest eigenvalue|", lambda result, target: _magnitude(result.eigenvalue), False),
+        Measure("largest eigenvalue, log10", lambda result, target: _magnitude(result.eigenvalue), False),
         *(
             Measure(f"increase by a push of {100 * size:g}%", partial(_increase, place), False)
             for place, size in pushes

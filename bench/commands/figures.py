@@ -1,0 +1,41 @@
+"""Write the tables and pictures of README.md and docs/ anew, from the results in bench/results.
+
+A page has its tables between `<!-- figures: NAME -->` and `<!-- end of figures -->`. Nothing is measured: commands that
+measure store their results there with `--out bench/results`. What is current already is left alone.
+
+Exit code 0, or 1 if --check finds what is not current.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from bench.figures import pages
+from bench.figures.stored import ROOT
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's options."""
+    parser.add_argument("--check", action="store_true", help="change nothing, and name what is not current")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write what is not current, or name it."""
+    from bench.figures import pictures  # imports what the examples need, which no other command does
+
+    found = 0
+    for page in pages.pages():
+        text = page.read_text()
+        for name in pages.stale(text):
+            print(f"{page.relative_to(ROOT)}: {name}")
+            found += 1
+        if not args.check:
+            page.write_text(pages.filled(text))
+    for picture in pictures.PICTURES:
+        if not picture.is_current():
+            print(picture.path.relative_to(ROOT))
+            found += 1
+            if not args.check:
+                picture.save()
+    print(f"{found} not current" if args.check else f"{found} written anew")
+    return int(args.check and found > 0)
