@@ -18,8 +18,8 @@ from bench.training.settings import SETTINGS  # noqa: E402
 def document(rows, setting=SETTINGS["full"], tasks=("resnet",), chosen=()):
     searched = [result(task=task, arm=arm, seed=0, judged=False) for task in tasks for arm in ("adamw", "adan")]
     return {
-        "setting": setting.record(),
-        "tasks": [*tasks],
+        "settings": {"tasks": [*tasks]},
+        "design": setting.record(),
         "runs": [r.record() for r in [*searched, *chosen, *rows]],
     }
 

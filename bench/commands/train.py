@@ -31,6 +31,8 @@ from bench.training.settings import SETTINGS, Setting, setting_named
 from bench.training.store import OtherSettingError, Store
 from bench.training.workers import TimeLeft, Workers
 
+DIGITS = 9  # of losses: one flipped bit changes the eighth
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
@@ -140,8 +142,8 @@ def document(args: argparse.Namespace, setting: Setting, store: Store, whole: bo
         "format": 1,
         "command": "train",
         "machine": machine.describe(args.device),
-        "setting": setting.record(),
-        "tasks": args.tasks,
+        "settings": {"setting": args.setting[0], "tasks": args.tasks},
+        "design": setting.record(),
         "complete": whole,
         "seconds_of_all_runs": sum(result.seconds for result in results),
         "runs": [result.record() for result in results],
@@ -171,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
             console.print(f"Interrupted: the same command goes on, with {len(store.results)} runs that are done.")
             return 130
         written = document(args, setting, store, whole)
-    documents.write(path, written)
+    documents.write(path, written, DIGITS)
     if not whole:
         console.print("The time is over, and the comparison is not complete: the same command goes on.")
     if find_spec("scipy") is None:  # on a machine that was set up for training alone, say

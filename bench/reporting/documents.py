@@ -14,14 +14,14 @@ from bench.reporting.targets import Target
 DIGITS = 6  # significant ones; timings repeat to two or three
 
 
-def rounded(value: Any) -> Any:
-    """Return the value with every float in it rounded to DIGITS."""
+def rounded(value: Any, digits: int = DIGITS) -> Any:
+    """Return the value with every float in it rounded to so many digits."""
     if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}")
+        return float(f"{value:.{digits}g}")
     if isinstance(value, Mapping):
-        return {key: rounded(item) for key, item in value.items()}
+        return {key: rounded(item, digits) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [rounded(item) for item in value]
+        return [rounded(item, digits) for item in value]
     return value
 
 
@@ -46,10 +46,10 @@ def _laid_out(value: Any, margin: str = "", record: bool = False) -> str:
     return f"{begin}\n" + ",\n".join(inside + item for item in items) + f"\n{margin}{end}"
 
 
-def write(path: Path, document: Mapping[str, Any]) -> None:
+def write(path: Path, document: Mapping[str, Any], digits: int = DIGITS) -> None:
     """Write a document, into a folder that is made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_laid_out(rounded(document)) + "\n")
+    path.write_text(_laid_out(rounded(document, digits)) + "\n")
 
 
 def read(path: Path) -> dict[str, Any]:

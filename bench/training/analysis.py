@@ -163,11 +163,11 @@ class Runs:
     """
 
     def __init__(self, document: Mapping[str, Any]) -> None:
-        self.setting = Setting.of_record(document["setting"])
+        self.setting = Setting.of_record(document["design"])
         results = [Result.of_record(record) for record in document["runs"]]
         searched = [result for result in results if not result.run.judged]
         self.choices = choose(searched)
-        self.tasks = [task for task in document["tasks"] if (task, "adamw") in self.choices]
+        self.tasks = [task for task in document["settings"]["tasks"] if (task, "adamw") in self.choices]
         self.targets = {
             key: target(searched, self.choices, *key) for key in self.choices if key[1] == ARMS[key[1]].base
         }
