@@ -10,10 +10,12 @@ import argparse
 import sys
 from types import ModuleType
 
-from bench.commands import effect, gradients, latency, overhead, sharded, step, traffic
+from bench.commands import effect, gradients, latency, memory, overhead, sharded, step, sweep, traffic
 
 COMMANDS: dict[str, ModuleType] = {
     "step": step,
+    "sweep": sweep,
+    "memory": memory,
     "overhead": overhead,
     "gradients": gradients,
     "sharded": sharded,
