@@ -31,7 +31,7 @@ help:
 	@echo 'make lint    ruff, mypy, clang-format, shellcheck'
 	@echo 'make format  what lint can mend by itself'
 	@echo 'make bench   time a step beside other optimizers'
-	@echo 'make gpu-report   on a machine with a GPU: build, test, check, time, profile, judge tactics, tune (9 minutes)'
+	@echo 'make gpu-report   on a machine with a GPU: build, test, check, time, profile, judge tactics, tune (10 minutes)'
 	@echo 'make wheel   a wheel and the source distribution in dist, checked by auditwheel (5 minutes)'
 	@echo 'make clean   remove what is built, and .venv'
 

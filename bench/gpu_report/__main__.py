@@ -3,7 +3,7 @@
 Builds the package for the GPU that is there, runs the tests of its backends, looks for bad memory accesses and races,
 times and profiles, judges each of the kernel's tactics by a step without it, and tunes. Where the cuda backend cannot
 be built, stages that are for it alone are skipped, and the others are about triton. Needs no network, changes no
-setting of the GPU, and takes at most nine minutes: every stage has its own time limit, and one that fails or runs out
+setting of the GPU, and takes at most ten minutes: every stage has its own time limit, and one that fails or runs out
 of time leaves the others alone.
 
 FOLDER gets a few files, so that they are easily brought home from a machine that is only lent: SUMMARY.md (printed at
