@@ -727,6 +727,8 @@ def test_step_writes_every_contender_and_a_chart(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Targets" in done.stdout
     document = written(tmp_path)
+    assert "agr-adan-triton" in document["settings"]["left_out"]["for a GPU alone"]
+    assert "Not measured, for a GPU alone: agr-adamw-triton, " in done.stdout
     assert document["machine"]["versions"]["torch"] == torch.__version__
     assert document["machine"]["threads"] == 1
     assert [entry["name"] for entry in document["sets"]] == ["3x16", "2x100"]

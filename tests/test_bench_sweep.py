@@ -27,7 +27,7 @@ def test_points_are_every_size_with_every_number_of_tensors_if_each_gets_an_elem
     assert [model.name for model in sweep.points([3], [10, 9])] == ["3x3"], "and no set twice"
 
 
-def test_by_default_it_is_as_many_points_as_three_minutes_have_room_for() -> None:
+def test_the_default_points_are_few_and_their_contenders_exist() -> None:
     models = list(sweep.points(sweep.COUNTS, sweep.ELEMENTS))
     assert len(models) == len(sweep.COUNTS) * len(sweep.ELEMENTS) == 24
     assert max(model.elements for model in models) == 4**12

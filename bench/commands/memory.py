@@ -1,17 +1,17 @@
 """Count the bytes of parameters, gradients and optimizer state, and what a step allocates: ours beside the peers'.
 
-One after the other, every contender gets parameters and gradients of its own and takes three steps. Its state is what
-is held before the third besides these two: whatever its constructor and its first steps have made and kept, master
-weights included. A step is what the third allocates on top, at its peak. The peak is the most that is held at any time,
-in the first step too. bench/measuring/memory.py says how bytes are counted.
+One after the other, every contender gets parameters and gradients of its own and takes two steps. Its state is what is
+held between the two besides these: whatever its constructor and its first step have made and kept, master weights
+included. A step is what the second allocates on top, at its peak. The peak is the most that is held at any time, in the
+first step too. bench/measuring/memory.py says how bytes are counted.
 
 The column "rule" is what the averages and masters of a format take by arithmetic: what the state of agr_cuda's
 optimizers must be, but for a few bytes a tensor, and that of others if they keep the same. agr_cuda's are judged by it
 on sets of 100M elements and more, since tensors of less than 4,096 elements have no codes of 8 bits.
 
 Contenders with formats of their own (docs/precision.md) are among them; those without store their numbers as --dtype
-says. Writes memory-DEVICE-TAG.json into the output folder. Exit code 0, or 1 if an installed contender failed, or 2 for
-bad arguments.
+says. Writes memory-DEVICE-TAG.json into the output folder, anew after each set. Exit code 0, or 1 if an installed
+contender failed, or 2 for bad arguments.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from bench.workloads.shapes import ModelSet
 from bench.workloads.tensors import DEFAULT_GRADIENT_SCALE, PARAMETER_SCALE
 
 DEFAULT_SETS = ("gpt2", "321x64")
-STEPS = 3  # the last is what is called a step: by then all state is there
+STEPS = 2  # the last is what is called a step: by then all state is there
 MOST_OF_RULE = 1.01  # of the arithmetic's bytes of state: step counts, and tensors too small for codes
 MOST_OF_A_STEP = 0.01  # bytes an element
 
@@ -93,15 +93,15 @@ class Training:
         return [self.make_parameters, self.make_gradients, self.build, *[lambda: self.step()] * STEPS]
 
     def make_parameters(self) -> None:
-        """Make parameters of the model's shapes."""
+        """Make parameters of the model's shapes, all of one value: what is counted does not depend on it."""
         for shape in self.model.shapes:
-            value = torch.randn(shape, device=self.device, dtype=self.dtype).mul_(PARAMETER_SCALE)
+            value = torch.full(shape, PARAMETER_SCALE, device=self.device, dtype=self.dtype)
             self.parameters.append(torch.nn.Parameter(value))
 
     def make_gradients(self) -> None:
         """Give each parameter a gradient of its type."""
         for parameter in self.parameters:
-            parameter.grad = torch.randn_like(parameter).mul_(DEFAULT_GRADIENT_SCALE)
+            parameter.grad = torch.full_like(parameter, DEFAULT_GRADIENT_SCALE)
 
     def build(self) -> None:
         """Build the optimizer."""
@@ -172,6 +172,7 @@ def run(args: argparse.Namespace) -> int:
     for line in tables.left_out(choice):
         console.print(line, highlight=False, markup=False)
     title = f"{description['device_name']}, {args.dtype} but for formats, torch {torch.__version__}"
+    about = {"format": 1, "machine": description, "left_out": choice.left_out}
     rows: list[Row] = []
     judged: list[Target] = []
     for model in args.sets:
@@ -182,10 +183,9 @@ def run(args: argparse.Namespace) -> int:
                 console.print(f"{row.label}: {row.reason}", highlight=False, markup=False)
         rows += found
         judged += judge(found, model)
+        path = documents.write_run("memory", args, about, ("dtype", "tag"), rows, judged)
     console.print(LEGEND, highlight=False)
     if judged:
         console.print(tables.targets_table(judged))
-    about = {"format": 1, "machine": description, "left_out": choice.left_out}
-    path = documents.write_run("memory", args, about, ("dtype", "tag"), rows, judged)
     console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
     return int(any(row.status == "failed" for row in rows))

@@ -5,8 +5,8 @@ A small step costs what its calls and launches do, whatever its bytes; a large o
 tensors may fit in a cache, where a step can be faster than the copy of large tensors that is drawn as a line. What is
 counted are the bytes that the rule must move (float32: AdamW 28, Adan 44 an element).
 
-Writes sweep-DEVICE-TAG.json and .png into the output folder, anew after each point. Exit code 0, or 1 if an installed
-contender failed or made a parameter infinite, or 2 for bad arguments.
+Writes sweep-DEVICE-TAG.json into the output folder, anew after each point, and at last .png. Exit code 0, or 1 if an
+installed contender failed or made a parameter infinite, or 2 for bad arguments.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         found.append(bench.measure_set(model, lambda text: None))
         reasons |= dict.fromkeys(tables.reasons(found[-1]))
         results.write(path.with_name(f"{path.name}.json"), description, written, found, [])
-        sweep_chart.draw(path.with_name(f"{path.name}.png"), found, about)
+    sweep_chart.draw(path.with_name(f"{path.name}.png"), found, about)
     for count in dict.fromkeys(result.tensors for result in found):
         of_count = [result for result in found if result.tensors == count]
         console.print(table(of_count, f"A step of {count:,} equal tensors: {about}"))

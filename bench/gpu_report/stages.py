@@ -252,8 +252,9 @@ def sweep(place: Place) -> Stage:
     """Time steps of many sizes and numbers of tensors."""
 
     def commands() -> list[Command]:
-        options = ("--device", "cuda", "--seconds", "8", "--rounds", "40", "--out", str(place.work), "--tag", TAG)
-        return [python("-m", "bench", "sweep", *options, "--contenders", *SWEPT)]
+        points = ("--counts", "1", "256", "--elements", *(str(4**power) for power in (6, 8, 10, 12, 13)))
+        options = ("--device", "cuda", "--seconds", "6", "--rounds", "40", "--out", str(place.work), "--tag", TAG)
+        return [python("-m", "bench", "sweep", *points, *options, "--contenders", *SWEPT)]
 
     def digest(runs: Sequence[Run]) -> Digest:
         document = json.loads((place.work / f"sweep-cuda-{TAG}.json").read_text())
