@@ -15,17 +15,21 @@ from bench.commands import (
     figures,
     gradients,
     latency,
+    memory,
     overhead,
     release,
     sharded,
     step,
     store,
+    sweep,
     traffic,
     train,
 )
 
 COMMANDS: dict[str, ModuleType] = {
     "step": step,
+    "sweep": sweep,
+    "memory": memory,
     "overhead": overhead,
     "gradients": gradients,
     "release": release,

@@ -25,7 +25,8 @@ from bench.measuring.races import Lane
 from bench.measuring.stats import Summary, paired_ratios, summarize
 from bench.reporting import documents, tables, terminal, units
 from bench.reporting.targets import Target, stated_for
-from bench.workloads.contenders import BY_NAME, YARDSTICK, Builder, eps_for, optimizer
+from bench.workloads.building import Builder, eps_for, optimizer
+from bench.workloads.contenders import BY_NAME, YARDSTICK
 from bench.workloads.tensors import Workload
 
 UNTIMED = 20  # steps at first: of every pattern a whole number of periods

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bench.workloads.contenders import BY_NAME, contender
 from bench.workloads.shapes import ALLOWED_SETS, model_set
 
 DTYPES = {
@@ -87,6 +88,17 @@ def add_sets(parser: argparse.ArgumentParser, default: Sequence[str], allowed: s
         type=named(model_set),
         default=[*map(model_set, default)],
         help=f"model sets: {allowed} (default: {' '.join(default)})",
+    )
+
+
+def add_contenders(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add --contenders, None by default; `default` says what that stands for."""
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        metavar="NAME",
+        type=named(contender),
+        help=f"optimizers, of {', '.join(BY_NAME)} (default: {default})",
     )
 
 

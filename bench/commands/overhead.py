@@ -32,7 +32,8 @@ from bench.measuring.stats import Summary, paired_ratios, summarize
 from bench.reporting import documents, tables, terminal, units
 from bench.reporting.targets import HOST_OF_FUSED, Target, stated_for
 from bench.workloads import contenders
-from bench.workloads.contenders import BY_NAME, YARDSTICK, Parameters, Step
+from bench.workloads.building import Parameters, Step, eps_for
+from bench.workloads.contenders import BY_NAME, YARDSTICK
 
 UNTIMED = 5  # steps at the beginning of a block
 BACKENDS = {"cuda": "", "triton": ", Triton"}  # those that launch on a GPU, and what labels say of them
@@ -80,7 +81,7 @@ def ours(rule: str, backend: str) -> Entry:
     """Return agr_cuda's optimizer of that rule on a backend that launches on a GPU."""
 
     def build(parameters: Parameters) -> Step:
-        return contenders.of_backend(backend, rule)(parameters, contenders.eps_for(parameters[0].dtype))
+        return contenders.of_backend(backend, rule)(parameters, eps_for(parameters[0].dtype))
 
     return Entry(f"agr_cuda {rule}{BACKENDS[backend]}", build, backend)
 
@@ -90,7 +91,7 @@ def torchs(name: str, note: str = "", **more: Any) -> Entry:
     contender = BY_NAME[name]
 
     def build(parameters: Parameters) -> Step:
-        return contenders.build(contender, parameters, contenders.eps_for(parameters[0].dtype))
+        return contenders.build(contender, parameters, eps_for(parameters[0].dtype))
 
     return Entry(contender.label + note, build, **more)
 

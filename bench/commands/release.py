@@ -23,7 +23,7 @@ from bench.measuring import clocks, machine, races
 from bench.measuring.races import Lane
 from bench.measuring.stats import Summary, paired_ratios, summarize
 from bench.reporting import documents, terminal, units
-from bench.workloads.contenders import LEARNING_RATE
+from bench.workloads.building import LEARNING_RATE
 
 UNTIMED = 3  # steps at first
 UNIT = "agr_cuda AdamW, ordinary"

@@ -12,7 +12,7 @@ With --precision, rows store their numbers in formats of their own (docs/precisi
 of the same type. The column "a byte" says whether a step takes longer than the bytes do that its format must move.
 
 On a GPU, agr_cuda's rows are of its cuda backend, but for those of its triton backend. Where a backend or a package is
-not there, its rows are left out and say why.
+not there, or cannot run, its rows say why; what is for the other kind of device alone is named before the first set.
 
 Writes step-DEVICE-DTYPE-TAG.json (medians, quartiles and ratios) and .png into the output folder, anew after each model
 set; with --samples also step-DEVICE-DTYPE-TAG.samples.json, every round's times. Where rows have formats of their own,
@@ -23,39 +23,20 @@ for bad arguments.
 from __future__ import annotations
 
 import argparse
-import gc
-from collections.abc import Callable, Mapping, Sequence
-
-import torch
 
 from bench.commands import options
-from bench.measuring import clocks, machine, races
-from bench.measuring.clocks import CopyProbe, Timing
-from bench.measuring.races import Lane
-from bench.measuring.stats import summarize
+from bench.measuring import machine, races
+from bench.measuring.steps import COPY_MEBIBYTES, SHARE_OF_FREE_MEMORY, Settings, StepBench
 from bench.reporting import chart, pictures, results, tables, targets, terminal
-from bench.reporting.results import Row, SetResult
-from bench.workloads import contenders, shapes
-from bench.workloads.contenders import YARDSTICK, Contender
-from bench.workloads.shapes import ModelSet
-from bench.workloads.tensors import PrivateGradients, Workload
-
-SHARE_OF_FREE_MEMORY = 0.75
-COPY_MEBIBYTES = {"cpu": 256, "cuda": 1024}
+from bench.reporting.results import SetResult
+from bench.workloads import building, contenders, shapes
+from bench.workloads.contenders import YARDSTICK
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
     options.add_sets(parser, shapes.DEFAULT_SETS)
-    parser.add_argument(
-        "--contenders",
-        nargs="+",
-        metavar="NAME",
-        type=options.named(contenders.contender),
-        default=list(contenders.ALL),
-        help=f"rows, of {', '.join(contenders.BY_NAME)}; {YARDSTICK} is always added, and those that are for a GPU "
-        "alone or for a CPU alone are left out elsewhere (default: all that store their numbers as --dtype says)",
-    )
+    options.add_contenders(parser, f"all that store their numbers as --dtype says; {YARDSTICK} is always added")
     parser.add_argument(
         "--precision",
         dest="contenders",
@@ -111,133 +92,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_arguments(parser)
 
 
-class Bench:
-    """The settings of one run, and the steps that measure a model set."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.device: torch.device = args.device
-        self.dtype = options.DTYPES[args.dtype]
-        self.clock = clocks.clock_for(self.device)
-        self.probe = CopyProbe(self.device, args.copy_mebibytes or COPY_MEBIBYTES[self.device.type])
-        self.samples: dict[str, list[dict[str, list[Timing]]]] = {}  # of each set the batches'
-        chosen = {entry.name for entry in args.contenders} | {YARDSTICK}
-        self.contenders = [
-            entry
-            for entry in (*contenders.ALL, *contenders.PRECISION)
-            if entry.name in chosen and self.device.type in entry.devices
-        ]
-
-    def measure_set(self, model: ModelSet, log: Callable[[str], object]) -> SetResult:
-        """Time every contender on one model set."""
-        budget = int(self.args.memory * machine.GIB) if self.args.memory else self.free_memory()
-        model_bytes = model.elements * self.dtype.itemsize
-        batches = contenders.batches(self.contenders, model_bytes, budget)
-        log(f"Measuring {model.title} ...")
-        dtypes = dict.fromkeys(map(self.parameter_type, self.contenders))
-        workloads = {dtype: Workload(model.shapes, self.device, dtype) for dtype in dtypes}
-        self.probe.clear()
-        self.probe()
-        unmeasured: dict[str, Row] = {}
-        timed: list[tuple[dict[str, list[Timing]], dict[str, int]]] = []
-        other_work = machine.OtherWork()
-        for place, batch in enumerate(batches, 1):
-            names = ", ".join(contender.name for contender in batch)
-            log(f"  batch {place} of {len(batches)}: {names}")
-            timed.append(self.measure_batch(batch, workloads, self.args.seconds / len(batches), unmeasured))
-            self.release_memory()
-        self.samples[model.name] = [timings for timings, _ in timed]
-        copy = summarize(self.probe.samples)
-        rows: list[Row] = []
-        for contender in self.contenders:
-            if contender.name in unmeasured:
-                rows.append(unmeasured[contender.name])
-                continue
-            # The yardstick runs in every batch: its row shows the first, each batch's ratios use its own.
-            number = next(i for i, (timings, _) in enumerate(timed) if contender.name in timings)
-            timings, kernels = timed[number]
-            count = kernels.get(contender.name)
-            figures = results.figures(contender, number, timings, model, self.dtype, copy, count)
-            rows.append(results.row(contender, "measured", figures=figures))
-        counts = (len(model.shapes), model.elements)
-        finite = all(workload.finite() for workload in workloads.values())
-        return SetResult(model.name, model.title, *counts, copy, rows, finite, other_work.share())
-
-    def parameter_type(self, contender: Contender) -> torch.dtype:
-        """Return the type of the parameters that a contender is given."""
-        return contender.format.parameter if contender.format else self.dtype
-
-    def measure_batch(
-        self,
-        batch: Sequence[Contender],
-        workloads: Mapping[torch.dtype, Workload],
-        seconds: float,
-        unmeasured: dict[str, Row],
-    ) -> tuple[dict[str, list[Timing]], dict[str, int]]:
-        """Warm up and race one batch; contenders that cannot run go to `unmeasured`.
-
-        Returns each contender's timings, and on a GPU the number of kernels of agr_cuda's contenders.
-        """
-        lanes: list[Lane] = []
-
-        def turn(number: int) -> None:
-            for workload in workloads.values():
-                workload.turn(number)
-
-        for contender in batch:
-            try:
-                lane = self.lane(contender, workloads[self.parameter_type(contender)])
-                for number in range(self.args.warmup):
-                    turn(number)
-                    lane.visit(self.clock)
-            except contenders.LeftOutError as error:
-                unmeasured[contender.name] = results.row(contender, error.status, str(error))
-            except Exception as error:  # one contender's failure must not cost the others' figures
-                if contender.name == YARDSTICK:
-                    raise
-                reason = f"{type(error).__name__}: {error}"
-                unmeasured[contender.name] = results.row(contender, "failed", reason)
-            else:
-                lanes.append(lane)
-        timings = races.race(
-            lanes,
-            self.clock,
-            rounds=self.args.rounds,
-            seconds=seconds,
-            new_round=turn,
-            between=self.probe,
-        )
-        kernels: dict[str, int] = {}
-        if self.device.type == "cuda":
-            ours = {entry.name for entry in batch if entry.ours}
-            kernels = {lane.name: clocks.count_kernels(lane.step) for lane in lanes if lane.name in ours}
-        return timings, kernels
-
-    def lane(self, contender: Contender, workload: Workload) -> Lane:
-        """Return a contender with its optimizer, and with its own gradients if it writes them."""
-        step = contenders.build(contender, workload.parameters, contenders.eps_for(self.parameter_type(contender)))
-        if not contender.writes_gradients:
-            return Lane(contender.name, step, repeats=self.args.repeats)
-        private = PrivateGradients(workload)
-        return Lane(contender.name, step, before=private.lend, after=private.take_back, repeats=self.args.repeats)
-
-    def free_memory(self) -> int:
-        """Return the share of the free memory that a batch may take, in bytes."""
-        self.release_memory()
-        return int(SHARE_OF_FREE_MEMORY * machine.free_memory(self.device))
-
-    def release_memory(self) -> None:
-        """Give back what the last batch's optimizers held."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark. Returns 1 if an installed contender failed, else 0."""
     options.heed(args)
     console = terminal.console()
-    bench = Bench(args)
+    default = [entry.name for entry in contenders.ALL]
+    choice = contenders.choose(args.device.type, args.contenders, default, always=[YARDSTICK])
+    given = (args.rounds, args.seconds, args.warmup, args.repeats, args.memory, args.copy_mebibytes)
+    bench = StepBench(Settings(args.device, options.DTYPES[args.dtype], *given), choice.entries)
     description = machine.describe(args.device)
     settings = {
         "dtype": args.dtype,
@@ -246,10 +108,11 @@ def run(args: argparse.Namespace) -> int:
         "warmup": args.warmup,
         "repeats": args.repeats,
         "tag": args.tag,
-        "learning_rate": contenders.LEARNING_RATE,
-        "weight_decay": contenders.WEIGHT_DECAY,
+        "learning_rate": building.LEARNING_RATE,
+        "weight_decay": building.WEIGHT_DECAY,
+        "left_out": choice.left_out,
     }
-    stored = "precision" if any(contender.format for contender in bench.contenders) else args.dtype
+    stored = "precision" if any(contender.format for contender in choice.entries) else args.dtype
     stem = f"step-{args.device.type}-{stored}-{args.tag}"
     measured_on = results.measured_on({"machine": description, "settings": settings})
     console.print(f"{measured_on}, {description['date']}", highlight=False)
@@ -257,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
     backends = machine.our_backends()
     if args.device.type == "cpu" and "cpu" not in backends:
         console.print(f"[red]agr_cuda's backends here are {backends}: its rows measure plain operations.")
+    for line in tables.left_out(choice):
+        console.print(line, highlight=False, markup=False)
 
     on_gpu = args.device.type == "cuda"
     found: list[SetResult] = []

@@ -4,8 +4,9 @@ Builds the package for the GPU that is there, runs the tests of its backends, lo
 times and profiles, judges each of the kernel's tactics by a step without it, and tunes. Where the cuda backend cannot
 be built, stages that are for it alone are skipped, and the others are about triton. Needs no network, changes no
 setting of the GPU, and takes at most nine minutes: every stage has its own time limit, and one that fails or runs out
-of time leaves the others alone. The stage `train` is run where it is asked for alone, in six minutes of its own: AGR in
-trainings of the paper's size, after a report has built the package.
+of time leaves the others alone. Three stages are run where they are asked for alone, after a report has built the
+package, in seven minutes of their own: `memory` and `sweep` beside other optimizers, and `train`, AGR in trainings of
+the paper's size.
 
 FOLDER gets a few files, so that they are easily brought home from a machine that is only lent: SUMMARY.md (printed at
 the end too), report.json, log.txt with all output, pictures, a profile for Nsight Compute, and details.tar.gz with
@@ -28,7 +29,7 @@ from typing import Any
 from bench.gpu_report.place import Place
 from bench.gpu_report.report import make
 from bench.gpu_report.runner import Stage
-from bench.gpu_report.stages import BY_DEFAULT, STAGES
+from bench.gpu_report.stages import APART, BY_DEFAULT, STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         choices=STAGES,
         default=BY_DEFAULT,
         metavar="STAGE",
-        help=f"of {', '.join(STAGES)} (default: all but train)",
+        help=f"of {', '.join(STAGES)} (default: all but {', '.join(sorted(APART))})",
     )
     args = parser.parse_args(arguments)
     try:

@@ -139,6 +139,32 @@ def precision_table(documents: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*table(headings, [(name, *cells) for name, cells in rows.items()]), "", *reasons]
 
 
+def memory_table(document: Mapping[str, Any]) -> list[str]:
+    """Return a Markdown table of bytes an element, a contender a row, and below it why some were not measured."""
+    rows: list[tuple[str, ...]] = []
+    reasons: list[str] = []
+    for row in document["rows"]:
+        if row["held"] is None:
+            reasons.append(f"{row['name']}, {row['status']}: {shortened(row['reason'])}")
+            continue
+        counts = (row["held"][part] / row["elements"] for part in ("state", "rule", "step", "peak"))
+        rows.append((row["name"], *(f"{count:.3f}" for count in counts)))
+    return [*table(["bytes an element", "state", "by arithmetic", "a step", "peak"], rows), "", *reasons]
+
+
+def sweep_table(document: Mapping[str, Any]) -> list[str]:
+    """Return a Markdown table of shares of the copy bandwidth: a point a row, a contender a column."""
+    names = [row["name"] for row in document["sets"][0]["rows"]]
+    rows = [
+        (
+            f"{entry['tensors']} x {entry['elements'] // entry['tensors']}",
+            *(f"{100 * row['figures']['share_of_copy']:.0f}%" if row["figures"] else "-" for row in entry["rows"]),
+        )
+        for entry in document["sets"]
+    ]
+    return table(["of copy", *names], rows)
+
+
 def overhead_lines(document: Mapping[str, Any]) -> list[str]:
     """Return a line an optimizer."""
     lines = []

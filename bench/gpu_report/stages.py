@@ -33,6 +33,7 @@ PEERS_OF_FORMATS = (
 )
 # They compile themselves for each of the set's shapes anew: in a run of their own, which costs nobody else's figures.
 COMPILING_PEERS = tuple(f"torchao-adamw-{name}" for name in ("bfloat16-stochastic", "float32-8bit", "bfloat16-8bit"))
+SWEPT = ("agr-adamw", "agr-adamw-triton", "torch-adamw-fused", "torch-adamw-foreach", "agr-adan", "agr-adan-triton")
 PREDICTED_SETS = ("gpt2", "vit-b-16", "llama-3.2-1b")
 KERNELS = "agr_"  # in the names of all kernels of the cuda backend
 # Tests that a GPU makes a difference to: those of its backends, by the names in their parameters, and its own file.
@@ -231,6 +232,37 @@ def precision(place: Place) -> Stage:
     return Stage("precision", 20, commands, digest)
 
 
+def memory(place: Place) -> Stage:
+    """Count the bytes of state, and what a step allocates."""
+
+    def commands() -> list[Command]:
+        ours = [f"agr-{rule}-{stored}" for rule in ("adamw", "adan") for stored in FORMATS]
+        contenders = [*(name for name in CONTENDERS if "compiled" not in name), *ours, *PEERS_OF_FORMATS]
+        options = ("--device", "cuda", "--sets", PRECISION_SET, "--out", str(place.work), "--tag", TAG)
+        return [python("-m", "bench", "memory", *options, "--contenders", *contenders)]
+
+    def digest(runs: Sequence[Run]) -> Digest:
+        document = json.loads((place.work / f"memory-cuda-{TAG}.json").read_text())
+        return Digest(digests.memory_table(document), {"targets": document["targets"], "rows": document["rows"]})
+
+    return Stage("memory", 20, commands, digest)
+
+
+def sweep(place: Place) -> Stage:
+    """Time steps of many sizes and numbers of tensors."""
+
+    def commands() -> list[Command]:
+        points = ("--counts", "1", "256", "--elements", *(str(4**power) for power in (6, 8, 10, 12, 13)))
+        options = ("--device", "cuda", "--seconds", "6", "--rounds", "40", "--out", str(place.work), "--tag", TAG)
+        return [python("-m", "bench", "sweep", *points, *options, "--contenders", *SWEPT)]
+
+    def digest(runs: Sequence[Run]) -> Digest:
+        document = json.loads((place.work / f"sweep-cuda-{TAG}.json").read_text())
+        return Digest(digests.sweep_table(document), {"sets": digests.medians(document)})
+
+    return Stage("sweep", 30, commands, digest)
+
+
 def overhead(place: Place) -> Stage:
     """Time the host's part of a step."""
 
@@ -356,6 +388,8 @@ STAGES: dict[str, Callable[[Place], Stage]] = {
         sanitizer,
         step,
         precision,
+        memory,
+        sweep,
         overhead,
         gradients,
         traffic,
@@ -365,5 +399,6 @@ STAGES: dict[str, Callable[[Place], Stage]] = {
         train,
     )
 }
-#: What is run where nothing else is said: all but the stage that would take as long again.
-BY_DEFAULT = [name for name in STAGES if name != "train"]
+#: Stages that are run where they are asked for: together they take nearly as long again as the others.
+APART = {"memory", "sweep", "train"}
+BY_DEFAULT = [name for name in STAGES if name not in APART]

@@ -23,7 +23,7 @@ from bench.measuring.clocks import CopyProbe
 from bench.measuring.races import Lane
 from bench.measuring.stats import Interval, Summary, median_interval, paired_ratios, summarize
 from bench.reporting import documents, terminal
-from bench.workloads import contenders
+from bench.workloads.building import LEARNING_RATE
 from bench.workloads.formats import ACCESSES
 from bench.workloads.shapes import model_set
 from bench.workloads.tensors import Workload
@@ -94,7 +94,7 @@ def measure(
     lanes = []
     for name, variables in variants.items():
         optimizer = getattr(agr_cuda, case.rule)(
-            workload.parameters, lr=contenders.LEARNING_RATE, backend=device.type, **case.options
+            workload.parameters, lr=LEARNING_RATE, backend=device.type, **case.options
         )
         optimizer.state.update({parameter: dict(values) for parameter, values in state.items()})
         swap = Environment(variables).swap

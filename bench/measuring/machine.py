@@ -12,7 +12,10 @@ from pathlib import Path
 import torch
 
 GIB = 2**30
-PACKAGES = ("torch", "triton", "torch-optimi", "pytorch_optimizer", "agr-cuda")
+PACKAGES = (
+    *("torch", "triton", "agr-cuda"),
+    *("torch-optimi", "pytorch_optimizer", "timm", "torchao", "bitsandbytes", "deepspeed"),
+)
 
 
 def cpu_model() -> str:

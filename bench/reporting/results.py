@@ -12,11 +12,12 @@ import torch
 from bench.measuring.clocks import Timing
 from bench.measuring.stats import Summary, paired_ratios, ratio_of_fastest, ratio_of_medians, summarize
 from bench.reporting import documents
-from bench.workloads.contenders import BY_NAME, YARDSTICK, Contender, Unmeasured
+from bench.workloads.building import Unmeasured
+from bench.workloads.contenders import BY_NAME, YARDSTICK, Contender
 from bench.workloads.shapes import ModelSet
 
 DISTURBING = 0.1  # share of the processors
-Status = Literal["measured", "failed"] | Unmeasured
+Status = Literal["measured"] | Unmeasured
 
 
 @dataclass(frozen=True)

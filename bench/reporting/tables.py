@@ -8,6 +8,7 @@ from bench.reporting.results import Row, SetResult
 from bench.reporting.targets import Target
 from bench.reporting.terminal import Table, Text, table
 from bench.reporting.units import duration, span, times
+from bench.workloads.contenders import Choice
 
 VERDICT_STYLES = {"met": "green", "missed": "red", "not measured": "dim"}
 
@@ -51,6 +52,11 @@ def results_table(result: SetResult, with_host: bool) -> Table:
 def reasons(result: SetResult) -> list[str]:
     """Return why contenders were not measured, a line each."""
     return [f"{row.label}: {row.reason}" for row in result.rows if row.figures is None]
+
+
+def left_out(choice: Choice) -> list[str]:
+    """Return which contenders are not measured at all, a line for each reason."""
+    return [f"Not measured, {reason}: {', '.join(names)}." for reason, names in choice.left_out.items()]
 
 
 def targets_table(targets: Sequence[Target]) -> Table:

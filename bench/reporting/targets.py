@@ -29,7 +29,7 @@ class Target:
     at_fastest: float | None = None  # the same from each contender's fastest step
     at_least: bool = False
     disturbed: bool = False  # other work on the machine makes the verdict doubtful
-    unit: str = "x"  # "x" a ratio of times, "%" a share, "" a count
+    unit: str = "x"  # "x" a ratio, "%" a share, "B" bytes, "" a count
 
     def met_by(self, value: float) -> bool:
         """Whether a value meets the limit."""
@@ -63,6 +63,7 @@ class Target:
         shown = {
             "x": f"{value:.3f}x",
             "%": f"{100 * value:.1f}%",
+            "B": f"{value:.2g} B",
             "": f"{value:.0f}",
         }
         return shown[self.unit]

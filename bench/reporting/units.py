@@ -1,4 +1,4 @@
-"""How durations and ratios are shown."""
+"""How durations, sizes and ratios are shown."""
 
 from __future__ import annotations
 
@@ -33,3 +33,12 @@ def times(value: float) -> str:
 def percent(share: float) -> str:
     """Return a share with one digit after the point."""
     return f"{100 * share:.1f}%"
+
+
+def size(count: float) -> str:
+    """Return bytes in a unit that leaves one to four digits before the point, in three digits at least."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}" if count < 1e3 else f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.3g} GiB"

@@ -1,38 +1,21 @@
-"""The optimizers that are compared: how each is built, and which of them fit in memory together."""
+"""The optimizers that are compared, and which of them fit in memory together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from inspect import signature
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from bench.workloads import peers
+from bench.workloads.building import Builder, LeftOutError, Parameters, Step, optimizer
 from bench.workloads.formats import ACCESSES, FORMATS, Format, averages
+from bench.workloads.peers import MAX_NORM, after_agr, compiled, torch_foreach, torch_fused
 from bench.workloads.tensors import SHARED_COPIES
 
-Parameters = list[torch.nn.Parameter]
-Step = Callable[[], object]
-Builder = Callable[[Parameters, float], Step]  # parameters, eps -> the step
-
-Unmeasured = Literal["not installed", "not available"]
-
-LEARNING_RATE = 1e-6  # so small that the parameters stay finite whatever the number of rounds
-WEIGHT_DECAY = 1e-2
-EPS = {torch.float16: 1e-4}  # 1e-8 is zero in float16, and plain foreach operations would divide by it
-DEFAULT_EPS = 1e-8
 YARDSTICK = "torch-adamw-fused"
-MAX_NORM = 1.0  # of what clips gradients
-PIP_NAMES = {
-    "agr_cuda": "agr-cuda",
-    "torch": "torch",
-    "optimi": "torch-optimi",
-    "pytorch_optimizer": "pytorch_optimizer",
-    "torchao": "torchao",
-    "bitsandbytes": "bitsandbytes",
-}
 
 
 @dataclass(frozen=True)
@@ -50,6 +33,7 @@ class Contender:
     devices: tuple[str, ...] = ("cpu", "cuda")  # kinds of device where it is measured
     rivals: tuple[str, ...] = ()  # whom it is compared with, round by round, besides the yardstick
     format: Format | None = None  # as what its numbers are stored; None: all as the run's type
+    compiles: bool = False  # for minutes, on a CPU, if there are hundreds of tensors: there it runs where it is named
 
     @property
     def ours(self) -> bool:
@@ -58,7 +42,11 @@ class Contender:
 
     def bytes_per_element(self, dtype: torch.dtype) -> float:
         """Return the bytes that its rule must move where the run's type is `dtype`."""
-        return (self.format or Format.uniform(dtype)).bytes_moved(self.rule)
+        return self.stored(dtype).bytes_moved(self.rule)
+
+    def stored(self, dtype: torch.dtype) -> Format:
+        """Return as what its numbers are stored where the run's type is `dtype`."""
+        return self.format or Format.uniform(dtype)
 
     @property
     def copies(self) -> int:
@@ -67,78 +55,9 @@ class Contender:
         return averages(self.rule) + master + self.writes_gradients
 
 
-class LeftOutError(Exception):
-    """A contender cannot run here, by no fault of its own; the message says why, or what it needs."""
-
-    status: Unmeasured = "not available"
-
-
-class NotInstalledError(LeftOutError):
-    """Its package is not there; the message names it as pip does."""
-
-    status = "not installed"
-
-
-def eps_for(dtype: torch.dtype) -> float:
-    """Return the eps that optimizers of parameters of this type are given."""
-    return EPS.get(dtype, DEFAULT_EPS)
-
-
 def build(contender: Contender, parameters: Parameters, eps: float) -> Step:
     """Return the contender's step. Raises LeftOutError where it cannot run."""
-    try:
-        import_module(contender.module)
-    except ModuleNotFoundError as error:
-        if error.name == contender.module:
-            raise NotInstalledError(f"not installed: pip install {PIP_NAMES[contender.module]}") from error
-        raise
     return contender.build(parameters, eps)
-
-
-def optimizer(module: str, name: str, **options: Any) -> Builder:
-    """Return a builder for one of the module's optimizers with these options."""
-
-    def make(parameters: Parameters, eps: float) -> Step:
-        made = getattr(import_module(module), name)
-        step: Step = made(parameters, lr=LEARNING_RATE, eps=eps, weight_decay=WEIGHT_DECAY, **options).step
-        return step
-
-    return make
-
-
-def _regularize(gradient: torch.Tensor) -> None:
-    """AGR as one writes it."""
-    total = gradient.abs().sum()
-    gradient.mul_(1 - gradient.abs() / total)
-
-
-def _before_fused(regularize: Callable[[torch.Tensor], object], parameters: Parameters, eps: float) -> Step:
-    """Return a step that regularizes each gradient, then takes that of PyTorch's fused AdamW."""
-    step = optimizer("torch.optim", "AdamW", fused=True)(parameters, eps)
-
-    @torch.no_grad()
-    def regularized_step() -> None:
-        for parameter in parameters:
-            assert parameter.grad is not None
-            regularize(parameter.grad)
-        step()
-
-    return regularized_step
-
-
-def _three_lines(parameters: Parameters, eps: float) -> Step:
-    """AGR as one writes it in three lines before any optimizer, here PyTorch's fused AdamW."""
-    return _before_fused(_regularize, parameters, eps)
-
-
-def _three_lines_compiled(parameters: Parameters, eps: float) -> Step:
-    """AGR as above, but its three lines compiled, a tensor at a time.
-
-    Each tensor as a row of elements, so that all shapes share two programs: of the first tensor's size, and of any
-    size. One program for all tensors together would take minutes to compile.
-    """
-    compiled = torch.compile(_regularize)
-    return _before_fused(lambda gradient: compiled(gradient.view(-1)), parameters, eps)
 
 
 def why_not(backend: str, tensor: torch.Tensor) -> str | None:
@@ -204,33 +123,30 @@ def _gradients(name: str, note: str, backend: str | None = None, **more: Any) ->
     return Contender(name, label, "gradients", True, build, "agr_cuda", writes_gradients=True, **more)
 
 
-def _clip_grad_norm(parameters: Parameters, eps: float) -> Step:
-    """PyTorch's clipping, which has no AGR: the same bytes, but for a second read from memory."""
-    return lambda: torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM, foreach=True)
+def _peer(name: str, module: str, label: str, build: Builder, rule: str = "AdamW", **more: Any) -> Contender:
+    return Contender(name, f"{module} {label}", rule, False, build, module, **more)
 
 
-def _torch(name: str, label: str, scratch: int = 0, **options: Any) -> Contender:
-    build = optimizer("torch.optim", "AdamW", **options)
-    return Contender(name, f"torch {label}", "AdamW", False, build, "torch", scratch=scratch)
+def _three_lines(
+    name: str,
+    around: str,
+    build: Builder,
+    make_lines: Callable[[], peers.Regularize] | None = None,
+    whole: Callable[[Builder], Builder] | None = None,
+    module: str = "torch",
+    rule: str = "AdamW",
+    **more: Any,
+) -> Contender:
+    """AGR as one writes it, in three lines before another's step; the lines compiled, or lines and step as a whole."""
+    label = f"{'compiled ' if make_lines else ''}three-line AGR + {around}"
+    built = after_agr(build, make_lines) if make_lines else after_agr(build)
+    built = whole(built) if whole else built
+    return Contender(name, label, rule, True, built, module, writes_gradients=True, scratch=1, **more)
 
 
-def _peer_adan(name: str, module: str, label: str, foreach: bool = False, **more: Any) -> Contender:
-    build = optimizer(module, "Adan", **({"foreach": True} if foreach else {}))
-    return Contender(name, f"{module} {label}", "Adan", False, build, module, **more)
-
-
-def _peer_triton(name: str, rule: str) -> Contender:
-    """One of optimi's optimizers by its Triton kernels, a launch for each tensor; without AGR."""
-
-    def build(parameters: Parameters, eps: float) -> Step:
-        if "triton" not in signature(getattr(import_module("optimi"), rule)).parameters:
-            raise LeftOutError("this torch-optimi has no Triton kernels: pip install 'torch-optimi>=0.3'")
-        try:
-            # Kahan sums, its default for AdamW in 16 bits, would be one more tensor to read and write.
-            return optimizer("optimi", rule, triton=True, kahan_sum=False)(parameters, eps)
-        except ImportError as error:
-            raise LeftOutError(str(error)) from error
-
+def _peer_triton(rule: str) -> Contender:
+    """One of optimi's optimizers by its Triton kernels; without AGR."""
+    name, build = f"optimi-{rule.lower()}-triton", peers.optimi_triton(rule)
     return Contender(name, f"optimi {rule}, Triton", rule, False, build, "optimi", devices=("cuda",))
 
 
@@ -238,8 +154,8 @@ def _stored(rule: str, name: str, backend: str | None = None) -> Contender:
     """One of agr_cuda's optimizers that stores its numbers in the format of that name."""
     options = FORMATS[name].options
     build = of_backend(backend, rule, **options) if backend else _native(rule, agr=True, **options)
-    own, peers = f"agr-{rule.lower()}-{name}", STORED[name] if rule == "AdamW" else ()
-    more: dict[str, Any] = {"devices": ("cuda",), "rivals": (own, *peers)} if backend else {"rivals": peers}
+    own, others = f"agr-{rule.lower()}-{name}", STORED[name] if rule == "AdamW" else ()
+    more: dict[str, Any] = {"devices": ("cuda",), "rivals": (own, *others)} if backend else {"rivals": others}
     label = f"agr_cuda {rule}, {name}{', Triton' if backend else ''}"
     full = f"{own}-{backend}" if backend else own
     return Contender(full, label, rule, True, build, "agr_cuda", format=FORMATS[name], **more)
@@ -253,81 +169,61 @@ def _peer_stored(
     return Contender(name, label, "AdamW", False, build, module, scratch=scratch, format=FORMATS[stored], **more)
 
 
-def _torch_masters(parameters: Parameters, eps: float) -> Step:
-    """Float32 masters as one trains with them by PyTorch alone: copies around the fused AdamW's step."""
-    weights = [parameter.detach() for parameter in parameters]
-    masters = [weight.float() for weight in weights]
-    gradients = [torch.empty_like(master) for master in masters]
-    trained = [torch.nn.Parameter(master) for master in masters]  # the same memory
-    for parameter, gradient in zip(trained, gradients, strict=True):
-        parameter.grad = gradient
-    step = _torch_fused(trained, eps)
-
-    @torch.no_grad()
-    def step_of_masters() -> None:
-        torch._foreach_copy_(gradients, [grad for parameter in parameters if (grad := parameter.grad) is not None])
-        step()
-        torch._foreach_copy_(weights, masters)
-
-    return step_of_masters
-
-
-def _torchao(name: str, stored: str) -> Builder:
-    """One of torchao's optimizers, which compile themselves, for every shape anew."""
-    return optimizer("torchao.optim", name, bf16_stochastic_round=FORMATS[stored].stochastic)
-
-
 # What agr_cuda's rows store, and who else stores AdamW's numbers so, or nearly.
 STORED = {
     "bfloat16": ("torch-adamw-fused-bfloat16", "optimi-adamw-kahan"),
     "bfloat16-stochastic": ("torchao-adamw-bfloat16-stochastic", "optimi-adamw-kahan"),
     "bfloat16-master": ("torch-adamw-fused-master",),
-    "float32-8bit": ("torchao-adamw-float32-8bit", "bitsandbytes-adamw-float32-8bit"),
-    "bfloat16-8bit": ("torchao-adamw-bfloat16-8bit", "bitsandbytes-adamw-bfloat16-8bit"),
+    **{
+        name: tuple(f"{module}-adamw-{name}" for module in ("torchao", "bitsandbytes", "pytorch-optimizer"))
+        for name in ("float32-8bit", "bfloat16-8bit")
+    },
 }
-_torch_fused = optimizer("torch.optim", "AdamW", fused=True)
 _bitsandbytes = optimizer("bitsandbytes.optim", "AdamW8bit")
+_flash = optimizer("pytorch_optimizer", "FlashAdamW")  # averages of 8 bits, in blocks of 32
+_optimi_adan = optimizer("optimi", "Adan", foreach=True)
 
 ALL = (
-    _ours("agr-adamw", "AdamW", "AdamW"),
+    _ours("agr-adamw", "AdamW", "AdamW", rivals=("deepspeed-adamw",)),
     _triton("agr-adamw-triton", "AdamW"),
     _ours("agr-adamw-off", "AdamW, agr off", "AdamW", agr=False),
     _reference("reference-adamw", "AdamW", scratch=3),
-    _torch(YARDSTICK, "AdamW, fused", fused=True),
-    _torch("torch-adamw-foreach", "AdamW, foreach", foreach=True, scratch=1),
-    Contender("three-lines", "three-line AGR + torch fused", "AdamW", True, _three_lines, "torch", True, scratch=1),
-    Contender(
-        "three-lines-compiled",
-        "compiled three-line AGR + torch fused",
-        "AdamW",
-        agr=True,
-        build=_three_lines_compiled,
-        module="torch",
-        writes_gradients=True,
-        devices=("cuda",),  # on a CPU, compiling would take longer than the benchmark
-    ),
-    _peer_triton("optimi-adamw-triton", "AdamW"),
+    _peer(YARDSTICK, "torch", "AdamW, fused", torch_fused),
+    _peer("torch-adamw-foreach", "torch", "AdamW, foreach", torch_foreach, scratch=1),
+    _peer_triton("AdamW"),
+    _peer("deepspeed-adamw", "deepspeed", "CPUAdam, AdamW", peers.deepspeed, devices=("cpu",)),
+    _peer("torch-adamw-compiled", "torch", "AdamW, step compiled", compiled(torch_foreach), compiles=True),
+    _three_lines("three-lines", "torch fused", torch_fused),
+    _three_lines("three-lines-foreach", "torch foreach", torch_foreach),
+    _three_lines("three-lines-compiled", "torch fused", torch_fused, peers.compiled_lines, compiles=True),
+    _three_lines("three-lines-step-compiled", "torch, step compiled", torch_foreach, whole=compiled, compiles=True),
+    _three_lines("three-lines-deepspeed", "deepspeed", peers.deepspeed, module="deepspeed", devices=("cpu",)),
+    _peer("bitsandbytes-adamw", "bitsandbytes", "AdamW", optimizer("bitsandbytes.optim", "AdamW"), scratch=1),
     _ours("agr-adan", "Adan", "Adan", rivals=("optimi-adan-foreach", "reference-adan")),
     _triton("agr-adan-triton", "Adan"),
     _ours("agr-adan-off", "Adan, agr off", "Adan", agr=False),
     _reference("reference-adan", "Adan", scratch=5),
-    _peer_triton("optimi-adan-triton", "Adan"),
-    _peer_adan("optimi-adan-foreach", "optimi", "Adan, foreach", foreach=True, writes_gradients=True),
-    _peer_adan("optimi-adan", "optimi", "Adan, default", devices=("cpu",)),  # on a GPU that is Triton's, or foreach
-    _peer_adan("pytorch-optimizer-adan", "pytorch_optimizer", "Adan", scratch=1),
+    _peer_triton("Adan"),
+    _peer("optimi-adan-foreach", "optimi", "Adan, foreach", _optimi_adan, "Adan", writes_gradients=True),
+    # By default, on a GPU that is Triton's, or foreach.
+    _peer("optimi-adan", "optimi", "Adan, default", optimizer("optimi", "Adan"), "Adan", devices=("cpu",)),
+    _peer(
+        "pytorch-optimizer-adan", "pytorch_optimizer", "Adan", optimizer("pytorch_optimizer", "Adan"), "Adan", scratch=1
+    ),
+    _peer("timm-adan-foreach", "timm", "Adan, foreach", peers.timm_adan, "Adan", scratch=1),
+    _three_lines("three-lines-adan", "optimi Adan, foreach", _optimi_adan, module="optimi", rule="Adan"),
     _gradients("agr-gradients", ""),
     _gradients(
         "agr-gradients-clipping", ", clipping", options={"max_norm": MAX_NORM}, rivals=("torch-clip-grad-norm",)
     ),
     _gradients("agr-gradients-triton", ", Triton", "triton", devices=("cuda",), rivals=("agr-gradients",)),
     _gradients("reference-gradients", ", reference", "reference"),
-    Contender(
+    _peer(
         "torch-clip-grad-norm",
-        "torch clip_grad_norm_, foreach",
+        "torch",
+        "clip_grad_norm_, foreach",
+        peers.clip_grad_norm,
         "gradients",
-        agr=False,
-        build=_clip_grad_norm,
-        module="torch",
         writes_gradients=True,
     ),
 )
@@ -335,11 +231,11 @@ ALL = (
 PRECISION = (
     *(_stored(rule, name) for rule in ("AdamW", "Adan") for name in STORED),
     *(_stored(rule, name, "triton") for rule in ("AdamW", "Adan") for name in STORED),
-    _peer_stored("torch-adamw-fused-bfloat16", "torch", "AdamW, fused", "bfloat16", _torch_fused),
-    _peer_stored("torch-adamw-fused-master", "torch", "AdamW, fused", "bfloat16-master", _torch_masters, 1),
+    _peer_stored("torch-adamw-fused-bfloat16", "torch", "AdamW, fused", "bfloat16", torch_fused),
+    _peer_stored("torch-adamw-fused-master", "torch", "AdamW, fused", "bfloat16-master", peers.torch_masters, 1),
     _peer_stored("optimi-adamw-kahan", "optimi", "AdamW, Kahan sums", "bfloat16", optimizer("optimi", "AdamW"), 1),
     *(
-        _peer_stored(f"torchao-adamw-{name}", "torchao", label, name, _torchao(label, name))
+        _peer_stored(f"torchao-adamw-{name}", "torchao", label, name, peers.torchao(label, name))
         for label, name in (
             ("_AdamW", "bfloat16-stochastic"),
             ("AdamW8bit", "float32-8bit"),
@@ -347,7 +243,11 @@ PRECISION = (
         )
     ),
     *(
-        _peer_stored(f"bitsandbytes-adamw-{name}", "bitsandbytes", "AdamW8bit", name, _bitsandbytes, devices=("cuda",))
+        _peer_stored(f"bitsandbytes-adamw-{name}", "bitsandbytes", "AdamW8bit", name, _bitsandbytes)
+        for name in ("float32-8bit", "bfloat16-8bit")
+    ),
+    *(
+        _peer_stored(f"pytorch-optimizer-adamw-{name}", "pytorch_optimizer", "FlashAdamW", name, _flash)
         for name in ("float32-8bit", "bfloat16-8bit")
     ),
 )
@@ -359,6 +259,34 @@ def contender(name: str) -> Contender:
     if name not in BY_NAME:
         raise ValueError(f"unknown contender {name!r}: allowed are {', '.join(BY_NAME)}")
     return BY_NAME[name]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Contenders to measure, and the names of those that are not, by the reason."""
+
+    entries: list[Contender]
+    left_out: dict[str, list[str]]
+
+
+def choose(
+    device: str, named: Sequence[Contender] | None, default: Iterable[str], always: Sequence[str] = ()
+) -> Choice:
+    """Choose what to measure on a kind of device: of the contenders that were named, or else of the default ones."""
+    names = {*(default if named is None else (entry.name for entry in named)), *always}
+    choice = Choice([], {})
+    for entry in (*ALL, *PRECISION):
+        if entry.name not in names:
+            continue
+        if device not in entry.devices:
+            reason = f"for a {'GPU' if device == 'cpu' else 'CPU'} alone"
+        elif entry.compiles and device == "cpu" and named is None:
+            reason = "on a CPU only where they are named, since they may compile for minutes"
+        else:
+            choice.entries.append(entry)
+            continue
+        choice.left_out.setdefault(reason, []).append(entry.name)
+    return choice
 
 
 def bytes_needed(contenders: Sequence[Contender], model_bytes: int) -> int:

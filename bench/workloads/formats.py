@@ -52,19 +52,23 @@ class Format:
         if rule == "gradients":
             return self.gradient.itemsize
         weight = MASTER_BYTES if self.master else self.parameter.itemsize
-        return self.gradient.itemsize + weight + self._state_bytes(rule)
+        return self.gradient.itemsize + weight + self._average_bytes(rule)
 
     def bytes_written(self, rule: str) -> float:
         """Return the bytes of an element that a step must write."""
         if rule == "gradients":
             return self.gradient.itemsize
-        return self.parameter.itemsize + MASTER_BYTES * self.master + self._state_bytes(rule)
+        return self.parameter.itemsize + MASTER_BYTES * self.master + self._average_bytes(rule)
 
     def bytes_moved(self, rule: str) -> float:
         """Return the bytes of an element that a step must read and write."""
         return self.bytes_read(rule) + self.bytes_written(rule)
 
-    def _state_bytes(self, rule: str) -> float:
+    def state_bytes(self, rule: str) -> float:
+        """Return the bytes of an element that an optimizer keeps: its averages, and its master if it has one."""
+        return self._average_bytes(rule) + MASTER_BYTES * (self.master and averages(rule) > 0)
+
+    def _average_bytes(self, rule: str) -> float:
         """Return the bytes of an element's averages, if its tensor is large enough for codes where they are codes."""
         scale = SCALE_BYTES if self.state == torch.uint8 else 0
         return averages(rule) * (self.state.itemsize + scale)
