@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -45,22 +46,13 @@ def result_of(name: str, seconds: dict[str, float], copy: float) -> SetResult:
     return SetResult(name, model.title, len(model.shapes), model.elements, stats.summarize([copy]), rows, True, None)
 
 
-def test_the_picture_has_a_panel_a_count_a_line_a_contender_and_the_copy_as_roof(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn: list[sweep_chart.Figure] = []
-
-    class Remembered(sweep_chart.Figure):
-        def __init__(self, **options: object) -> None:
-            super().__init__(**options)  # type: ignore[arg-type]
-            drawn.append(self)
-
-    monkeypatch.setattr(sweep_chart, "Figure", Remembered)
+def test_the_picture_has_a_panel_a_count_a_line_a_contender_and_the_copy_as_roof() -> None:
     seconds = {YARDSTICK: 1e-3, "agr-adamw": 2e-3, "agr-adan": 4e-3}
     found = [result_of(name, seconds, copy) for name, copy in (("1x1000", 1e9), ("1x4000", 2e9), ("8x500", 3e9))]
-    sweep_chart.draw(tmp_path / "new" / "a.png", found, "a machine")
-    assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
-    (figure,) = drawn
+    machine = {"device": "cpu", "threads": 1, "device_name": "a machine", "versions": {"torch": "2"}}
+    run = {"machine": machine, "settings": {"dtype": "float32"}, "sets": [asdict(result) for result in found]}
+    figure = sweep_chart.figure(run)
+    assert figure.get_suptitle().endswith("a machine, 1 thread(s), float32, torch 2")
     first, second = figure.axes
     lines = {str(line.get_label()): line for line in first.get_lines()}
     assert [*lines] == ["torch AdamW, fused", "agr_cuda AdamW", "agr_cuda Adan", "copy of large tensors"]

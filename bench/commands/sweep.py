@@ -19,7 +19,7 @@ import torch
 from bench.commands import options
 from bench.measuring import machine
 from bench.measuring.steps import Settings, StepBench
-from bench.reporting import results, sweep_chart, tables, terminal, units
+from bench.reporting import pictures, results, sweep_chart, tables, terminal, units
 from bench.reporting.results import SetResult
 from bench.workloads import building, contenders
 from bench.workloads.contenders import YARDSTICK
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         found.append(bench.measure_set(model, lambda text: None))
         reasons |= dict.fromkeys(tables.reasons(found[-1]))
         results.write(path.with_name(f"{path.name}.json"), description, written, found, [])
-    sweep_chart.draw(path.with_name(f"{path.name}.png"), found, about)
+    pictures.save(path.with_name(f"{path.name}.png"), sweep_chart.figure, path.with_name(f"{path.name}.json"))
     for count in dict.fromkeys(result.tensors for result in found):
         of_count = [result for result in found if result.tensors == count]
         console.print(table(of_count, f"A step of {count:,} equal tensors: {about}"))

@@ -12,6 +12,8 @@ from bench.reporting.units import duration, ratio
 from bench.workloads.contenders import YARDSTICK
 
 RUN = "step-cpu-float32-epyc-2-cores"
+PEERS = "step-cpu-float32-peers-epyc-2-cores"
+SWEEP = "sweep-cpu-epyc-2-cores"
 PRECISION = "step-cpu-precision-epyc-2-cores"
 OURS = {"agr-adamw": "**AGR-AdamW**", "agr-adan": "**AGR-Adan**"}
 LABELS = {
@@ -53,6 +55,11 @@ def _figures(result: SetResult, name: str) -> Figures:
     return found
 
 
+def _label(result: SetResult, name: str) -> str:
+    """Return how pages call a contender: as the run does, where nothing else is said."""
+    return LABELS.get(name) or next(row.label for row in result.rows if row.name == name)
+
+
 def _cell(result: SetResult, name: str, with_time: bool) -> str:
     figures = _figures(result, name)
     shown = "1" if name == YARDSTICK else ratio(figures.ratio.median)
@@ -60,7 +67,7 @@ def _cell(result: SetResult, name: str, with_time: bool) -> str:
 
 
 def _ratios(sets: Sequence[SetResult], names: Sequence[str], timed: Sequence[str]) -> list[str]:
-    rows = ([LABELS[name], *(_cell(result, name, name in timed) for result in sets)] for name in names)
+    rows = ([_label(sets[0], name), *(_cell(result, name, name in timed) for result in sets)] for name in names)
     return table(("ratio of times; lower is better", *(result.title for result in sets)), rows)
 
 
@@ -79,6 +86,30 @@ def in_short(run: dict[str, Any]) -> list[str]:
 @block("step", RUN)
 def all_contenders(run: dict[str, Any]) -> list[str]:
     return _ratios(sets_of(run), ALL, (*OURS, YARDSTICK))
+
+
+@block("step-peers", PEERS)
+def peers(run: dict[str, Any]) -> list[str]:
+    sets = sets_of(run)
+    return _ratios(sets, [row.name for row in sets[0].rows], (*OURS, YARDSTICK))
+
+
+@block("sweep", SWEEP)
+def sweep(run: dict[str, Any]) -> list[str]:
+    """Show the fewest and the most tensors, at the smallest and the largest size, and one between."""
+    found = sets_of(run)
+    counts = sorted({result.tensors for result in found})
+    shown = []
+    for count in (counts[0], counts[-1]):
+        alike = sorted((result for result in found if result.tensors == count), key=lambda result: result.elements)
+        shown += [alike[0], *(result for result in alike if result.elements == 2**20), alike[-1]]
+    names = [row.name for row in shown[0].rows if row.status == "measured"]
+    rows = (
+        [_label(shown[0], name), *(duration(_figures(result, name).step_s.median) for result in shown)]
+        for name in names
+    )
+    headings = [f"{r.tensors:,} tensor{'s' * (r.tensors > 1)}, {r.elements:,} elements in all" for r in shown]
+    return table(("time of a step", *headings), rows)
 
 
 @block("step-models", RUN)

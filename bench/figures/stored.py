@@ -42,6 +42,14 @@ SOURCES = {
         "python -m bench step --precision --sets gpt2 --rounds 11 --seconds 400 --tag epyc-2-cores",
         "where in memory an optimizer's tensors happen to lie moves its figure by up to a fifth from run to run",
     ),
+    "step-cpu-float32-peers-epyc-2-cores": Source(
+        "python -m bench step --seconds 20 --tag peers-epyc-2-cores --contenders agr-adamw agr-adamw-off "
+        "torch-adamw-fused torch-adamw-foreach deepspeed-adamw three-lines three-lines-foreach three-lines-deepspeed "
+        "bitsandbytes-adamw agr-adan agr-adan-off optimi-adan-foreach optimi-adan pytorch-optimizer-adan "
+        "timm-adan-foreach three-lines-adan",
+        "a second run on a shared machine agrees to a fifth, since there are three rounds of the models",
+    ),
+    "sweep-cpu-epyc-2-cores": Source("python -m bench sweep --seconds 72 --tag epyc-2-cores"),
     "train-in-16-bits-cpu": Source("python examples/train_in_16_bits.py --results runs/16-bits.json", SAME_HERE),
     "watch-coefficients-cpu": Source(
         "python examples/watch_coefficients.py --results runs/coefficients.json", SAME_HERE

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from bench.reporting.results import Row, SetResult
+from bench.reporting.results import Row, SetResult, measured_on, sets_of
 
 # A rule's hue from dark to pale; ours are the dark ones.
 OURS = {"AdamW": ("#1f5fa8", "#3f9fd8"), "Adan": ("#c2571a", "#e08a3c"), "gradients": ("#3c7a3a", "#5fae5c")}
@@ -55,19 +53,18 @@ def _panel(axes: Axes, found: Sequence[SetResult], drawn: dict[str, dict[str, An
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw(path: Path, found: Sequence[SetResult], subtitle: str) -> None:
-    """Draw a panel for each number of tensors as PNG; `subtitle` says on what it was measured."""
+def figure(run: Mapping[str, Any]) -> Figure:
+    """Return a panel for each number of tensors; the title says on what it was measured."""
+    found = sets_of(run)
     counts = list(dict.fromkeys(result.tensors for result in found))
     measured = {row.name: row for result in found for row in result.rows if row.figures}
     drawn, copy = styles(list(measured.values())), median(result.copy.median for result in found)
-    figure = Figure(figsize=(1.2 + 4.2 * len(counts), 5.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(counts), sharex=True, sharey=True, squeeze=False)[0]
+    made = Figure(figsize=(1.2 + 4.2 * len(counts), 5.6), dpi=110, layout="constrained")
+    panels = made.subplots(1, len(counts), sharex=True, sharey=True, squeeze=False)[0]
     for axes, count in zip(panels, counts, strict=True):
         _panel(axes, [result for result in found if result.tensors == count], drawn, copy)
     panels[0].set_ylabel("gigabytes a second that the rule must move")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
-    figure.suptitle(f"A step's bandwidth by size and number of tensors\n{subtitle}", size=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    made.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
+    made.suptitle(f"A step's bandwidth by size and number of tensors\n{measured_on(run)}", size=11)
+    return made
