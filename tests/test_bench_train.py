@@ -217,10 +217,12 @@ class TestPlan:
         assert len({run.key for run in runs}) == len(runs)
         first = [run for run in runs if run.seed == 1000]
         at = {name: [run.lr for run in first if run.arm == name] for name in ARMS}
-        assert at["adamw"] == at["adamw-bit"] == at["adamw-placebo"] == at["agr-adamw-matrices"] == [0.2]
+        assert at["adamw"] == [0.2, 0.3]  # its own, and AGR's
+        assert at["adamw-clipped"] == at["adamw-bit"] == at["adamw-placebo"] == at["agr-adamw-matrices"] == [0.2]
         assert at["agr-adamw"] == [0.2, 0.3]  # beside AdamW's, its own
         assert at["adan"] == at["agr-adan"] == [0.4]
-        assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+        assert [run.seed for run in runs[:-2]] == sorted(run.seed for run in runs[:-2])
+        assert [(run.arm, run.lr) for run in runs[-2:]] == [("adamw", 0.3)] * 2
 
 
 class TestStore:

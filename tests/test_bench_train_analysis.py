@@ -102,9 +102,11 @@ def test_an_arm_is_judged_at_both_points():
     own = result(arm="agr-adamw", seed=0, lr=0.5, judged=False)
     rows = [*of_losses("adamw", [1.0] * 3), *of_losses("agr-adamw", [1.1] * 3)]
     rows += of_losses("agr-adamw", [0.7] * 3, lr=0.5)
+    rows += of_losses("adamw", [0.8] * 3, lr=0.5)
     runs = Runs(document(rows, chosen=[own]))
     assert runs.compare("agr-adamw", "adamw")[0].difference == pytest.approx(0.1)
     assert runs.compare("agr-adamw", "adamw", own=True)[0].difference == pytest.approx(-0.3)
+    assert runs.compare("agr-adamw", "adamw", both_own=True)[0].difference == pytest.approx(-0.125)
 
 
 def test_runs_that_diverged_have_no_loss_and_are_counted():

@@ -89,6 +89,11 @@ def verdicts(runs: Runs, own: bool = False) -> Grid:
 
     names = [name for name in _others(runs) if ARMS[name].searches] if own else _others(runs)
     rows = [(ARMS[name].label, *_by_task(runs, runs.compare(name, ARMS[name].base, own=own), cell)) for name in names]
+    if own:
+        for name in _with_agr(runs):
+            base = ARMS[name].base
+            found = _by_task(runs, runs.compare(name, base, both_own=True), cell)
+            rows.append((f"{ARMS[name].label}, beside {ARMS[base].label} with the same", *found))
     how = "each with what was chosen for itself" if own else "both with what was chosen for the optimizer alone"
     return Grid(f"change of the {FINAL}, {how}: mean, 95% interval, verdict", _headings(runs, "arm"), rows)
 

@@ -183,9 +183,17 @@ class Runs:
         shared = self.choices[task, ARMS[arm].base]
         return self.choices.get((task, arm), shared) if own else shared
 
-    def values(self, task: str, arm: str, measure: str, own: bool = False) -> dict[int, float]:
-        """Return a measure of an arm's runs, by seed; without those that do not have it."""
-        found = self._of.get((task, arm, self.point(task, arm, own)), {})
+    def values(self, task: str, arm: str, measure: str, own: bool = False, at: Point | None = None) -> dict[int, float]:
+        """Return a measure of an arm's runs, by seed; without those that do not have it.
+
+        Args:
+            task: what was trained.
+            arm: by what.
+            measure: of what.
+            own: whether with what was chosen for the arm itself.
+            at: with what, if with neither.
+        """
+        found = self._of.get((task, arm, at or self.point(task, arm, own)), {})
         of, to = self.measures[measure].of, self.targets[task, ARMS[arm].base]
         return {seed: value for seed, run in found.items() if (value := of(run, to)) is not None}
 
@@ -195,21 +203,29 @@ class Runs:
         return sum(not math.isfinite(result.final) for result in found.values())
 
     def compare(
-        self, arm: str, base: str, measure: str = FINAL, first: int | None = None, own: bool = False
+        self,
+        arm: str,
+        base: str,
+        measure: str = FINAL,
+        first: int | None = None,
+        own: bool = False,
+        both_own: bool = False,
     ) -> list[Comparison]:
         """Compare an arm with another in every task where both have at least two seeds in common.
 
         Args:
             arm: whose differences.
-            base: from whom; always at what was chosen for its optimizer alone.
+            base: from whom; at what was chosen for its optimizer alone, unless said otherwise.
             measure: of what.
             first: the first seed of the only set that counts (default: all sets).
             own: whether the arm is at what was chosen for itself.
+            both_own: whether both are at what was chosen for the arm.
         """
         counts = range(2**62) if first is None else range(first, first + self.setting.seeds)
         found = []
         for task in self.tasks:
-            ours, others = self.values(task, arm, measure, own), self.values(task, base, measure)
+            place = self.point(task, arm, own=True) if both_own else None
+            ours, others = self.values(task, arm, measure, own, place), self.values(task, base, measure, at=place)
             pairs = [(ours[seed], others[seed]) for seed in sorted(ours.keys() & others.keys()) if seed in counts]
             if len(pairs) > 1:
                 found.append(_compared(task, arm, base, self.measures[measure], pairs))

@@ -67,12 +67,17 @@ def judged(setting: Setting, tasks: Sequence[str], choices: Choices) -> list[Run
     """Return the runs that are judged: set by set, and all arms of a seed before the next seed.
 
     Every arm runs with what was chosen for its optimizer alone, so that nothing but the arm differs, and with what was
-    chosen for itself where that is another point.
+    chosen for itself where that is another point. There the optimizer alone runs too, last of all, where the arm is
+    AGR: a search of few seeds may choose a better point for one of two equal optimizers.
     """
+    seeds = [first + place for first in setting.sets for place in range(setting.seeds)]
     runs = []
-    for seed in (first + place for first in setting.sets for place in range(setting.seeds)):
-        for task, name in product(tasks, setting.arms):
-            shared = choices[task, ARMS[name].base]
-            for point in dict.fromkeys([shared, choices.get((task, name), shared)]):
-                runs.append(Run(task, name, point.lr, point.weight_decay, seed, judged=True))
-    return runs
+    for seed, task, name in product(seeds, tasks, setting.arms):
+        shared = choices[task, ARMS[name].base]
+        for point in dict.fromkeys([shared, choices.get((task, name), shared)]):
+            runs.append(Run(task, name, point.lr, point.weight_decay, seed, judged=True))
+    for seed, task, name in product(seeds, tasks, setting.arms):
+        own = choices.get((task, name))
+        if ARMS[name].agr_on and own is not None:
+            runs.append(Run(task, ARMS[name].base, own.lr, own.weight_decay, seed, judged=True))
+    return [*{run.key: run for run in runs}.values()]
