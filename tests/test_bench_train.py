@@ -321,6 +321,7 @@ class TestCommand:
         for record in document["runs"][::5]:
             again = train(Run(**{name: record[name] for name in Run.__dataclass_fields__}), SETTINGS["tiny"], CPU)
             assert again.held_out == pytest.approx(record["held_out"], rel=1e-5)
+        assert (tmp_path / "train-tiny.png").read_bytes().startswith(b"\x89PNG")
         assert "judged: 8 of 8, 0:00:00 left" in output
         assert "AGR-AdamW minus AdamW, every measure" in output
         assert "change of the final held-out loss" in output
@@ -365,6 +366,10 @@ class TestCommand:
         assert f"sets of 2 seeds from {', '.join(sets)} overlap" in capsys.readouterr().err
         assert not any(tmp_path.iterdir())
 
+    def test_a_task_that_a_setting_does_not_have_is_named(self, tmp_path, capsys):
+        assert main(["train", "--setting", "demo", "--tasks", "vit", "--out", str(tmp_path)]) == 2
+        assert "setting demo has no task 'vit': allowed are gpt" in capsys.readouterr().err
+
     def test_a_file_of_other_settings_is_left_alone(self, tmp_path, capsys):
         path = tmp_path / "train-tiny.jsonl"
         path.write_text('{"size": "small", "steps": {}}\n')
@@ -375,7 +380,13 @@ class TestCommand:
     def test_arms_bring_the_optimizers_that_they_are_compared_with(self):
         from bench.commands.train import chosen_setting
 
-        arguments = {"setting": ("full", SETTINGS["full"]), "arms": ["agr-adan"], "sets": [5000], "seeds": 3}
+        arguments = {
+            "setting": ("full", SETTINGS["full"]),
+            "tasks": None,
+            "arms": ["agr-adan"],
+            "sets": [5000],
+            "seeds": 3,
+        }
         setting = chosen_setting(type("Arguments", (), arguments)())
         assert isinstance(setting, Setting)
         assert (setting.arms, setting.sets, setting.seeds) == (("adamw", "adan", "agr-adan"), (5000,), 3)

@@ -7,7 +7,7 @@ each optimizer, with seeds of its own; then all train from the same weights on t
 docs/evidence.md says beforehand how the runs are judged.
 
 Every finished run is kept in train-TAG.jsonl of the output folder. Interrupted, the same command goes on from there.
-At the end writes train-TAG.json. Exit code 0; 2 for bad arguments; 130 where interrupted.
+At the end writes train-TAG.json and .png. Exit code 0; 2 for bad arguments; 130 where interrupted.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 from bench.commands import options
 from bench.measuring import machine
 from bench.reporting import documents, terminal
 from bench.reporting.progress import Progress
-from bench.tasks import SIZES, TASKS, task_named
+from bench.tasks import TASKS, task_named
 from bench.training.arms import arm_named
 from bench.training.plan import choose, judged, search
 from bench.training.run import Result, Run
@@ -85,8 +86,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_setting(args: argparse.Namespace) -> Setting:
-    """Return the setting with what was asked for instead."""
+    """Return the setting with what was asked for instead. Raises ValueError where that does not fit together."""
     setting: Setting = args.setting[1]
+    there = [*setting.steps]
+    missing = [name for name in args.tasks or there if name not in there]
+    if missing:
+        raise ValueError(f"setting {args.setting[0]} has no task {missing[0]!r}: allowed are {', '.join(there)}")
     arms: Sequence[str] = args.arms or setting.arms
     bases = {arm_named(name).base for name in arms} | {"adamw"}
     return replace(
@@ -157,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"python -m bench train: error: {error}", file=sys.stderr)
         return 2
-    args.tasks = [name for name in args.tasks or TASKS if name in SIZES[setting.size]]
+    args.tasks = args.tasks or [*setting.steps]
     console = terminal.console()
     path = args.out / f"train-{args.tag or args.setting[0]}.json"
     try:
@@ -176,12 +181,21 @@ def run(args: argparse.Namespace) -> int:
     documents.write(path, written, DIGITS)
     if not whole:
         console.print("The time is over, and the comparison is not complete: the same command goes on.")
-    if find_spec("scipy") is None:  # on a machine that was set up for training alone, say
-        console.print("No tables: scipy is not installed.")
+    missing = [name for name in ("scipy", "matplotlib") if find_spec(name) is None]
+    if missing:  # on a machine that was set up for training alone, say
+        console.print(f"No tables and no picture: {' and '.join(missing)} not installed.")
     else:
-        from bench.reporting import train_tables
-
-        for grid in train_tables.all_grids(written):
-            console.print(grid.shown())
+        show(console, path)
     console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
     return 0
+
+
+def show(console: terminal.Console, path: Path) -> None:
+    """Print the tables of what was written, and draw its picture beside it, where runs can be compared."""
+    from bench.reporting import pictures, train_chart, train_tables
+
+    grids = train_tables.all_grids(documents.read(path))
+    for grid in grids:
+        console.print(grid.shown())
+    if grids:
+        pictures.save(path.with_suffix(".png"), train_chart.figure, path)

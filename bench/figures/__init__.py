@@ -5,6 +5,6 @@ in one of the modules named here, and put `<!-- figures: NAME -->` and `<!-- end
 picture is named in pictures.py, and a new result in stored.py, with its command. Then `make figures`.
 """
 
-from bench.figures import effect, examples, host, predicted, step
+from bench.figures import effect, examples, host, memory, predicted, step, train
 
-__all__ = ["effect", "examples", "host", "predicted", "step"]
+__all__ = ["effect", "examples", "host", "memory", "predicted", "step", "train"]

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from bench.figures import stored
-from bench.reporting import chart, effect_chart, pictures, sweep_chart
+from bench.reporting import chart, effect_chart, pictures, sweep_chart, train_chart
 from bench.reporting.pictures import Draw
 
 
@@ -46,6 +46,7 @@ PICTURES = (
     beside(chart.figure, "step-cpu-float32-epyc-2-cores"),
     beside(chart.figure, "step-cpu-precision-epyc-2-cores"),
     beside(sweep_chart.figure, "sweep-cpu-epyc-2-cores"),
+    beside(train_chart.figure, "train-full"),
     beside(effect_chart.figure, "effect-small-models"),
     of_example("train_in_16_bits", "train-in-16-bits-cpu"),
     of_example("watch_coefficients", "watch-coefficients-cpu"),

@@ -34,6 +34,9 @@ SOURCES = {
     "effect-small-models": Source("python -m bench effect --steps 300 --tag small-models", SAME_HERE),
     "gradients-cpu-epyc-2-cores": Source("python -m bench gradients --tag epyc-2-cores"),
     "latency-float32-predicted": Source("python -m bench latency --tag predicted", SAME, measured=False),
+    "memory-cpu-epyc-2-cores": Source(
+        "python -m bench memory --threads 1 --tag epyc-2-cores", "a second run counts the same bytes"
+    ),
     "overhead-cpu-epyc-2-cores": Source("python -m bench overhead --tag epyc-2-cores"),
     "release-cpu-epyc-2-cores": Source("python -m bench release --tag epyc-2-cores"),
     "sharded-cpu-epyc-2-cores": Source("python -m bench sharded --steps 80 --tag epyc-2-cores"),
@@ -50,6 +53,7 @@ SOURCES = {
         "a second run on a shared machine agrees to a fifth, since there are three rounds of the models",
     ),
     "sweep-cpu-epyc-2-cores": Source("python -m bench sweep --seconds 72 --tag epyc-2-cores"),
+    "train-full": Source("python -m bench train --tag full", SAME_HERE),
     "train-in-16-bits-cpu": Source("python examples/train_in_16_bits.py --results runs/16-bits.json", SAME_HERE),
     "watch-coefficients-cpu": Source(
         "python examples/watch_coefficients.py --results runs/coefficients.json", SAME_HERE

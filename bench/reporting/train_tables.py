@@ -12,6 +12,7 @@ from bench.reporting import terminal
 from bench.training.analysis import FINAL, LEVEL, Comparison, Runs
 from bench.training.arms import ARMS
 
+ROUNDING = 1e-9  # of sums of differences that cancel
 TASKS = {"gpt": "GPT", "resnet": "ResNet", "vit": "ViT", "ddpm": "DDPM"}
 
 
@@ -40,7 +41,7 @@ def signed_percent(value: float) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:+.2g}" if value else "0"
+    return f"{value:+.2g}" if abs(value) > ROUNDING else "0"
 
 
 def difference(comparison: Comparison) -> str:
