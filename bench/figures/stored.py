@@ -16,6 +16,8 @@ SAME_HERE = f"{SAME}, other processors and releases of PyTorch move the last one
 #: Of models that learn Python's own source.
 SAME_PYTHON = f"{SAME}, other processors and releases of PyTorch and Python move them by a thousandth"
 
+SAME_TRAINING = f"{SAME}; on another kind of processor, or with another PyTorch, as much differs as by one flipped bit"
+
 
 @dataclass(frozen=True)
 class Source:
@@ -53,7 +55,7 @@ SOURCES = {
         "a second run on a shared machine agrees to a fifth, since there are three rounds of the models",
     ),
     "sweep-cpu-epyc-2-cores": Source("python -m bench sweep --seconds 72 --tag epyc-2-cores"),
-    "train-full": Source("python -m bench train --tag full", SAME_HERE),
+    "train-full": Source("python -m bench train --tag full", SAME_TRAINING),
     "train-in-16-bits-cpu": Source("python examples/train_in_16_bits.py --results runs/16-bits.json", SAME_HERE),
     "watch-coefficients-cpu": Source(
         "python examples/watch_coefficients.py --results runs/coefficients.json", SAME_HERE

@@ -97,7 +97,7 @@ SETTINGS = {
     "demo": Setting(
         "demo",
         {"gpt": 1000},
-        seeds=4,
+        seeds=3,
         sets=(1000,),
         search_seeds=1,
         lr_factors=(1.0,),
