@@ -29,7 +29,7 @@ from bench.commands import options
 from bench.measuring import machine
 from bench.reporting import documents, terminal
 from bench.reporting.effect_rows import EffectRow
-from bench.tasks import TASKS, task_named
+from bench.tasks import TASKS
 from bench.tasks.task import Task
 
 RULES = {"AdamW": agr_cuda.AdamW, "Adan": agr_cuda.Adan}
@@ -110,8 +110,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         nargs="+",
         metavar="TASK",
-        type=options.named(task_named),
-        default=[*TASKS.values()],
+        type=options.key_of("task", TASKS),
+        default=[*TASKS],
         help=f"what is trained: {', '.join(TASKS)} (default: all)",
     )
     options.add_counts(parser, {"steps": (300, "training steps of each task")})
@@ -215,7 +215,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the measurement. Returns 0."""
     torch.set_num_threads(args.threads)
     console = terminal.console()
-    rows = [row for task in args.tasks for row in measure(task, args.steps, args.seed)]
+    rows = [row for name in args.tasks for row in measure(TASKS[name], args.steps, args.seed)]
     laws = [fit(rows, rule) for rule in RULES]
     for rule in RULES:
         console.print(kinds_table(rows, rule))
@@ -229,7 +229,7 @@ def run(args: argparse.Namespace) -> int:
         "format": 1,
         "command": "effect",
         "machine": machine.describe(torch.device("cpu")),
-        "settings": {"tasks": [task.name for task in args.tasks], "steps": args.steps, "seed": args.seed},
+        "settings": {"tasks": args.tasks, "steps": args.steps, "seed": args.seed},
         "laws": [vars(law) for law in laws],
         "rows": [vars(row) for row in rows],
     }

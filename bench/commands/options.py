@@ -67,6 +67,17 @@ def file_tag(text: str) -> str:
     return text
 
 
+def key_of(what: str, allowed: Collection[str]) -> Callable[[str], str]:
+    """Return a parser of one of these names; `what` says of what they are."""
+
+    def parse(text: str) -> str:
+        if text not in allowed:
+            raise argparse.ArgumentTypeError(f"unknown {what} {text!r}: allowed are {', '.join(allowed)}")
+        return text
+
+    return parse
+
+
 def named(find: Callable[[str], Any]) -> Callable[[str], Any]:
     """Return a parser that passes on the message of the ValueError that `find` raises."""
 

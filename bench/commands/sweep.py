@@ -56,7 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="time for all rounds together, an equal part for each point; setting up comes on top (default: 100)",
     )
     options.add_arguments(parser)
-    parser.set_defaults(refuse=parser.error)
 
 
 def points(counts: Sequence[int], elements: Sequence[int]) -> Iterator[ModelSet]:

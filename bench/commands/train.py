@@ -13,7 +13,6 @@ At the end writes train-TAG.json and .png. Exit code 0; 2 for bad arguments; 130
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,11 +23,11 @@ from bench.commands import options
 from bench.measuring import machine
 from bench.reporting import documents, terminal
 from bench.reporting.progress import Progress
-from bench.tasks import TASKS, task_named
-from bench.training.arms import arm_named
+from bench.tasks import TASKS
+from bench.training.arms import ARMS
 from bench.training.plan import choose, judged, search
 from bench.training.run import Result, Run
-from bench.training.settings import SETTINGS, Setting, setting_named
+from bench.training.settings import SETTINGS, Setting
 from bench.training.store import OtherSettingError, Store
 from bench.training.workers import TimeLeft, Workers
 
@@ -39,22 +38,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
     parser.add_argument(
         "--setting",
-        type=options.named(lambda name: (name, setting_named(name))),
-        default=("full", SETTINGS["full"]),
+        type=options.key_of("setting", SETTINGS),
+        default="full",
         metavar="NAME",
         help=f"what is run: {', '.join(SETTINGS)}; short takes five minutes, large is for a GPU (default: full)",
     )
     parser.add_argument(
         "--tasks",
         nargs="+",
-        type=options.named(lambda name: task_named(name).name),
+        type=options.key_of("task", TASKS),
         metavar="TASK",
         help=f"what is trained: {', '.join(TASKS)} (default: all of the setting's size)",
     )
     parser.add_argument(
         "--arms",
         nargs="+",
-        type=options.named(lambda name: arm_named(name).name),
+        type=options.key_of("arm", ARMS),
         metavar="ARM",
         help="what is compared; adamw, and adan where one of its arms is there, always are (default: the setting's)",
     )
@@ -87,13 +86,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def chosen_setting(args: argparse.Namespace) -> Setting:
     """Return the setting with what was asked for instead. Raises ValueError where that does not fit together."""
-    setting: Setting = args.setting[1]
+    setting = SETTINGS[args.setting]
     there = [*setting.steps]
     missing = [name for name in args.tasks or there if name not in there]
     if missing:
-        raise ValueError(f"setting {args.setting[0]} has no task {missing[0]!r}: allowed are {', '.join(there)}")
+        raise ValueError(f"setting {args.setting} has no task {missing[0]!r}: allowed are {', '.join(there)}")
     arms: Sequence[str] = args.arms or setting.arms
-    bases = {arm_named(name).base for name in arms} | {"adamw"}
+    bases = {ARMS[name].base for name in arms} | {"adamw"}
     return replace(
         setting,
         arms=tuple(dict.fromkeys([*sorted(bases), *arms])),
@@ -147,7 +146,7 @@ def document(args: argparse.Namespace, setting: Setting, store: Store, whole: bo
         "format": 1,
         "command": "train",
         "machine": machine.describe(args.device),
-        "settings": {"setting": args.setting[0], "tasks": args.tasks},
+        "settings": {"setting": args.setting, "tasks": args.tasks},
         "design": setting.record(),
         "complete": whole,
         "seconds_of_all_runs": sum(result.seconds for result in results),
@@ -160,16 +159,14 @@ def run(args: argparse.Namespace) -> int:
     try:
         setting = chosen_setting(args)
     except ValueError as error:
-        print(f"python -m bench train: error: {error}", file=sys.stderr)
-        return 2
+        args.refuse(str(error))
     args.tasks = args.tasks or [*setting.steps]
     console = terminal.console()
-    path = args.out / f"train-{args.tag or args.setting[0]}.json"
+    path = args.out / f"train-{args.tag or args.setting}.json"
     try:
         store = Store(path.with_suffix(".jsonl"), setting.of_a_run() | {"device": args.device.type})
     except OtherSettingError as error:
-        print(f"python -m bench train: error: {error}", file=sys.stderr)
-        return 2
+        args.refuse(str(error))
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else None
     with store:
         try:

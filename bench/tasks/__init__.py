@@ -40,14 +40,3 @@ SIZES: dict[str, dict[str, Task]] = {
 }
 #: What is measured where nothing else is said.
 TASKS = SIZES["medium"]
-
-
-def task_named(name: str) -> Task:
-    """Return the medium task of a name.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}: allowed are {', '.join(TASKS)}")
-    return TASKS[name]

@@ -104,14 +104,3 @@ _ALL = (
     *_of_rule("Adan"),
 )
 ARMS = {arm.name: arm for arm in _ALL}
-
-
-def arm_named(name: str) -> Arm:
-    """Return the arm of a name.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    if name not in ARMS:
-        raise ValueError(f"unknown arm {name!r}: allowed are {', '.join(ARMS)}")
-    return ARMS[name]

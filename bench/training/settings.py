@@ -118,14 +118,3 @@ SETTINGS = {
         arms=("adamw", "agr-adamw", "adamw-placebo", "adamw-bit", "adan", "agr-adan"),
     ),
 }
-
-
-def setting_named(name: str) -> Setting:
-    """Return the setting of a name.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    if name not in SETTINGS:
-        raise ValueError(f"unknown setting {name!r}: allowed are {', '.join(SETTINGS)}")
-    return SETTINGS[name]
