@@ -44,9 +44,10 @@ demo: $(VENV)/examples.stamp
 demo-fsdp: $(VENV)/examples.stamp
 	$(BIN)/python examples/demo_fsdp.py $(DEMO)
 
-# Two at a time, each file in one process, since some build programs that their tests share.
+# Two at a time, each file in one process, since some build programs that their tests share; in the order of
+# tests/conftest.py, since xdist's own begins files of few tests last, some of which are the longest.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 # The package is the checkout's, with the extension that $(VENV) has compiled. Without the fixtures of tests/conftest.py.
 frameworks: $(VENV)/examples.stamp $(FRAMEWORKS_VENV)/frameworks.stamp

@@ -133,9 +133,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 EVERY = 1 if ON_GPU or os.environ.get("AGR_CUDA_TRITON") == "all" else 4
 
 
+# Files that take minutes. Begun last, one of them would keep a single process busy while the others have nothing left.
+LONGEST = ("triton", "native", "sharded", "gradients_come_and_go", "accuracy", "ptx_oldest", "ptx_newest")
+LONGEST_FIRST = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out most of the cases that Python interprets, which would take half of all time. No test loses them all."""
+    """Leave out most of the cases that Python interprets, which would take half of all time. No test loses them all.
+
+    The files that take longest come first.
+    """
+    items.sort(key=lambda item: LONGEST_FIRST.get(item.path.name, len(LONGEST)))
     cases = defaultdict(list)
     for item in items:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
