@@ -55,6 +55,7 @@ SOURCES = {
         "a second run on a shared machine agrees to a fifth, since there are three rounds of the models",
     ),
     "sweep-cpu-epyc-2-cores": Source("python -m bench sweep --seconds 72 --tag epyc-2-cores"),
+    "train-demo": Source("python -m bench train --setting demo --tag demo", SAME_HERE),
     "train-full": Source("python -m bench train --tag full", SAME_TRAINING),
     "train-in-16-bits-cpu": Source("python examples/train_in_16_bits.py --results runs/16-bits.json", SAME_HERE),
     "watch-coefficients-cpu": Source(

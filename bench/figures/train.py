@@ -8,7 +8,8 @@ from bench.figures.registry import block
 from bench.reporting import train_tables
 from bench.reporting.markdown import table
 from bench.reporting.train_tables import Grid
-from bench.training.analysis import Runs
+from bench.training.analysis import FINAL, Runs
+from bench.training.arms import ARMS
 
 FULL, DEMO = "train-full", "train-demo"
 
@@ -67,3 +68,17 @@ def agr_adamw(run: dict[str, Any]) -> list[str]:
 @block("train-agr-adan", FULL)
 def agr_adan(run: dict[str, Any]) -> list[str]:
     return _lines(train_tables.by_measure(Runs(run), "agr-adan"))
+
+
+@block("train-demo", DEMO)
+def demo(run: dict[str, Any]) -> list[str]:
+    """Return each arm's change, seed by seed."""
+    runs = Runs(run)
+    losses = {name: runs.values("gpt", name, FINAL) for name in runs.setting.arms}
+    seeds = sorted(losses["adamw"])
+    rows = [
+        (ARMS[n].label, *(train_tables.signed_percent(losses[n][s] / losses[ARMS[n].base][s] - 1) for s in seeds))
+        for n in losses
+        if n != ARMS[n].base
+    ]
+    return table(("change of the final held-out loss", *(f"seed {seed}" for seed in seeds)), rows)

@@ -6,6 +6,7 @@ the AGR paper's, for a GPU.
 
 from __future__ import annotations
 
+from bench.tasks.demonstration import demonstration
 from bench.tasks.diffusion import ddpm
 from bench.tasks.images import resnet, vit
 from bench.tasks.task import Task
@@ -29,8 +30,7 @@ SIZES: dict[str, dict[str, Task]] = {
         vit(batch_size=64, width=64, heads=4, layers=3),
         ddpm(batch_size=64, channels=32, blocks=1),
     ),
-    # The demonstration's (examples/train_language_model.py), on a CPU.
-    "demo": _by_name(gpt(context=64, batch_size=8, width=128, heads=4, layers=3)),
+    "demo": _by_name(demonstration(context=64, batch_size=8, width=128, heads=4, layers=3)),
     "large": _by_name(
         gpt(context=256, batch_size=32, width=768, heads=12, layers=12, lr=3e-4),
         resnet(batch_size=128, channels=256, blocks=8, lr=1e-3),
