@@ -1,8 +1,7 @@
 """The command line of the benchmarks: `python -m bench COMMAND`, run from the repository's root.
 
 A command is a module of bench.commands with a docstring (its first line is the summary),
-`add_arguments(parser)` and `run(args) -> exit code`, which calls `args.refuse(message)` where arguments do not fit
-together. To add one, write the module and name it in COMMANDS.
+`add_arguments(parser)` and `run(args) -> exit code`. To add one, write the module and name it in COMMANDS.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(subparser)
-        subparser.set_defaults(run=module.run, refuse=subparser.error)
+        subparser.set_defaults(run=module.run)
     return parser
 
 

@@ -35,6 +35,7 @@ CONTENDERS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
+    parser.set_defaults(refuse=parser.error)
     sizes = {"counts": (COUNTS, "numbers of tensors"), "elements": (ELEMENTS, "elements of all tensors together")}
     for name, (default, what) in sizes.items():
         parser.add_argument(

@@ -36,6 +36,7 @@ DIGITS = 9  # of losses: one flipped bit changes the eighth
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
+    parser.set_defaults(refuse=parser.error)
     parser.add_argument(
         "--setting",
         type=options.key_of("setting", SETTINGS),
