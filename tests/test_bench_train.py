@@ -64,9 +64,9 @@ class TestArms:
     def test_one_bit_is_flipped(self):
         model = nn.Linear(3, 2)
         before = [p.detach().clone().view(torch.int32) for p in model.parameters()]
-        flip_a_bit(model)
+        flip_a_bit(model, lambda: model(torch.tensor([0.0, 2.0, 3.0])).sum())  # on the first weight nothing depends
         differing = [b ^ p.detach().view(torch.int32) for b, p in zip(before, model.parameters(), strict=True)]
-        assert torch.cat([d.flatten() for d in differing]).tolist() == [1] + [0] * 7
+        assert torch.cat([d.flatten() for d in differing]).tolist() == [0, 1] + [0] * 6
 
     def test_agr_is_where_an_arm_says(self):
         model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))

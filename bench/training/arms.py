@@ -53,7 +53,7 @@ class Arm:
         agr_on: the kinds of parameters on which AGR is, of agr_cuda.parameter_groups.
         treatment: what is done to each gradient.
         clips: whether gradients are clipped to MAX_NORM.
-        flips: whether training begins with one bit flipped, the last one of one weight.
+        flips: whether training begins with one bit flipped, the last one of one weight, which matters.
         searches: whether learning rate and weight decay are searched for it. A control has those of its base alone.
     """
 
@@ -78,10 +78,21 @@ class Arm:
         return made
 
 
-def flip_a_bit(model: nn.Module) -> None:
-    """Flip the last bit of a model's first weight."""
-    first = next(model.parameters()).detach().view(-1)[:1]
-    first.view(torch.int32).bitwise_xor_(1)
+def flip_a_bit(model: nn.Module, loss: Callable[[], Tensor]) -> None:
+    """Flip the last bit of a model's first weight on which the loss depends.
+
+    The very first may be of a token that no text has. The model is evaluated, so that it learns no statistics by it.
+    """
+    parameters = [*model.parameters()]
+    model.eval()
+    gradients = torch.autograd.grad(loss(), parameters)
+    model.train()
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        places = (gradient * parameter.detach()).flatten().nonzero()
+        if len(places):
+            weight = parameter.detach().view(-1).narrow(0, int(places[0]), 1)
+            weight.view(torch.int32).bitwise_xor_(1)
+            return
 
 
 def _of_rule(rule: str) -> list[Arm]:

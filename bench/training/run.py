@@ -128,7 +128,7 @@ def train(run: Run, setting: Setting, device: torch.device) -> Result:
     torch.manual_seed(run.seed)
     model = task.model()
     if arm.flips:
-        flip_a_bit(model)
+        flip_a_bit(model, lambda: task.loss(model, next(task.batches(run.seed))))
     model.to(device)
     generator = torch.Generator().manual_seed(run.seed)
     optimizer = arm.optimizer(model, run.lr, run.weight_decay)

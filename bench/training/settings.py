@@ -72,6 +72,8 @@ class Setting:
         return {name: getattr(self, name) for name in ("size", "steps", "warmup", "evaluations")}
 
 
+#: An optimizer alone, with AGR, and with the controls: what stands before and after its name.
+CONTROLLED = (("", ""), ("agr-", ""), ("", "-placebo"), ("", "-bit"))
 SETTINGS = {
     "full": Setting("small", {"gpt": 400, "resnet": 250, "vit": 300, "ddpm": 200}),
     "short": Setting(
@@ -91,10 +93,9 @@ SETTINGS = {
         search_seeds=1,
         lr_factors=(1.0, 3.0),
         weight_decays=(0.01,),
-        arms=("adamw", "agr-adamw", "adamw-placebo", "adamw-bit"),
+        arms=tuple(f"{before}adamw{after}" for before, after in CONTROLLED),
     ),
-    # Whether the differences between the demonstration's optimizers are chance. Without one bit: it would be flipped in
-    # the embedding of a byte that the text does not have.
+    # Whether the differences between the demonstration's optimizers are chance.
     "demo": Setting(
         "demo",
         {"gpt": 500},
@@ -104,7 +105,7 @@ SETTINGS = {
         lr_factors=(1.0,),
         adan_factor=10 / 3,
         weight_decays=(0.1,),
-        arms=("adamw", "agr-adamw", "adamw-placebo", "adan", "agr-adan", "adan-placebo"),
+        arms=tuple(f"{before}{rule}{after}" for rule in ("adamw", "adan") for before, after in CONTROLLED),
     ),
     "large": Setting(
         "large",
