@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks import refusal
 
 from bench.__main__ import main
 from bench.commands import memory as command
@@ -235,8 +236,5 @@ def test_a_failing_contender_costs_nobody_else_their_figures_and_ends_with_1(
 def test_bad_arguments_are_refused_by_name(
     option: str, value: str, allowed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments(tmp_path, f"{option}={value}"))
-    assert stopped.value.code == 2
-    message = capsys.readouterr().err.splitlines()[-1]
+    message = refusal(arguments(tmp_path, f"{option}={value}"), capsys)
     assert all(part in message for part in (option, repr(value), allowed))

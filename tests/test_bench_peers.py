@@ -19,9 +19,9 @@ OPTIMIZERS = [entry for entry in ALL if entry.rule != "gradients" and "cpu" in e
 
 
 def trained(contender: Contender, steps: int = 3) -> list[torch.Tensor]:
-    """Return the parameters after some steps with two sets of gradients in turn. Skips what is not installed here."""
+    """Return the parameters after some steps with two sets of gradients in turn."""
     workload = Workload(((16, 8), (64,)), CPU, torch.float32)
-    step = contenders.build(contender, workload.parameters, 1e-8)
+    step = contender.build(workload.parameters, 1e-8)
     for number in range(steps):
         workload.turn(number)
         kept = [gradient.clone() for gradient in workload.gradients]
@@ -117,14 +117,14 @@ class Unbuilt:
 
 def test_deepspeed_says_why_its_operation_was_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("deepspeed.ops.adam")
-    module.DeepSpeedCPUAdam = Unbuilt  # type: ignore[attr-defined]
+    monkeypatch.setattr(module, "DeepSpeedCPUAdam", Unbuilt, raising=False)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     parameters = Workload(((4,),), CPU, torch.float32).parameters
     for name in ("deepspeed-adamw", "three-lines-deepspeed"):
         with pytest.raises(LeftOutError, match=r"failed to build/load\. no ninja"):
-            contenders.build(BY_NAME[name], parameters, 1e-8)
+            BY_NAME[name].build(parameters, 1e-8)
     with pytest.raises(LeftOutError, match="takes no float64"):
-        contenders.build(BY_NAME["deepspeed-adamw"], Workload(((4,),), CPU, torch.float64).parameters, 1e-8)
+        BY_NAME["deepspeed-adamw"].build(Workload(((4,),), CPU, torch.float64).parameters, 1e-8)
 
 
 def test_torchvision_without_its_library_can_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

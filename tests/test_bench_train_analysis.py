@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from trained import result
+from benchmarks import result
 
 # Not there on a machine that was set up for training alone.
 stats = pytest.importorskip("scipy.stats")

@@ -1,21 +1,17 @@
 """The tables and pictures of README.md and docs/ are those of the stored results, whose commands are told."""
 
-# ruff: noqa: E402
-
 from __future__ import annotations
 
 import json
 import re
 import shlex
-import sys
-from pathlib import Path
 
 import pytest
 
-for package in ("matplotlib", "rich", "sklearn"):
+# Imports follow what they need, which is not there on a machine that was set up for training alone.
+# ruff: noqa: E402
+for package in ("matplotlib", "rich", "scipy", "sklearn"):
     pytest.importorskip(package)
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # bench is a package of the repository that is not installed
 
 from matplotlib.figure import Figure
 
@@ -27,6 +23,7 @@ from bench.figures.pictures import PICTURES, Picture
 from bench.figures.registry import BLOCKS
 from bench.reporting import pictures
 
+ROOT = stored.ROOT
 PAGES = pages.pages()
 STORED = sorted(path.stem for path in stored.FOLDER.glob("*.json"))
 MAKE = "run `make figures`"

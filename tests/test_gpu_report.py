@@ -447,7 +447,7 @@ def test_a_step_benchmark_becomes_a_table_with_the_reasons_below(tmp_path: Path)
 
 def test_formats_become_a_table_with_the_bytes_that_they_move(tmp_path: Path) -> None:
     def row(name: str, bytes_per_element: float) -> dict[str, object]:
-        (measured, *_) = step_document("float32")["sets"][0]["rows"]  # type: ignore[index]
+        (measured, *_) = step_document("float32")["sets"][0]["rows"]
         figures = {**measured["figures"], "bytes_per_element": bytes_per_element, "ratio_per_byte": 1.024}
         return {**measured, "name": name, "figures": figures}
 
@@ -489,7 +489,7 @@ def test_memory_becomes_a_table_of_bytes_an_element(tmp_path: Path) -> None:
 
 def test_a_sweep_becomes_a_table_of_shares_of_the_copy(tmp_path: Path) -> None:
     document = step_document("float32")
-    for entry in document["sets"]:  # type: ignore[attr-defined]
+    for entry in document["sets"]:
         entry.update(tensors=4, elements=400)
     (tmp_path / "sweep-cuda-gpu-report.json").write_text(json.dumps(document))
     digest = stages.sweep(place(tmp_path)).digest([])
@@ -505,7 +505,7 @@ def test_a_sweep_becomes_a_table_of_shares_of_the_copy(tmp_path: Path) -> None:
 def test_a_contender_that_was_not_measured_is_left_out_of_the_table_and_says_why_once() -> None:
     document = step_document("float32")
     absent = {"name": "optimi-adamw-triton", "status": "not installed", "reason": "pip install it", "figures": None}
-    for entry in document["sets"]:  # type: ignore[attr-defined]
+    for entry in document["sets"]:
         entry["rows"].append(absent)
     lines = digests.step_table(document)
     assert [line for line in lines if "optimi" in line] == ["optimi-adamw-triton, not installed: pip install it"]
@@ -834,7 +834,7 @@ def test_the_exercise_notices_a_wrong_step_and_nan(monkeypatch: pytest.MonkeyPat
 
         def wrong(self: torch.optim.Optimizer) -> None:
             step(self)
-            if self.backend == "reference":  # type: ignore[attr-defined]
+            if self.backend == "reference":
                 with torch.no_grad():
                     self.param_groups[0]["params"][0][7] += value
 

@@ -765,7 +765,7 @@ def test_sparse_state_is_refused(method: Method, generator) -> None:
 
 
 def test_arguments_of_a_subclass_do_not_become_options(method: Method, generator) -> None:
-    class Warmed(method.ours):  # type: ignore[misc, name-defined]
+    class Warmed(method.ours):
         def __init__(self, params: Any, warmth: float = 0.1) -> None:
             super().__init__(params)
             self.warmth = warmth

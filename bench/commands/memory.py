@@ -105,7 +105,7 @@ class Training:
 
     def build(self) -> None:
         """Build the optimizer."""
-        self.step = contenders.build(self.contender, self.parameters, eps_for(self.dtype))
+        self.step = self.contender.build(self.parameters, eps_for(self.dtype))
 
 
 def measure(contender: Contender, model: ModelSet, device: torch.device, dtype: torch.dtype) -> Row:

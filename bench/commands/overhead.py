@@ -91,7 +91,7 @@ def torchs(name: str, note: str = "", **more: Any) -> Entry:
     contender = BY_NAME[name]
 
     def build(parameters: Parameters) -> Step:
-        return contenders.build(contender, parameters, eps_for(parameters[0].dtype))
+        return contender.build(parameters, eps_for(parameters[0].dtype))
 
     return Entry(contender.label + note, build, **more)
 

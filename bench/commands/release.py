@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import nn
@@ -88,7 +89,8 @@ def in_hooks(model: nn.Module) -> Callable[[], object]:
 
     for parameter in model.parameters():
         optimizer = torch.optim.AdamW([parameter], lr=LEARNING_RATE, fused=True)
-        parameter.register_post_accumulate_grad_hook(hook_of(optimizer))  # type: ignore[no-untyped-call]
+        hooked: Any = parameter  # PyTorch declares no types for it
+        hooked.register_post_accumulate_grad_hook(hook_of(optimizer))
     return lambda: None
 
 

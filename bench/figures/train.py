@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from bench.figures.registry import block
@@ -14,8 +16,26 @@ from bench.training.arms import ARMS
 FULL, DEMO = "train-full", "train-demo"
 
 
-def _lines(grid: Grid) -> list[str]:
-    return table(grid.headings, grid.rows)
+GRIDS: dict[str, Callable[[Runs], Grid]] = {
+    "levels": train_tables.levels,
+    "verdicts": train_tables.verdicts,
+    "own": partial(train_tables.verdicts, own=True),
+    "detectable": train_tables.detectable,
+    "placebo": train_tables.beside_placebo,
+    "spreads": train_tables.spreads,
+    "repeats": train_tables.repeats,
+    "agr-adamw": partial(train_tables.by_measure, arm="agr-adamw"),
+    "agr-adan": partial(train_tables.by_measure, arm="agr-adan"),
+}
+
+
+def _lines(grid: Callable[[Runs], Grid], run: dict[str, Any]) -> list[str]:
+    made = grid(Runs(run))
+    return table(made.headings, made.rows)
+
+
+for _name, _grid in GRIDS.items():
+    block(f"train-{_name}", FULL)(partial(_lines, _grid))
 
 
 @block("train-size", FULL)
@@ -23,51 +43,6 @@ def size(run: dict[str, Any]) -> str:
     judged = sum(record["judged"] for record in run["runs"])
     hours = run["seconds_of_all_runs"] / 3600
     return f"{len(run['runs']):,} runs, {judged:,} of them judged, {hours:.1f} hours of one thread"
-
-
-@block("train-levels", FULL)
-def levels(run: dict[str, Any]) -> list[str]:
-    return _lines(train_tables.levels(Runs(run)))
-
-
-@block("train-verdicts", FULL)
-def verdicts(run: dict[str, Any]) -> list[str]:
-    return _lines(train_tables.verdicts(Runs(run)))
-
-
-@block("train-own", FULL)
-def own(run: dict[str, Any]) -> list[str]:
-    return _lines(train_tables.verdicts(Runs(run), own=True))
-
-
-@block("train-detectable", FULL)
-def detectable(run: dict[str, Any]) -> list[str]:
-    return _lines(train_tables.detectable(Runs(run)))
-
-
-@block("train-placebo", FULL)
-def placebo(run: dict[str, Any]) -> list[str]:
-    return _lines(train_tables.beside_placebo(Runs(run)))
-
-
-@block("train-spreads", FULL)
-def spreads(run: dict[str, Any]) -> list[str]:
-    return _lines(train_tables.spreads(Runs(run)))
-
-
-@block("train-repeats", FULL)
-def repeats(run: dict[str, Any]) -> list[str]:
-    return _lines(train_tables.repeats(Runs(run)))
-
-
-@block("train-agr-adamw", FULL)
-def agr_adamw(run: dict[str, Any]) -> list[str]:
-    return _lines(train_tables.by_measure(Runs(run), "agr-adamw"))
-
-
-@block("train-agr-adan", FULL)
-def agr_adan(run: dict[str, Any]) -> list[str]:
-    return _lines(train_tables.by_measure(Runs(run), "agr-adan"))
 
 
 @block("train-demo", DEMO)

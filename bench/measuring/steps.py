@@ -133,7 +133,7 @@ class StepBench:
 
     def lane(self, contender: Contender, workload: Workload) -> Lane:
         """Return a contender with its optimizer, and with its own gradients if it writes them."""
-        step = contenders.build(contender, workload.parameters, eps_for(self.parameter_type(contender)))
+        step = contender.build(workload.parameters, eps_for(self.parameter_type(contender)))
         repeats = self.settings.repeats
         if not contender.writes_gradients:
             return Lane(contender.name, step, repeats=repeats)

@@ -26,7 +26,7 @@ class Contender:
     label: str  # for tables and charts
     rule: str  # "AdamW", "Adan", or "gradients" for what changes gradients alone
     agr: bool  # whether it applies AGR
-    build: Builder
+    build: Builder  # raises LeftOutError where it cannot run
     module: str  # the package that it comes from
     writes_gradients: bool = False  # whether its step changes p.grad
     scratch: int = 0  # temporary copies of the model's size that a step makes, about
@@ -53,11 +53,6 @@ class Contender:
         """Tensors of the model's size that it keeps: its state, and private gradients if it writes them."""
         master = self.format is not None and self.format.master
         return averages(self.rule) + master + self.writes_gradients
-
-
-def build(contender: Contender, parameters: Parameters, eps: float) -> Step:
-    """Return the contender's step. Raises LeftOutError where it cannot run."""
-    return contender.build(parameters, eps)
 
 
 def why_not(backend: str, tensor: torch.Tensor) -> str | None:
