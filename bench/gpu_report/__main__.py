@@ -4,8 +4,8 @@ Builds the package for the GPU that is there, runs the tests of its backends, lo
 times and profiles, judges each of the kernel's tactics by a step without it, and tunes. Where the cuda backend cannot
 be built, stages that are for it alone are skipped, and the others are about triton. Needs no network, changes no
 setting of the GPU, and takes at most nine minutes: every stage has its own time limit, and one that fails or runs out
-of time leaves the others alone. Three stages are run where they are asked for alone, after a report has built the
-package, in seven minutes of their own: `memory` and `sweep` beside other optimizers, and `train`, AGR in trainings of
+of time leaves the others alone. Three stages are run where they are asked for alone, with or after `build`, in
+seven minutes of their own: `memory` and `sweep` beside other optimizers, and `train`, AGR in trainings of
 the paper's size.
 
 FOLDER gets a few files, so that they are easily brought home from a machine that is only lent: SUMMARY.md (printed at
