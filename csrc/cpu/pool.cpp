@@ -1,8 +1,10 @@
-// The thread pool, with a mutex and condition variables.
+// The threads: OpenMP's, or a pool with a mutex and condition variables.
 #include "pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
+#include <atomic>
 #include <cfenv>
 #include <condition_variable>
 #include <mutex>
@@ -66,17 +68,44 @@ private:
     }
 };
 
-// The pool is never destroyed: its threads sleep in it until the process ends. A child process after fork() has none of
-// the threads, and possibly a mutex that will never be unlocked, so it starts with a new pool.
-Pool* pool = nullptr;
+// The function by which compilers start a parallel region, of the OpenMP runtime that PyTorch has brought into the
+// process (libgomp, and those of LLVM and Intel, which have it for programs compiled by GCC); null where there is none.
+using Parallel = void (*)(void (*region)(void*), void* argument, unsigned threads, unsigned flags);
 
-Pool& the_pool() {
-    static std::once_flag once;
-    std::call_once(once, [] {
-        pool = new Pool;
-        pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
-    });
-    return *pool;
+// A child process after fork() has none of the threads: there, OpenMP would wait for its own for ever, and a mutex of
+// the pool may never be unlocked, so that it has a new one. No pool is ever destroyed: its threads sleep in it until
+// the process ends. All this happens when the library is loaded, which is after PyTorch and before any fork() of
+// interest.
+Parallel openmp = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+Pool* pool = new Pool;
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
+    openmp = nullptr;
+    pool = new Pool;
+});
+
+// Its threads spin for some milliseconds after each region, for the next one. After a backward pass, threads of a pool
+// of our own would be late, and then share the cores with these.
+void run_on_openmp(int threads, const std::function<void()>& work) {
+    struct Region {
+        const std::function<void()>& work;
+        std::fenv_t mode;
+        std::atomic<int> openings;
+    };
+    Region region{work, {}, {threads}};
+    std::fegetenv(&region.mode);
+    constexpr auto enter = [](void* argument) {
+        auto& entered = *static_cast<Region*>(argument);
+        // Relaxed is enough: the region's ends order the caller's accesses and those of its threads.
+        if (entered.openings.fetch_sub(1, std::memory_order_relaxed) <= 0) return;
+        // The threads are others' as well.
+        std::fenv_t theirs;
+        std::fegetenv(&theirs);
+        std::fesetenv(&entered.mode);
+        entered.work();
+        std::fesetenv(&theirs);
+    };
+    // As many threads as PyTorch's own regions have (0), since libgomp ends those that a smaller region leaves out.
+    openmp(enter, &region, 0, 0);
 }
 
 }  // namespace
@@ -84,8 +113,10 @@ Pool& the_pool() {
 void run_on_threads(int threads, const std::function<void()>& work) {
     if (threads <= 1)
         work();
+    else if (openmp != nullptr)
+        run_on_openmp(threads, work);
     else
-        the_pool().run(threads, work);
+        pool->run(threads, work);
 }
 
 }  // namespace agr::cpu

@@ -1,4 +1,5 @@
-// The thread pool of the CPU executor. Threads are kept from step to step and sleep between steps.
+// The threads of the CPU executor: those of PyTorch's own parallel regions, if these are OpenMP's, or a pool, whose
+// threads sleep between steps.
 #pragma once
 
 #include <functional>
@@ -7,8 +8,8 @@ namespace agr::cpu {
 
 // Runs `work` on the calling thread and on up to `threads - 1` other threads at the same time, and returns when all of
 // them have returned from it. They all compute in the caller's floating-point mode. A single call of `work` must be
-// able to complete the job, since a thread that wakes up after the job is done does not join it. Calls from several
-// threads run one after the other. The function may be called in a child process after fork().
+// able to complete the job, since there may be fewer threads, and one that wakes up after the job is done does not join
+// it. The function may be called by several threads, and in a child process after fork().
 void run_on_threads(int threads, const std::function<void()>& work);
 
 }  // namespace agr::cpu
