@@ -32,6 +32,7 @@ from bench.measuring.clocks import Timing
 from bench.measuring.races import Lane
 from bench.reporting import chart, documents, pictures, plain, results, tables, targets
 from bench.reporting.terminal import PLAIN_WIDTH
+from bench.reporting.units import duration
 from bench.workloads import building, contenders, shapes
 from bench.workloads.contenders import ALL, BY_NAME, PRECISION, YARDSTICK, Contender
 from bench.workloads.formats import FORMATS
@@ -484,6 +485,21 @@ def test_a_document_has_a_line_for_each_record_and_six_digits_a_number(tmp_path:
         *('"rows": [', '{"label": "r", "step_s": {"median": 0.333333, "count": 1234567}}', '{"label": "none"}', "]"),
         *("}", "]", '"targets": []'),
     ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (3e-7, "0.3 us"),
+        (9.994e-4, "999 us"),
+        (9.996e-4, "1 ms"),
+        (0.0205, "20.5 ms"),
+        (0.9996, "1 s"),
+        (1234.5, "1234 s"),
+    ],
+)
+def test_durations_have_three_digits_in_the_unit_that_they_are_rounded_to(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown
 
 
 def test_a_target_is_recorded_with_what_tables_show_of_it() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = ["csrc/plan.cpp", "csrc/cpu/executor.cpp", "csrc/cpu/pool.cpp", "csrc/cpu/instruction_set.cpp"]
 FLAGS = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-pthread", "-fno-math-errno", "-ffp-contract=fast"]
+OPENMP = "tests/native/openmp/parallel.cpp"
 KERNEL_FLAGS = ["-Wno-psabi", "-Wno-maybe-uninitialized"]
 SANITIZERS = {
     "plain": [],
@@ -40,7 +42,7 @@ if CPU_INFO.exists() and "fma" in CPU_INFO.read_text().split():
 
 @pytest.fixture(scope="module", params=SANITIZERS)
 def programs(request, tmp_path_factory):
-    """The two test programs, compiled for one sanitizer: the folder in which they are."""
+    """The test programs, compiled for one sanitizer: the folder in which they are."""
     folder = tmp_path_factory.mktemp(request.param)
     compiler = [*shlex.split(os.environ.get("CXX", "c++")), *FLAGS, *SANITIZERS[request.param]]
     commands = []
@@ -60,8 +62,10 @@ def programs(request, tmp_path_factory):
     with ThreadPoolExecutor(max_workers=2) as pool:
         for done in pool.map(partial(subprocess.run, cwd=ROOT, capture_output=True, text=True), commands):
             assert done.returncode == 0, done.stderr
+    # The same program again, where the executor finds an OpenMP runtime.
+    objects["test_core_openmp"] = [*objects["test_core"], OPENMP, "-rdynamic"]
     for program, parts in objects.items():
-        subprocess.run([*compiler, *parts, "-o", folder / program], check=True)
+        subprocess.run([*compiler, *parts, "-ldl", "-o", folder / program], check=True, cwd=ROOT)
     return folder
 
 
@@ -75,6 +79,14 @@ def test_the_cuda_kernels_agree_with_the_equations_on_threads_of_the_host(progra
     assert done.returncode == 0, said
     assert "cuda: " in done.stdout
     assert " 0 failures" in done.stdout
+
+
+def test_the_executor_runs_on_openmps_threads(programs):
+    done, said = run(programs / "test_core_openmp", "6", TSAN_OPTIONS="die_after_fork=0")
+    assert done.returncode == 0, said
+    assert " 0 failures" in done.stdout
+    (regions,) = re.findall(r"OpenMP: (\d+) regions", done.stdout)
+    assert int(regions) > 100, "of the program itself: its children have none"
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)

@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.figures.registry import block
 from bench.reporting.markdown import table
+from bench.reporting.units import duration, percent
 
 DEMO, DEMO_8BIT = "demo-cpu", "demo-8bit-cpu"
 
@@ -21,6 +22,27 @@ def demo(run: dict[str, Any]) -> list[str]:
     names = [row["optimizer"] for row in run["runs"]]
     rows = ((name, f"{_last_loss(run, name):.4f}") for name in names)
     return table(("", "held-out loss, nats a byte"), rows)
+
+
+@block("demo-on-two-processors", DEMO, "demo-cpu-amd")
+def demo_on_two_processors(*runs: dict[str, Any]) -> list[str]:
+    def cell(run: dict[str, Any], name: str) -> str:
+        loss = _last_loss(run, name)
+        without = name.removeprefix("AGR-")
+        return f"{loss:.4f}" + (f" ({loss / _last_loss(run, without) - 1:+.2%})" if name != without else "")
+
+    names = [row["optimizer"] for row in runs[0]["runs"]]
+    rows = ([name, *(cell(run, name) for run in runs)] for name in names)
+    return table(("held-out loss, nats a byte", *(run["machine"]["device_name"] for run in runs)), rows)
+
+
+@block("demo-times", DEMO)
+def demo_times(run: dict[str, Any]) -> str:
+    steps = (
+        f"{duration(row['median_step_seconds'])} with {row['optimizer']} ({percent(row['median_optimizer_share'])})"
+        for row in run["runs"]
+    )
+    return f"{run['seconds']:.0f} seconds. A step takes {', '.join(steps)}"
 
 
 @block("demo-8bit", DEMO, DEMO_8BIT)

@@ -8,7 +8,7 @@ from bench.figures.registry import block
 from bench.reporting.markdown import table
 from bench.reporting.units import duration, ratio
 
-OVERHEAD = "overhead-cpu-epyc-2-cores"
+OVERHEAD = "overhead-cpu-2-cores"
 OPTIMIZERS = {
     "agr_cuda AdamW": "**AGR-AdamW**",
     "agr_cuda Adan": "**AGR-Adan**",
@@ -69,7 +69,7 @@ def overhead_in_short(run: dict[str, Any]) -> str:
     )
 
 
-@block("gradients", "gradients-cpu-epyc-2-cores")
+@block("gradients", "gradients-cpu-2-cores")
 def gradients(run: dict[str, Any]) -> list[str]:
     labels = [label for label in OPTIMIZERS if any(row["label"] == label for row in run["rows"])]
     found = {(row["pattern"], row["label"]): row for row in run["rows"]}
@@ -82,13 +82,13 @@ def gradients(run: dict[str, Any]) -> list[str]:
     return table(("gradients", *(OPTIMIZERS[label] for label in labels)), rows)
 
 
-@block("release", "release-cpu-epyc-2-cores")
+@block("release", "release-cpu-2-cores")
 def release(run: dict[str, Any]) -> list[str]:
     rows = [(RELEASED[row["label"]], duration(row["host_s"]["median"])) for row in run["rows"]]
     return table(("", "backward and step"), rows)
 
 
-@block("sharded", "sharded-cpu-epyc-2-cores")
+@block("sharded", "sharded-cpu-2-cores")
 def sharded(run: dict[str, Any]) -> list[str]:
     rows = [
         (SHARDED[row["label"]], duration(row["host_s"]["median"]), ratio(row["ratio"]["median"])) for row in run["rows"]

@@ -43,9 +43,9 @@ def of_example(name: str, result: str) -> Picture:
 
 
 PICTURES = (
-    beside(chart.figure, "step-cpu-float32-epyc-2-cores"),
-    beside(chart.figure, "step-cpu-precision-epyc-2-cores"),
-    beside(sweep_chart.figure, "sweep-cpu-epyc-2-cores"),
+    beside(chart.figure, "step-cpu-float32-2-cores"),
+    beside(chart.figure, "step-cpu-precision-2-cores"),
+    beside(sweep_chart.figure, "sweep-cpu-2-cores"),
     beside(train_chart.figure, "train-full"),
     beside(effect_chart.figure, "effect-small-models"),
     of_example("train_in_16_bits", "train-in-16-bits-cpu"),

@@ -11,10 +11,10 @@ from bench.reporting.results import Figures, SetResult, sets_of
 from bench.reporting.units import duration, ratio
 from bench.workloads.contenders import YARDSTICK
 
-RUN = "step-cpu-float32-epyc-2-cores"
-PEERS = "step-cpu-float32-peers-epyc-2-cores"
-SWEEP = "sweep-cpu-epyc-2-cores"
-PRECISION = "step-cpu-precision-epyc-2-cores"
+RUN = "step-cpu-float32-2-cores"
+PEERS = "step-cpu-float32-peers-2-cores"
+SWEEP = "sweep-cpu-2-cores"
+PRECISION = "step-cpu-precision-2-cores"
 OURS = {"agr-adamw": "**AGR-AdamW**", "agr-adan": "**AGR-Adan**"}
 LABELS = {
     **OURS,
@@ -110,6 +110,18 @@ def sweep(run: dict[str, Any]) -> list[str]:
     )
     headings = [f"{r.tensors:,} tensor{'s' * (r.tensors > 1)}, {r.elements:,} elements in all" for r in shown]
     return table(("time of a step", *headings), rows)
+
+
+@block("sweep-most", SWEEP)
+def sweep_most(run: dict[str, Any]) -> str:
+    return ratio(max(_figures(result, "agr-adamw").ratio.median for result in sets_of(run)))
+
+
+@block("small-gradients", "step-cpu-float32-gradients-2-cores")
+def small_gradients(run: dict[str, Any]) -> list[str]:
+    (result,) = sets_of(run)
+    rows = ((_label(result, row.name), duration(_figures(result, row.name).step_s.median)) for row in result.rows)
+    return table(("321 gradients of 64 elements", "median"), rows)
 
 
 @block("step-models", RUN)

@@ -10,7 +10,14 @@ from bench.reporting import documents
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "bench" / "results"
-SHARED = "a second run on a shared machine agrees to a tenth"
+SHARED = "a second run on a shared machine agrees to a fifth"
+#: Of runs in which others allocate memory in each step.
+SHARED_ALLOCATING = (
+    "in a second run on a shared machine, nine ratios in ten agree to a fifth; of optimizers that allocate in a step, "
+    "some differ by half"
+)
+#: Of processes that wait for each other.
+SHARED_PROCESSES = "a second run on a shared machine agrees to three tenths"
 SAME = "a second run gives the same digits"
 SAME_HERE = f"{SAME}, other processors and releases of PyTorch move the last ones"
 #: Of models that learn Python's own source.
@@ -30,31 +37,40 @@ class Source:
 
 SOURCES = {
     "demo-cpu": Source("python examples/train_language_model.py", SAME_PYTHON),
+    "demo-cpu-amd": Source("python examples/train_language_model.py", SAME_PYTHON),
     "demo-8bit-cpu": Source(
         "python examples/train_language_model.py --optimizers agr-adamw --state-dtype 8bit", SAME_PYTHON
     ),
     "effect-small-models": Source("python -m bench effect --steps 300 --tag small-models", SAME_HERE),
-    "gradients-cpu-epyc-2-cores": Source("python -m bench gradients --tag epyc-2-cores"),
+    "gradients-cpu-2-cores": Source("python -m bench gradients --tag 2-cores"),
     "latency-float32-predicted": Source("python -m bench latency --tag predicted", SAME, measured=False),
-    "memory-cpu-epyc-2-cores": Source(
-        "python -m bench memory --threads 1 --tag epyc-2-cores", "a second run counts the same bytes"
+    "memory-cpu-2-cores": Source(
+        "python -m bench memory --threads 1 --tag 2-cores", "a second run counts the same bytes"
     ),
-    "overhead-cpu-epyc-2-cores": Source("python -m bench overhead --tag epyc-2-cores"),
-    "release-cpu-epyc-2-cores": Source("python -m bench release --tag epyc-2-cores"),
-    "sharded-cpu-epyc-2-cores": Source("python -m bench sharded --steps 80 --tag epyc-2-cores"),
-    "step-cpu-float32-epyc-2-cores": Source("python -m bench step --seconds 60 --tag epyc-2-cores"),
-    "step-cpu-precision-epyc-2-cores": Source(
-        "python -m bench step --precision --sets gpt2 --rounds 11 --seconds 400 --tag epyc-2-cores",
-        "where in memory an optimizer's tensors happen to lie moves its figure by up to a fifth from run to run",
+    "overhead-cpu-2-cores": Source("python -m bench overhead --tag 2-cores"),
+    "release-cpu-2-cores": Source("python -m bench release --tag 2-cores"),
+    "sharded-cpu-2-cores": Source("python -m bench sharded --steps 80 --tag 2-cores", SHARED_PROCESSES),
+    "step-cpu-float32-2-cores": Source(
+        "python -m bench step --seconds 60 --tag 2-cores --contenders agr-adamw agr-adamw-off torch-adamw-fused "
+        "torch-adamw-foreach three-lines agr-adan optimi-adan-foreach pytorch-optimizer-adan",
+        SHARED_ALLOCATING,
     ),
-    "step-cpu-float32-peers-epyc-2-cores": Source(
-        "python -m bench step --seconds 20 --tag peers-epyc-2-cores --contenders agr-adamw agr-adamw-off "
+    "step-cpu-float32-gradients-2-cores": Source(
+        "python -m bench step --threads 1 --sets 321x64 --tag gradients-2-cores "
+        "--contenders agr-gradients agr-gradients-clipping torch-clip-grad-norm"
+    ),
+    "step-cpu-precision-2-cores": Source(
+        "python -m bench step --precision --sets gpt2 --rounds 11 --seconds 400 --tag 2-cores",
+        "a second run on a shared machine agrees to a fifth, where others allocate to a half",
+    ),
+    "step-cpu-float32-peers-2-cores": Source(
+        "python -m bench step --seconds 20 --tag peers-2-cores --contenders agr-adamw agr-adamw-off "
         "torch-adamw-fused torch-adamw-foreach deepspeed-adamw three-lines three-lines-foreach three-lines-deepspeed "
         "bitsandbytes-adamw agr-adan agr-adan-off optimi-adan-foreach optimi-adan pytorch-optimizer-adan "
         "timm-adan-foreach three-lines-adan",
-        "a second run on a shared machine agrees to a fifth, since there are three rounds of the models",
+        SHARED_ALLOCATING,
     ),
-    "sweep-cpu-epyc-2-cores": Source("python -m bench sweep --seconds 72 --tag epyc-2-cores"),
+    "sweep-cpu-2-cores": Source("python -m bench sweep --seconds 72 --tag 2-cores", SHARED_ALLOCATING),
     "train-demo": Source("python -m bench train --setting demo --tag demo", SAME_HERE),
     "train-full": Source("python -m bench train --tag full", SAME_TRAINING),
     "train-in-16-bits-cpu": Source("python examples/train_in_16_bits.py --results runs/16-bits.json", SAME_HERE),

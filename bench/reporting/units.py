@@ -7,10 +7,10 @@ from bench.measuring.stats import Summary
 
 def duration(seconds: float) -> str:
     """Return seconds in a unit that leaves one to three digits before the point."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3)):
-        if seconds * factor >= 1.0:
-            return f"{seconds * factor:.3g} {unit}" if seconds * factor < 1e3 else f"{seconds * factor:.0f} {unit}"
-    return f"{seconds * 1e6:.3g} us"
+    for unit, factor in (("us", 1e6), ("ms", 1e3)):
+        if float(shown := f"{seconds * factor:.3g}") < 1e3:
+            return f"{shown} {unit}"
+    return f"{seconds:.3g} s" if seconds < 1e3 else f"{seconds:.0f} s"
 
 
 def span(summary: Summary) -> str:

@@ -12,7 +12,7 @@
 namespace agr::cpu {
 namespace {
 
-// Waking a thread takes as long as updating this many elements.
+// Waking a thread of the pool takes as long as updating this many elements.
 constexpr std::int64_t elements_worth_a_thread = 1 << 16;
 
 // Averages that have faded to denormal numbers are replaced by 0 once in this many steps (see docs/design.md). The
@@ -128,11 +128,11 @@ void Executor::run(std::int64_t first, std::int64_t last, int threads, const voi
     std::int64_t elements = 0;
     for (std::size_t i = 0; i < tensors_.size(); ++i)
         if (gradients[i] != nullptr) elements += tensors_[i].span.elements;
-    threads = static_cast<int>(std::max<std::int64_t>(
+    const int worth = static_cast<int>(std::max<std::int64_t>(
         1, std::min({std::int64_t{threads}, last - first, 1 + elements / elements_worth_a_thread})));
-    // Relaxed is enough: handing the job to the pool's threads orders this store before their additions.
+    // Relaxed is enough: handing the job to threads orders this store before their additions.
     next_ticket_.store(first, std::memory_order_relaxed);
-    run_on_threads(threads, [this, last, gradients] {
+    run_on_threads(worth, threads, [this, last, gradients] {
         for (;;) {
             // Relaxed is enough: a ticket carries no data. Tasks exchange data through Progress.
             const std::int64_t ticket = next_ticket_.fetch_add(1, std::memory_order_relaxed);
@@ -170,7 +170,7 @@ void Executor::run_task(const Task& task, const void* gradient) {
                 sums.squares += chunk_sums[i].squares;
             }
             progress.sums = sums;
-            // For the next step. Relaxed is enough, since the pool orders that step after this one.
+            // For the next step. Relaxed is enough, since this step's threads are done before that one's begin.
             progress.chunks_done.store(0, std::memory_order_relaxed);
             progress.sums_epoch.store(epoch_, std::memory_order_release);
             return;

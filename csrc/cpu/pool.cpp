@@ -7,7 +7,10 @@
 #include <atomic>
 #include <cfenv>
 #include <condition_variable>
+#include <cstdio>
+#include <fstream>
 #include <mutex>
+#include <string>
 #include <system_error>
 #include <thread>
 
@@ -68,24 +71,46 @@ private:
     }
 };
 
-// The function by which compilers start a parallel region, of the OpenMP runtime that PyTorch has brought into the
-// process (libgomp, and those of LLVM and Intel, which have it for programs compiled by GCC); null where there is none.
+// The function by which compilers start a parallel region, of the OpenMP runtime to which PyTorch's own regions are
+// bound (libgomp, or LLVM's or Intel's, which have it for programs compiled by GCC): the first one in the process's
+// global scope. Null where there is none.
 using Parallel = void (*)(void (*region)(void*), void* argument, unsigned threads, unsigned flags);
 
-// A child process after fork() has none of the threads: there, OpenMP would wait for its own for ever, and a mutex of
-// the pool may never be unlocked, so that it has a new one. No pool is ever destroyed: its threads sleep in it until
-// the process ends. All this happens when the library is loaded, which is after PyTorch and before any fork() of
-// interest.
-Parallel openmp = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+#if defined(__linux__)
+// A child of fork() that has not executed another program has none of its parent's threads. Libgomp does not notice and
+// would wait for them for ever, if the parent had any. Whether it had is not known.
+bool is_forked() {
+    constexpr unsigned long forked_without_exec = 0x40;  // PF_FORKNOEXEC of Linux
+    std::ifstream stat("/proc/self/stat");
+    std::string line;
+    std::getline(stat, line);
+    // The ninth field. The second one is a name in parentheses, which may have anything in it.
+    const auto name_end = line.rfind(')');
+    unsigned long flags = 0;
+    const bool told = name_end != std::string::npos &&
+                      std::sscanf(line.c_str() + name_end + 1, " %*c %*d %*d %*d %*d %*d %lu", &flags) == 1;
+    return !told || (flags & forked_without_exec) != 0;
+}
+
+Parallel find_openmp() {
+    return is_forked() ? nullptr : reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+}
+#else
+Parallel find_openmp() { return nullptr; }  // not tried
+#endif
+
+// All this happens when the library is loaded, after PyTorch. A child of fork() has a new pool, since a mutex of the
+// old one may never be unlocked in it. No pool is ever destroyed: its threads sleep in it until the process ends.
+Parallel openmp = find_openmp();
 Pool* pool = new Pool;
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
     openmp = nullptr;
     pool = new Pool;
 });
 
-// Its threads spin for some milliseconds after each region, for the next one. After a backward pass, threads of a pool
-// of our own would be late, and then share the cores with these.
-void run_on_openmp(int threads, const std::function<void()>& work) {
+// By default its threads spin for some milliseconds after each region, for the next one of the same caller. After a
+// backward pass, threads of a pool of our own would be late, and then share the cores with these.
+void run_on_openmp(int threads, int most, const std::function<void()>& work) {
     struct Region {
         const std::function<void()>& work;
         std::fenv_t mode;
@@ -93,7 +118,7 @@ void run_on_openmp(int threads, const std::function<void()>& work) {
     };
     Region region{work, {}, {threads}};
     std::fegetenv(&region.mode);
-    constexpr auto enter = [](void* argument) {
+    constexpr auto enter = [](void* argument) noexcept {
         auto& entered = *static_cast<Region*>(argument);
         // Relaxed is enough: the region's ends order the caller's accesses and those of its threads.
         if (entered.openings.fetch_sub(1, std::memory_order_relaxed) <= 0) return;
@@ -104,17 +129,17 @@ void run_on_openmp(int threads, const std::function<void()>& work) {
         entered.work();
         std::fesetenv(&theirs);
     };
-    // As many threads as PyTorch's own regions have (0), since libgomp ends those that a smaller region leaves out.
-    openmp(enter, &region, 0, 0);
+    // As many as PyTorch's own regions have, since libgomp ends threads that a smaller region leaves out.
+    openmp(enter, &region, static_cast<unsigned>(most), 0);
 }
 
 }  // namespace
 
-void run_on_threads(int threads, const std::function<void()>& work) {
+void run_on_threads(int threads, int most, const std::function<void()>& work) {
     if (threads <= 1)
         work();
     else if (openmp != nullptr)
-        run_on_openmp(threads, work);
+        run_on_openmp(threads, most, work);
     else
         pool->run(threads, work);
 }
