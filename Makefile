@@ -25,7 +25,7 @@ PYTEST ?=
 help:
 	@echo 'make demo    train a small language model with AdamW, AGR-AdamW, Adan and AGR-Adan (3 minutes)'
 	@echo 'make demo-fsdp   train it sharded, kill a process, go on with more, and compare with unsharded training (3 minutes)'
-	@echo 'make test    lint, and run the tests (35 minutes on two cores)'
+	@echo 'make test    lint, and run the tests (15 to 35 minutes on two cores)'
 	@echo 'make frameworks   train in transformers, accelerate, Lightning, timm, torchtitan and peft (3 minutes)'
 	@echo 'make docs    build the documentation site into runs/site; a wrong link is an error (half a minute)'
 	@echo 'make figures   redraw the tables and pictures of README and docs from the results in bench/results'
