@@ -257,6 +257,20 @@ class TestStore:
             Store(path, {**self.SETTING, "warmup": 0.2})
         assert path.read_bytes() == before
 
+    def test_a_file_that_is_refused_is_left_as_it_is(self, tmp_path):
+        path = tmp_path / "runs.jsonl"
+        with Store(path, self.SETTING):
+            pass
+        path.write_bytes(path.read_bytes() + b"no json\ncut o")
+        before = path.read_bytes()
+        with pytest.raises(OtherSettingError, match=r"runs.jsonl, line 2 is damaged"):
+            Store(path, self.SETTING)
+        assert path.read_bytes() == before
+        path.write_bytes(before.replace(b"no json\n", b""))
+        with pytest.raises(OtherSettingError, match=r"\(more\)"):
+            Store(path, {**self.SETTING, "more": 1})
+        assert path.read_bytes().endswith(b"cut o")
+
 
 def command(out, *more):
     words = ["train", "--setting", "tiny", "--tasks", "resnet", "--out", str(out), "--jobs", "2", *more]

@@ -10,6 +10,7 @@ from benchmarks import result
 # Not there on a machine that was set up for training alone.
 stats = pytest.importorskip("scipy.stats")
 
+from bench.reporting import train_tables  # noqa: E402
 from bench.training import analysis  # noqa: E402
 from bench.training.analysis import FINAL, HIGHER, LOWER, NONE, OPEN, Runs, holm, steps_to  # noqa: E402
 from bench.training.settings import SETTINGS  # noqa: E402
@@ -96,6 +97,34 @@ def test_sets_are_judged_apart():
     first, second = (runs.compare("agr-adamw", "adamw", first=first)[0] for first in (1000, 2000))
     assert (first.difference, second.difference) == (pytest.approx(-0.0975), pytest.approx(0.2))
     assert runs.compare("agr-adamw", "adamw")[0].pairs == 8
+
+
+def test_seeds_that_are_not_asked_for_do_not_count():
+    """A store may hold sets of an earlier command."""
+    rows = of_losses("adamw", [1.0] * 4) + of_losses("agr-adamw", [1.0, 1.0, 9.0, 9.0])
+    runs = Runs(document(rows, setting=replace(SETTINGS["full"], sets=(1000,), seeds=2)))
+    (found,) = runs.compare("agr-adamw", "adamw")
+    assert (found.pairs, found.difference) == (2, 0)
+
+
+def test_a_task_is_judged_when_its_search_is_over_for_all_optimizers():
+    """An interruption may come between them."""
+    unfinished = document([*of_losses("adamw", [1.0, 1.1]), *of_losses("agr-adamw", [1.0, 1.1])])
+    unfinished["runs"] = [run for run in unfinished["runs"] if run["arm"] != "adan"]
+    assert Runs(unfinished).tasks == []
+    assert train_tables.verdicts(Runs(unfinished)).rows
+
+
+def test_an_arm_that_always_diverges_is_told():
+    rows = [*of_losses("adamw", [1.0, 1.1]), *of_losses("agr-adamw", [None, None])]
+    of_arm = dict(train_tables.levels(Runs(document(rows))).rows)
+    assert of_arm["AGR-AdamW"] == "2 diverged"
+    assert of_arm["AGR-Adan"] == "-"
+
+
+def test_no_spread_is_a_number():
+    rows = [*of_losses("adamw", [1.0, 1.0]), *of_losses("adamw-bit", [1.0, 1.0])]
+    assert dict(train_tables.detectable(Runs(document(rows))).rows)["AdamW, one bit"] == "0%"
 
 
 def test_an_arm_is_judged_at_both_points():

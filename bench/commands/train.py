@@ -161,12 +161,12 @@ def run(args: argparse.Namespace) -> int:
         setting = chosen_setting(args)
     except ValueError as error:
         args.refuse(str(error))
-    args.tasks = args.tasks or [*setting.steps]
+    args.tasks = [*dict.fromkeys(args.tasks or setting.steps)]
     console = terminal.console()
     path = args.out / f"train-{args.tag or args.setting}.json"
     try:
         store = Store(path.with_suffix(".jsonl"), setting.of_a_run() | {"device": args.device.type})
-    except OtherSettingError as error:
+    except (OtherSettingError, OSError) as error:
         args.refuse(str(error))
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else None
     with store:

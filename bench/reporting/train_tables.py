@@ -65,9 +65,9 @@ def levels(runs: Runs) -> Grid:
 
     def cell(name: str, task: str) -> str:
         values = [*runs.values(task, name, FINAL, own=True).values()]
-        if len(values) < 2:
-            return "-"
         point, gone = runs.point(task, name, own=True), runs.diverged(task, name, own=True)
+        if len(values) < 2:
+            return f"{gone} diverged" if gone else "-"
         shown = (
             f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.2g} ({point.lr:.2g}, {point.weight_decay:g})"
         )
@@ -104,7 +104,7 @@ def detectable(runs: Runs) -> Grid:
     rows = [
         (
             ARMS[name].label,
-            *_by_task(runs, runs.compare(name, ARMS[name].base), lambda c: signed_percent(c.detectable)[1:] or "0"),
+            *_by_task(runs, runs.compare(name, ARMS[name].base), lambda c: signed_percent(c.detectable).lstrip("+")),
         )
         for name in _others(runs)
     ]
@@ -140,12 +140,14 @@ def spreads(runs: Runs) -> Grid:
         for task in runs.tasks:
             values = [*runs.values(task, base, FINAL).values()]
             cells.append(
-                signed_percent(statistics.stdev(values) / statistics.fmean(values))[1:] if len(values) > 1 else "-"
+                signed_percent(statistics.stdev(values) / statistics.fmean(values)).lstrip("+")
+                if len(values) > 1
+                else "-"
             )
         rows.append([f"{ARMS[base].label}, over seeds", *cells])
         for name in (f"{base}-bit", f"{base}-placebo", f"agr-{base}"):
             if name in runs.setting.arms:
-                found = _by_task(runs, runs.compare(name, base), lambda c: signed_percent(c.spread)[1:] or "0")
+                found = _by_task(runs, runs.compare(name, base), lambda c: signed_percent(c.spread).lstrip("+"))
                 rows.append([f"{ARMS[name].label}, over pairs", *found])
     return Grid("standard deviation, as a share of the loss", _headings(runs, ""), rows)
 

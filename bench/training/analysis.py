@@ -167,15 +167,19 @@ class Runs:
         results = [Result.of_record(record) for record in document["runs"]]
         searched = [result for result in results if not result.run.judged]
         self.choices = choose(searched)
-        self.tasks = [task for task in document["settings"]["tasks"] if (task, "adamw") in self.choices]
+        # Those whose search is over, for each of the arms' optimizers.
+        bases = {ARMS[name].base for name in self.setting.arms}
+        tasks = document["settings"]["tasks"]
+        self.tasks = [task for task in tasks if all((task, base) in self.choices for base in bases)]
         self.targets = {
             key: target(searched, self.choices, *key) for key in self.choices if key[1] == ARMS[key[1]].base
         }
         self.measures = measures(self.setting)
+        asked = {first + k for first in self.setting.sets for k in range(self.setting.seeds)}
         self._of: dict[tuple[str, str, Point], dict[int, Result]] = {}
         for result in results:
             run = result.run
-            if run.judged:
+            if run.judged and run.seed in asked:  # a store may hold sets of an earlier command, too
                 self._of.setdefault((run.task, run.arm, Point(run.lr, run.weight_decay)), {})[run.seed] = result
 
     def point(self, task: str, arm: str, own: bool) -> Point:

@@ -34,17 +34,18 @@ class Store:
         self._file.seek(0)
         whole = self._file.read()
         complete = whole[: whole.rfind(b"\n") + 1]
-        self._file.truncate(len(complete))
-        lines = [json.loads(line) for line in complete.splitlines()]
+        lines = [_parsed(path, number, line) for number, line in enumerate(complete.splitlines(), 1)]
         wanted = json.loads(json.dumps(setting))
-        if not lines:
-            self._write(wanted)
-        elif lines[0] != wanted:
-            differing = [name for name in wanted if lines[0].get(name) != wanted[name]]
+        if lines and lines[0] != wanted:
+            there = lines[0] if isinstance(lines[0], dict) else {}
+            differing = [name for name in {**wanted, **there} if there.get(name) != wanted.get(name)]
             self._file.close()
             raise OtherSettingError(
                 f"{path} holds runs with other settings ({', '.join(differing)}): remove it, or choose another --tag"
             )
+        self._file.truncate(len(complete))
+        if not lines:
+            self._write(wanted)
         for line in lines[1:]:
             result = Result.of_record(line)
             self.results[result.run.key] = result
@@ -66,3 +67,12 @@ class Store:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+
+def _parsed(path: Path, number: int, line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise OtherSettingError(
+            f"{path}, line {number} is damaged ({error}): remove that line, or choose another --tag"
+        ) from error
