@@ -25,7 +25,7 @@ from bench.training.plan import Point
 from bench.training.run import Result, Run, learning_rate, train
 from bench.training.settings import SETTINGS, Setting
 from bench.training.sharpness import largest_eigenvalue, perturbed_increase
-from bench.training.store import OtherSettingError, Store
+from bench.training.store import Store, UnusableStoreError
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -253,7 +253,9 @@ class TestStore:
         with Store(path, self.SETTING) as store:
             store.add(result())
         before = path.read_bytes()
-        with pytest.raises(OtherSettingError, match=r"runs.jsonl holds runs with other settings \(warmup\): remove it"):
+        with pytest.raises(
+            UnusableStoreError, match=r"runs.jsonl holds runs with other settings \(warmup\): remove it"
+        ):
             Store(path, {**self.SETTING, "warmup": 0.2})
         assert path.read_bytes() == before
 
@@ -263,11 +265,11 @@ class TestStore:
             pass
         path.write_bytes(path.read_bytes() + b"no json\ncut o")
         before = path.read_bytes()
-        with pytest.raises(OtherSettingError, match=r"runs.jsonl, line 2 is damaged"):
+        with pytest.raises(UnusableStoreError, match=r"runs.jsonl, line 2 is damaged"):
             Store(path, self.SETTING)
         assert path.read_bytes() == before
         path.write_bytes(before.replace(b"no json\n", b""))
-        with pytest.raises(OtherSettingError, match=r"\(more\)"):
+        with pytest.raises(UnusableStoreError, match=r"\(more\)"):
             Store(path, {**self.SETTING, "more": 1})
         assert path.read_bytes().endswith(b"cut o")
 

@@ -12,7 +12,7 @@ import torch
 from helpers import Method, all_params, copies, parameters, run, same_bits
 
 pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="counts the threads that Linux lists"),
+    pytest.mark.skipif(sys.platform != "linux", reason="not tried elsewhere; and counts what Linux lists"),
     pytest.mark.skipif(
         "parallel backend: OpenMP" not in torch.__config__.parallel_info(), reason="PyTorch was built without OpenMP"
     ),

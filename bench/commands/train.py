@@ -28,7 +28,7 @@ from bench.training.arms import ARMS
 from bench.training.plan import choose, judged, search
 from bench.training.run import Result, Run
 from bench.training.settings import SETTINGS, Setting
-from bench.training.store import OtherSettingError, Store
+from bench.training.store import Store, UnusableStoreError
 from bench.training.workers import TimeLeft, Workers
 
 DIGITS = 9  # of losses: one flipped bit changes the eighth
@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
     path = args.out / f"train-{args.tag or args.setting}.json"
     try:
         store = Store(path.with_suffix(".jsonl"), setting.of_a_run() | {"device": args.device.type})
-    except (OtherSettingError, OSError) as error:
+    except (UnusableStoreError, OSError) as error:
         args.refuse(str(error))
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else None
     with store:

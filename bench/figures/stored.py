@@ -10,14 +10,14 @@ from bench.reporting import documents
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "bench" / "results"
-SHARED = "a second run on a shared machine agrees to a fifth"
+SHARED = "in a second run on a shared machine, ratios agree to a fifth, times to a third"
 #: Of runs in which others allocate memory in each step.
 SHARED_ALLOCATING = (
-    "in a second run on a shared machine, nine ratios in ten agree to a fifth; of optimizers that allocate in a step, "
-    "some differ by half"
+    "in a second run on a shared machine, about nine ratios in ten agree to a fourth; of optimizers that allocate in a "
+    "step, some differ by half, and the worst by a factor of 2.5"
 )
 #: Of processes that wait for each other.
-SHARED_PROCESSES = "a second run on a shared machine agrees to three tenths"
+SHARED_PROCESSES = "a second run on a shared machine agrees to a third"
 SAME = "a second run gives the same digits"
 SAME_HERE = f"{SAME}, other processors and releases of PyTorch move the last ones"
 #: Of models that learn Python's own source.

@@ -12,8 +12,8 @@ from typing import Any
 from bench.training.run import Result
 
 
-class OtherSettingError(ValueError):
-    """The file holds runs of another setting."""
+class UnusableStoreError(ValueError):
+    """The file holds runs of another setting, or is damaged."""
 
 
 class Store:
@@ -24,7 +24,7 @@ class Store:
         setting: what all its runs have in common, as what JSON has.
 
     Raises:
-        OtherSettingError: where the file's runs have something else in common.
+        UnusableStoreError: where the file's runs have something else in common, or a line before its last is damaged.
     """
 
     def __init__(self, path: Path, setting: Mapping[str, Any]) -> None:
@@ -40,7 +40,7 @@ class Store:
             there = lines[0] if isinstance(lines[0], dict) else {}
             differing = [name for name in {**wanted, **there} if there.get(name) != wanted.get(name)]
             self._file.close()
-            raise OtherSettingError(
+            raise UnusableStoreError(
                 f"{path} holds runs with other settings ({', '.join(differing)}): remove it, or choose another --tag"
             )
         self._file.truncate(len(complete))
@@ -73,6 +73,6 @@ def _parsed(path: Path, number: int, line: bytes) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:
-        raise OtherSettingError(
+        raise UnusableStoreError(
             f"{path}, line {number} is damaged ({error}): remove that line, or choose another --tag"
         ) from error
