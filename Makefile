@@ -19,6 +19,9 @@ STAGES ?=
 FIGURES ?=
 # Options of pytest: make test PYTEST="-k plan"
 PYTEST ?=
+# A test that hangs ends its process, and a process that ends is a failure: by itself, xdist would run the test again.
+TEST = -m pytest -o faulthandler_exit_on_timeout=true
+TEST_BY_TWO = $(TEST) -n 2 --max-worker-restart 0
 
 .PHONY: help demo demo-fsdp test docs figures frameworks ptx triton lint format bench gpu-report wheel clean
 
@@ -47,11 +50,11 @@ demo-fsdp: $(VENV)/examples.stamp
 # Two at a time, each file in one process, since some build programs that their tests share; in the order of
 # tests/conftest.py, since xdist's own begins files of few tests last, some of which are the longest.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
+	$(BIN)/python $(TEST_BY_TWO) --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 # The package is the checkout's, with the extension that $(VENV) has compiled. Without the fixtures of tests/conftest.py.
 frameworks: $(VENV)/examples.stamp $(FRAMEWORKS_VENV)/frameworks.stamp
-	$(FRAMEWORKS_VENV)/bin/python -m pytest --confcutdir tests/frameworks tests/frameworks $(PYTEST)
+	$(FRAMEWORKS_VENV)/bin/python $(TEST) --confcutdir tests/frameworks tests/frameworks $(PYTEST)
 
 # Without its notice of an MkDocs 2, since versions are pinned. What a page's code does is tested by make test.
 docs: $(VENV)/development.stamp
@@ -63,13 +66,13 @@ figures: $(VENV)/development.stamp
 
 # After a change to the kernels. AGR_PTX_SEED=2 chooses other interleavings.
 ptx: $(VENV)/development.stamp
-	AGR_PTX_MUTANTS=all $(BIN)/python -m pytest -n 2 tests/ptx/test_mutants.py $(PYTEST)
-	AGR_PTX=oldest $(BIN)/python -m pytest -n 2 --dist loadfile -k "cuda and not native" --ignore tests/ptx $(PYTEST)
-	AGR_PTX=newest $(BIN)/python -m pytest -n 2 --dist loadfile -k "cuda and not native" --ignore tests/ptx $(PYTEST)
+	AGR_PTX_MUTANTS=all $(BIN)/python $(TEST_BY_TWO) tests/ptx/test_mutants.py $(PYTEST)
+	AGR_PTX=oldest $(BIN)/python $(TEST_BY_TWO) --dist loadfile -k "cuda and not native" --ignore tests/ptx $(PYTEST)
+	AGR_PTX=newest $(BIN)/python $(TEST_BY_TWO) --dist loadfile -k "cuda and not native" --ignore tests/ptx $(PYTEST)
 
 # On a machine with a GPU, make test runs all of them.
 triton: $(VENV)/development.stamp
-	AGR_CUDA_TRITON=all $(BIN)/python -m pytest -n 2 --dist loadfile -k triton $(PYTEST)
+	AGR_CUDA_TRITON=all $(BIN)/python $(TEST_BY_TWO) --dist loadfile -k triton $(PYTEST)
 
 lint: $(VENV)/development.stamp
 	$(BIN)/ruff check .
