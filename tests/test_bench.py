@@ -30,7 +30,7 @@ from bench.commands import gradients, overhead, release, sharded
 from bench.measuring import clocks, races, stats
 from bench.measuring.clocks import Timing
 from bench.measuring.races import Lane
-from bench.reporting import chart, documents, pictures, plain, results, tables, targets
+from bench.reporting import documents, pictures, plain, results, step_chart, tables, targets
 from bench.reporting.terminal import PLAIN_WIDTH
 from bench.reporting.units import duration
 from bench.workloads import building, contenders, shapes
@@ -463,7 +463,7 @@ def test_the_table_of_a_gpu_shows_host_times_and_the_chart_is_drawn(tmp_path: Pa
     results.write(stored, machine, {"dtype": "float32"}, [result] * 4, [])
     read = map(dataclasses.asdict, results.sets_of(documents.read(stored)))
     assert list(read) == [documents.rounded(dataclasses.asdict(result))] * 4
-    pictures.save(picture, chart.figure, stored)
+    pictures.save(picture, step_chart.figure, stored)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,6 +1,7 @@
 """`python -m bench train`: its arms, its search, what it keeps when it is interrupted, and how runs are judged."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -19,13 +20,14 @@ from torch import nn
 import agr_cuda
 from bench.__main__ import main
 from bench.tasks import SIZES, digits, text
-from bench.training import plan
+from bench.training import plan, workers
 from bench.training.arms import ARMS, centralize, flip_a_bit, normalize, placebo
 from bench.training.plan import Point
 from bench.training.run import Result, Run, learning_rate, train
 from bench.training.settings import SETTINGS, Setting
 from bench.training.sharpness import largest_eigenvalue, perturbed_increase
 from bench.training.store import Store, UnusableStoreError
+from bench.training.workers import Workers
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -277,6 +279,29 @@ class TestStore:
 def command(out, *more):
     words = ["train", "--setting", "tiny", "--tasks", "resnet", "--out", str(out), "--jobs", "2", *more]
     return [sys.executable, "-m", "bench", *words]
+
+
+def end_at_once_or_never(run, setting, device):
+    """Stands for a training."""
+    if run.seed:
+        time.sleep(1000)
+    return run.seed
+
+
+def test_an_interruption_does_not_wait_for_what_is_running(monkeypatch):
+    monkeypatch.setattr(workers, "train", end_at_once_or_never)
+    runs = [Run("resnet", "adamw", 1e-3, 0.0, seed, judged=False) for seed in (0, 1)]
+
+    def interrupted():
+        with Workers(2, SETTINGS["tiny"], CPU, None) as pool:
+            assert next(pool.run(runs)) == 0
+            raise KeyboardInterrupt
+
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert time.monotonic() - begin < 300
+    assert not multiprocessing.active_children()
 
 
 def finished(path):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import agr_cuda
 from bench.commands import options
 from bench.measuring import machine
-from bench.reporting import documents, terminal
+from bench.reporting import documents, drawing, terminal
 from bench.reporting.effect_rows import EffectRow
 from bench.tasks import TASKS
 from bench.tasks.task import Task
@@ -235,8 +235,5 @@ def run(args: argparse.Namespace) -> int:
     }
     path = args.out / f"effect-{args.tag}.json"
     documents.write(path, document)
-    from bench.reporting import effect_chart, pictures  # import matplotlib, which takes a second
-
-    pictures.save(path.with_suffix(".png"), effect_chart.figure, path)
-    console.print(f"Wrote {path} and .png", highlight=False, soft_wrap=True)
+    console.print(f"Wrote {drawing.draw(path, 'effect_chart')}", highlight=False, soft_wrap=True)
     return 0

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import argparse
 
-from bench.figures import pages
-from bench.figures.stored import ROOT
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
@@ -21,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write what is not current, or name it."""
-    from bench.figures import pictures  # imports what the examples need, which no other command does
+    # They need scipy, and what the examples do. Other commands work on a machine that was set up for training alone.
+    from bench.figures import pages, pictures
+    from bench.figures.stored import ROOT
 
     found = 0
     for page in pages.pages():

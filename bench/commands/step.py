@@ -27,7 +27,7 @@ import argparse
 from bench.commands import options
 from bench.measuring import machine, races
 from bench.measuring.steps import COPY_MEBIBYTES, SHARE_OF_FREE_MEMORY, Settings, StepBench
-from bench.reporting import chart, pictures, results, tables, targets, terminal
+from bench.reporting import drawing, results, tables, targets, terminal
 from bench.reporting.results import SetResult
 from bench.workloads import building, contenders, shapes
 from bench.workloads.contenders import YARDSTICK
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
         results.write(args.out / f"{stem}.json", description, settings, found, records)
         if args.samples:
             results.write_samples(args.out / f"{stem}.samples.json", bench.samples)
-        pictures.save(args.out / f"{stem}.png", chart.figure, args.out / f"{stem}.json")
+        wrote = drawing.draw(args.out / f"{stem}.json", "step_chart")
         console.print(tables.results_table(found[-1], on_gpu))
         for reason in tables.reasons(found[-1]):
             console.print(reason, highlight=False, markup=False)
@@ -145,6 +145,6 @@ def run(args: argparse.Namespace) -> int:
         console.print(tables.targets_table(judged))
     else:
         console.print("The targets are stated for float32, so this run does not judge them.")
-    console.print(f"Wrote {args.out / stem}.json and .png", highlight=False, soft_wrap=True)
+    console.print(f"Wrote {wrote}", highlight=False, soft_wrap=True)
     failed = any(row.status == "failed" for result in found for row in result.rows)
     return int(failed or not all(result.parameters_finite for result in found))

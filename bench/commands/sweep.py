@@ -19,7 +19,7 @@ import torch
 from bench.commands import options
 from bench.measuring import machine
 from bench.measuring.steps import Settings, StepBench
-from bench.reporting import pictures, results, sweep_chart, tables, terminal, units
+from bench.reporting import drawing, results, tables, terminal, units
 from bench.reporting.results import SetResult
 from bench.workloads import building, contenders
 from bench.workloads.contenders import YARDSTICK
@@ -103,20 +103,20 @@ def run(args: argparse.Namespace) -> int:
     about = f"{description['device_name']}, {args.dtype}, torch {torch.__version__}"
     written = {name: getattr(args, name) for name in ("dtype", "counts", "elements", "rounds", "seconds", "tag")}
     written |= {"learning_rate": building.LEARNING_RATE, "left_out": choice.left_out}
-    path = args.out / f"sweep-{args.device.type}-{args.tag}"
+    path = args.out / f"sweep-{args.device.type}-{args.tag}.json"
     found: list[SetResult] = []
     reasons: dict[str, None] = {}  # in the order in which they appear
     for model in models:
         found.append(bench.measure_set(model, lambda text: None))
         reasons |= dict.fromkeys(tables.reasons(found[-1]))
-        results.write(path.with_name(f"{path.name}.json"), description, written, found, [])
-    pictures.save(path.with_name(f"{path.name}.png"), sweep_chart.figure, path.with_name(f"{path.name}.json"))
+        results.write(path, description, written, found, [])
+    wrote = drawing.draw(path, "sweep_chart")
     for count in dict.fromkeys(result.tensors for result in found):
         of_count = [result for result in found if result.tensors == count]
         console.print(table(of_count, f"A step of {count:,} equal tensors: {about}"))
     for reason in reasons:
         console.print(reason, highlight=False, markup=False)
     console.print(LEGEND, highlight=False)
-    console.print(f"Wrote {path}.json and .png", highlight=False, soft_wrap=True)
+    console.print(f"Wrote {wrote}", highlight=False, soft_wrap=True)
     failed = any(row.status == "failed" for result in found for row in result.rows)
     return int(failed or not all(result.parameters_finite for result in found))

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from bench.commands import options
 from bench.measuring import machine
-from bench.reporting import documents, terminal
+from bench.reporting import documents, drawing, terminal
 from bench.reporting.progress import Progress
 from bench.tasks import TASKS
 from bench.training.arms import ARMS
@@ -179,21 +179,20 @@ def run(args: argparse.Namespace) -> int:
     documents.write(path, written, DIGITS)
     if not whole:
         console.print("The time is over, and the comparison is not complete: the same command goes on.")
-    missing = [name for name in ("scipy", "matplotlib") if find_spec(name) is None]
-    if missing:  # on a machine that was set up for training alone, say
-        console.print(f"No tables and no picture: {' and '.join(missing)} not installed.")
-    else:
-        show(console, path)
-    console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
+    console.print(f"Wrote {show(console, path)}", highlight=False, soft_wrap=True)
     return 0
 
 
-def show(console: terminal.Console, path: Path) -> None:
-    """Print the tables of what was written, and draw its picture beside it, where runs can be compared."""
-    from bench.reporting import pictures, train_chart, train_tables
+def show(console: terminal.Console, path: Path) -> str:
+    """Print the tables of a result, and draw it, where it has runs that can be compared. Returns what was written."""
+    if find_spec("scipy") is None:  # on a machine that was set up for training alone, say
+        console.print("No tables, since scipy is not installed.")
+    else:
+        from bench.reporting import train_tables
 
-    grids = train_tables.all_grids(documents.read(path))
-    for grid in grids:
-        console.print(grid.shown())
-    if grids:
-        pictures.save(path.with_suffix(".png"), train_chart.figure, path)
+        grids = train_tables.all_grids(documents.read(path))
+        for grid in grids:
+            console.print(grid.shown())
+        if not grids:
+            return str(path)
+    return drawing.draw(path, "train_chart")

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from bench.figures import stored
-from bench.reporting import chart, effect_chart, pictures, sweep_chart, train_chart
+from bench.reporting import effect_chart, pictures, step_chart, sweep_chart, train_chart
 from bench.reporting.pictures import Draw
 
 
@@ -43,8 +43,8 @@ def of_example(name: str, result: str) -> Picture:
 
 
 PICTURES = (
-    beside(chart.figure, "step-cpu-float32-2-cores"),
-    beside(chart.figure, "step-cpu-precision-2-cores"),
+    beside(step_chart.figure, "step-cpu-float32-2-cores"),
+    beside(step_chart.figure, "step-cpu-precision-2-cores"),
     beside(sweep_chart.figure, "sweep-cpu-2-cores"),
     beside(train_chart.figure, "train-full"),
     beside(effect_chart.figure, "effect-small-models"),

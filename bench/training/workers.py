@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
+from concurrent.futures import wait as wait_for
+from multiprocessing.connection import Connection, wait
 from types import TracebackType
 
 import torch
@@ -19,8 +20,8 @@ from bench.training.run import Result, Run, train
 from bench.training.settings import Setting
 
 
-def _begin() -> None:
-    """Make a process ready for runs: one thread, and an end when the process that started it ends, however it does."""
+def _begin(stop: Connection) -> None:
+    """Make a process ready for runs: one thread, and an end when it is told, or the process that started it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them; the one that started them decides
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")  # on a GPU, as one trains there
@@ -28,7 +29,7 @@ def _begin() -> None:
     assert parent is not None
 
     def watch() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
+        wait([parent.sentinel, stop])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -48,7 +49,9 @@ class Workers:
         self._count, self._setting, self._device, self._deadline = count, setting, device, deadline
         # Not forked: a process that has used threads or a GPU cannot be.
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin)
+        # Readable to the processes when this end of it is closed.
+        stop, self._stop = context.Pipe(duplex=False)
+        self._pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(stop,))
 
     def run(self, runs: Sequence[Run]) -> Iterator[Result]:
         """Yield results as they come. Runs begin in the order in which they are given."""
@@ -59,7 +62,7 @@ class Workers:
                 going.add(self._pool.submit(train, run, self._setting, self._device))
             if not going:
                 return
-            done, going = wait(going, return_when=FIRST_COMPLETED)
+            done, going = wait_for(going, return_when=FIRST_COMPLETED)
             for future in done:
                 yield future.result()
 
@@ -74,6 +77,8 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None:
+            self._stop.close()  # nobody would take what is still running
         self._pool.shutdown(cancel_futures=True)
 
 
