@@ -261,6 +261,15 @@ class TestStore:
             Store(path, {**self.SETTING, "warmup": 0.2})
         assert path.read_bytes() == before
 
+    def test_one_process_at_a_time_adds_to_it(self, tmp_path):
+        path = tmp_path / "runs.jsonl"
+        with Store(path, self.SETTING) as store:
+            with pytest.raises(UnusableStoreError, match=r"runs.jsonl is in use by another process"):
+                Store(path, self.SETTING)
+            store.add(result(seed=0))
+        with Store(path, self.SETTING) as store:
+            assert [*store.results.values()] == [result(seed=0)]
+
     def test_a_file_that_is_refused_is_left_as_it_is(self, tmp_path):
         path = tmp_path / "runs.jsonl"
         with Store(path, self.SETTING):
@@ -411,6 +420,12 @@ class TestCommand:
         path.write_text('{"size": "small", "steps": {}}\n')
         assert "holds runs with other settings" in refusal(command(tmp_path)[3:], capsys)
         assert path.read_text() == '{"size": "small", "steps": {}}\n'
+
+    def test_runs_of_another_release_of_pytorch_are_left_alone(self, tmp_path, capsys):
+        path = tmp_path / "train-tiny.jsonl"
+        assert main(command(tmp_path, "--minutes", "1e-9")[3:]) == 0
+        path.write_text(path.read_text().replace(torch.__version__, "1.0"))
+        assert "holds runs with other settings (torch)" in refusal(command(tmp_path)[3:], capsys)
 
     def test_arms_bring_the_optimizers_that_they_are_compared_with(self):
         from bench.commands.train import chosen_setting

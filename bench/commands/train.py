@@ -19,6 +19,9 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
+import agr_cuda
 from bench.commands import options
 from bench.measuring import machine
 from bench.reporting import documents, drawing, terminal
@@ -102,6 +105,16 @@ def chosen_setting(args: argparse.Namespace) -> Setting:
     )
 
 
+def where_it_runs(device: torch.device) -> dict[str, str]:
+    """Return what moves a run's last digits, by which runs that are compared must not differ."""
+    return {
+        "device": device.type,
+        "processor": machine.device_name(device),
+        "torch": torch.__version__,
+        "agr_cuda": agr_cuda.__version__,
+    }
+
+
 def found_by_search(store: Store) -> list[Result]:
     """Return the results of the search."""
     return [result for result in store.results.values() if not result.run.judged]
@@ -165,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
     console = terminal.console()
     path = args.out / f"train-{args.tag or args.setting}.json"
     try:
-        store = Store(path.with_suffix(".jsonl"), setting.of_a_run() | {"device": args.device.type})
+        store = Store(path.with_suffix(".jsonl"), setting.of_a_run() | where_it_runs(args.device))
     except (UnusableStoreError, OSError) as error:
         args.refuse(str(error))
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else None

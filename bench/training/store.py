@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from bench.training.run import Result
 
 
 class UnusableStoreError(ValueError):
-    """The file holds runs of another setting, or is damaged."""
+    """The file holds runs of another setting, is damaged, or is another process's."""
 
 
 class Store:
@@ -24,13 +25,18 @@ class Store:
         setting: what all its runs have in common, as what JSON has.
 
     Raises:
-        UnusableStoreError: where the file's runs have something else in common, or a line before its last is damaged.
+        UnusableStoreError: where the file's runs have something else in common, a line before its last is damaged, or
+            another process is adding to it.
     """
 
     def __init__(self, path: Path, setting: Mapping[str, Any]) -> None:
         self.results: dict[str, Result] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, however the process ends
+        except BlockingIOError as error:
+            raise UnusableStoreError(f"{path} is in use by another process: wait, or choose another --tag") from error
         self._file.seek(0)
         whole = self._file.read()
         complete = whole[: whole.rfind(b"\n") + 1]
