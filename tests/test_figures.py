@@ -13,10 +13,10 @@ import pytest
 for package in ("matplotlib", "rich", "scipy", "sklearn"):
     pytest.importorskip(package)
 
+from benchmarks import refusal
 from matplotlib.figure import Figure
 
 from bench.__main__ import build_parser, main
-from bench.commands import figures
 from bench.figures import pages, registry, stored
 from bench.figures import pictures as all_pictures
 from bench.figures.pictures import PICTURES, Picture
@@ -117,7 +117,7 @@ def one_block(monkeypatch, tmp_path):
     picture = Picture(tmp_path / "run.png", draw, ("run",))
     monkeypatch.setattr(pages, "pages", lambda: [page])
     monkeypatch.setattr(all_pictures, "PICTURES", [picture])
-    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    monkeypatch.setattr(stored, "ROOT", tmp_path)
     return page
 
 
@@ -140,14 +140,32 @@ def test_the_command_names_what_is_not_current_and_mends_it(one_block, capsys):
         "<!-- figures: table -->\n\n| a |\n| --- |\n| 1 |\n\n"
         "`python -m bench run`; agrees.\n\n<!-- end of figures -->\n"
     )
-    drawn = (folder / "run.png").stat().st_mtime_ns
+    made = {path: path.stat().st_mtime_ns for path in (one_block, folder / "run.png")}
     for arguments in (["--check"], []):
         assert main(["figures", *arguments]) == 0
         assert len(capsys.readouterr().out.splitlines()) == 1
-    assert (folder / "run.png").stat().st_mtime_ns == drawn, "what is current is left alone"
+    assert {path: path.stat().st_mtime_ns for path in made} == made, "what is current is left alone"
     stored.path("run").write_text('{"value": 2, "machine": {}}')
     assert main(["figures", "--check"]) == 1
     assert capsys.readouterr().out.splitlines() == [*every, "3 not current"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "missing or damaged"),
+        ('{"value": 1, "mach', "missing or damaged"),
+        ('{"value": 1, "machine": {}, "complete": false}', "not complete"),
+    ],
+)
+def test_results_that_are_none_change_nothing(one_block, capsys, text, told):
+    before = one_block.read_text()
+    path = stored.path("run")
+    path.unlink() if text is None else path.write_text(text)
+    said = refusal(["figures"], capsys)
+    assert f"{path} is {told}" in said
+    assert "run `python -m bench run`, whose result it is" in said
+    assert one_block.read_text() == before
 
 
 def test_a_figure_that_is_changed_by_hand_is_noticed(one_block):
@@ -185,6 +203,11 @@ def test_a_picture_is_of_its_results_and_of_the_code_that_drew_it(one_block, mon
     assert picture.is_current()
     draw(json.loads(stored.path("run").read_text())).savefig(picture.path)
     assert not picture.is_current(), "it does not say what it was drawn from"
+    picture.save()
+    whole = picture.path.read_bytes()
+    for kept in (0, 20, len(whole) // 2):
+        picture.path.write_bytes(whole[:kept])
+        assert not picture.is_current(), "it was cut off"
     picture.save()
     monkeypatch.setattr(pictures.inspect, "getfile", lambda draw: pictures.__file__)
     assert not picture.is_current(), "other code drew it"

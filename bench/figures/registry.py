@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from bench.figures import stored
-from bench.reporting import documents
 
 #: Takes the documents of results. Returns a table's lines, or a text that stands within a sentence.
 Make = Callable[..., Sequence[str] | str]
@@ -23,15 +21,11 @@ class Block:
 
     def text(self) -> str:
         """Return what stands between the marks. Under a table it is told where its figures come from."""
-        made = self.make(*map(_document, self.results))
+        made = self.make(*map(stored.read, self.results))
         if isinstance(made, str):
             return made
         captions = [line for name in self.results for line in ("", stored.caption(name))]
         return "\n".join(["", "", *made, *captions, "", ""])
-
-
-def _document(name: str) -> dict[str, Any]:
-    return documents.read(stored.path(name))
 
 
 def block(name: str, *results: str) -> Callable[[Make], Make]:

@@ -86,9 +86,21 @@ def path(name: str) -> Path:
     return FOLDER / f"{name}.json"
 
 
+def read(name: str) -> dict[str, Any]:
+    """Return a result. Raises ValueError, with its command, where it is missing, damaged, or of a run that goes on."""
+    again = f"run `{SOURCES[name].command}`, whose result it is"
+    try:
+        document = documents.read(path(name))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path(name)} is missing or damaged ({error}): {again}") from error
+    if not document.get("complete", True):
+        raise ValueError(f"{path(name)} is not complete: {again}")
+    return document
+
+
 def caption(name: str) -> str:
     """Return a line on a result: its command, what it was measured on and when, and how closely a second run agrees."""
-    source, machine = SOURCES[name], documents.read(path(name))["machine"]
+    source, machine = SOURCES[name], read(name)["machine"]
     return f"`{source.command}`{_measured_on(machine) if source.measured else ''}; {source.agreement}."
 
 

@@ -40,7 +40,9 @@ def save(picture: Path, draw: Draw, *results: Path) -> None:
 
 def is_current(picture: Path, draw: Draw, *results: Path) -> bool:
     """Whether the picture is there, and of these results as they are now."""
-    if not picture.exists():
+    try:
+        with Image.open(picture) as opened:
+            opened.load()
+    except (OSError, SyntaxError):  # missing, or cut off, which PIL tells in both ways
         return False
-    with Image.open(picture) as opened:
-        return bool(opened.info.get(DIGEST) == digest(draw, *map(documents.read, results)))
+    return bool(opened.info.get(DIGEST) == digest(draw, *map(documents.read, results)))
