@@ -317,9 +317,8 @@ class TestRefusals:
     @pytest.mark.parametrize("given", ["module", "parameters"])
     def test_data_parallelism(self, given, tmp_path):
         """What is not seen beforehand is seen at the end of the step: the sum is written after the release."""
-        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-        try:
+
+        def refuse() -> None:
             parallel = nn.parallel.DistributedDataParallel(model())
             optimizer = agr_cuda.AdamW(parallel.parameters())
             for wrapper in (parallel, nn.Sequential(parallel)):
@@ -329,6 +328,13 @@ class TestRefusals:
             parallel(batches()[0]).sum().backward()
             with pytest.raises(RuntimeError, match="has a gradient again, after its gradient has been used"):
                 optimizer.step()
+
+        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            # The model is gone when it returns. As the last owner of the process group it would wait for the group's
+            # thread, and that thread for Python's lock, which it holds (github.com/pytorch/pytorch/issues/56297).
+            refuse()
         finally:
             torch.distributed.destroy_process_group()
 
