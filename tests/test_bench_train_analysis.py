@@ -13,6 +13,7 @@ stats = pytest.importorskip("scipy.stats")
 from bench.reporting import train_tables  # noqa: E402
 from bench.training import analysis  # noqa: E402
 from bench.training.analysis import FINAL, HIGHER, LOWER, NONE, OPEN, Runs, holm, steps_to  # noqa: E402
+from bench.training.arms import ARMS  # noqa: E402
 from bench.training.settings import SETTINGS  # noqa: E402
 
 
@@ -140,9 +141,14 @@ def test_an_arm_is_judged_at_both_points():
 
 def test_runs_that_diverged_have_no_loss_and_are_counted():
     rows = [*of_losses("adamw", [1.0, 1.1, 1.0]), *of_losses("agr-adamw", [1.0, None, 1.0])]
-    runs = Runs(document(rows))
+    rows += of_losses("adamw-placebo", [1.0, 1.1, 1.2])
+    runs = Runs(document(rows, setting=replace(SETTINGS["full"], sets=(1000,), seeds=3)))
     assert runs.compare("agr-adamw", "adamw")[0].pairs == 2
     assert runs.diverged("resnet", "agr-adamw") == 1
+    told = dict(train_tables.verdicts(runs).rows)
+    assert told["AGR-AdamW"] == "0% (0% to 0%), 2 of 3 pairs, none of interest"
+    assert "pairs" not in told[ARMS["adamw-placebo"].label]
+    assert ", 2 of 3 pairs, p " in train_tables.beside_placebo(runs).rows[0][1]
 
 
 def test_steps_to_a_loss():

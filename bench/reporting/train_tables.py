@@ -50,6 +50,12 @@ def difference(comparison: Comparison) -> str:
     return f"{form(comparison.difference)} ({form(comparison.lower)} to {form(comparison.upper)})"
 
 
+def _pairs(runs: Runs, comparison: Comparison) -> str:
+    """Return how many pairs there are, where some diverged or were not run: those that are left are a selection."""
+    wanted = len(runs.seeds)
+    return f", {comparison.pairs} of {wanted} pairs" if comparison.pairs < wanted else ""
+
+
 def _by_task(runs: Runs, found: Sequence[Comparison], cell: Callable[[Comparison], str]) -> list[str]:
     """Return a cell for each task; a dash where there is nothing to compare."""
     of_task = {comparison.task: comparison for comparison in found}
@@ -86,7 +92,7 @@ def verdicts(runs: Runs, own: bool = False) -> Grid:
     """Return each arm's difference from its optimizer alone, and the verdict."""
 
     def cell(c: Comparison) -> str:
-        return f"{difference(c)}, {c.verdict}"
+        return f"{difference(c)}{_pairs(runs, c)}, {c.verdict}"
 
     names = [name for name in _others(runs) if ARMS[name].searches] if own else _others(runs)
     rows = [(ARMS[name].label, *_by_task(runs, runs.compare(name, ARMS[name].base, own=own), cell)) for name in names]
@@ -119,7 +125,7 @@ def beside_placebo(runs: Runs) -> Grid:
             *_by_task(
                 runs,
                 runs.compare(name, f"{ARMS[name].base}-placebo"),
-                lambda c: f"{difference(c)}, p {c.p:.2g}",
+                lambda c: f"{difference(c)}{_pairs(runs, c)}, p {c.p:.2g}",
             ),
         )
         for name in _with_agr(runs)

@@ -175,11 +175,12 @@ class Runs:
             key: target(searched, self.choices, *key) for key in self.choices if key[1] == ARMS[key[1]].base
         }
         self.measures = measures(self.setting)
-        asked = {first + k for first in self.setting.sets for k in range(self.setting.seeds)}
+        #: The seeds that were asked for.
+        self.seeds = {first + k for first in self.setting.sets for k in range(self.setting.seeds)}
         self._of: dict[tuple[str, str, Point], dict[int, Result]] = {}
         for result in results:
             run = result.run
-            if run.judged and run.seed in asked:  # a store may hold sets of an earlier command, too
+            if run.judged and run.seed in self.seeds:  # a store may hold sets of an earlier command, too
                 self._of.setdefault((run.task, run.arm, Point(run.lr, run.weight_decay)), {})[run.seed] = result
 
     def point(self, task: str, arm: str, own: bool) -> Point:
