@@ -7,14 +7,15 @@ import pytest
 import torch
 from benchmarks import result
 
-# Not there on a machine that was set up for training alone.
+# Imports follow what they need, which is not there on a machine that was set up for training alone.
+# ruff: noqa: E402
 stats = pytest.importorskip("scipy.stats")
 
-from bench.reporting import train_tables  # noqa: E402
-from bench.training import analysis  # noqa: E402
-from bench.training.analysis import FINAL, HIGHER, LOWER, NONE, OPEN, Runs, holm, steps_to  # noqa: E402
-from bench.training.arms import ARMS  # noqa: E402
-from bench.training.settings import SETTINGS  # noqa: E402
+from bench.reporting import train_tables
+from bench.training import analysis
+from bench.training.analysis import FINAL, HIGHER, LOWER, NONE, OPEN, Runs, holm, steps_to
+from bench.training.arms import ARMS
+from bench.training.settings import SETTINGS
 
 
 def document(rows, setting=SETTINGS["full"], tasks=("resnet",), chosen=()):

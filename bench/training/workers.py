@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
-from concurrent.futures import wait as wait_for
-from multiprocessing.connection import Connection, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from types import TracebackType
 
 import torch
@@ -20,7 +19,7 @@ from bench.training.run import Result, Run, train
 from bench.training.settings import Setting
 
 
-def _begin(stop: Connection) -> None:
+def _begin(stop: multiprocessing.connection.Connection) -> None:
     """Make a process ready for runs: one thread, and an end when it is told, or the process that started it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them; the one that started them decides
     torch.set_num_threads(1)
@@ -29,7 +28,7 @@ def _begin(stop: Connection) -> None:
     assert parent is not None
 
     def watch() -> None:
-        wait([parent.sentinel, stop])
+        multiprocessing.connection.wait([parent.sentinel, stop])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -62,7 +61,7 @@ class Workers:
                 going.add(self._pool.submit(train, run, self._setting, self._device))
             if not going:
                 return
-            done, going = wait_for(going, return_when=FIRST_COMPLETED)
+            done, going = wait(going, return_when=FIRST_COMPLETED)
             for future in done:
                 yield future.result()
 
